@@ -1,0 +1,1 @@
+"""Plain data shared by every layer: sampling parameters, results, step plans, messages."""

@@ -1,0 +1,1 @@
+"""The paged KV cache: block accounting (pure Python) and the tensors behind it."""

@@ -1,0 +1,1 @@
+"""Ranks: layout, communicators, control channel, and the exchange of tokens between experts."""

@@ -1,0 +1,28 @@
+"""Exchange for pure TP: all ranks hold all tokens, so only the sum has to travel."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_engine.dist.communicator import Communicator
+from moe_engine.dist.exchange.base import ExpertShard, Received
+
+
+class ReplicatedExchange:
+    """Every rank runs its own experts on all tokens; one all-reduce adds the results."""
+
+    shards_tokens = False
+
+    def __init__(self, shard: ExpertShard, ep: Communicator) -> None:
+        self._shard = shard
+        self._ep = ep
+
+    def dispatch(
+        self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Received:
+        """See `Exchange.dispatch`; the same tokens on every rank."""
+        return Received(x_TH, self._shard.local_slots(expert_ids_TK), weights_TK)
+
+    def combine(self, y_RH: torch.Tensor, received: Received) -> torch.Tensor:
+        """See `Exchange.combine`."""
+        return self._ep.all_reduce(y_RH.to(torch.float32)).to(y_RH.dtype)

@@ -1,0 +1,1 @@
+"""The engine: scheduler, step execution, rank processes, and the Python API."""

@@ -1,0 +1,110 @@
+"""From a group's plan to the tensors of a step.
+
+Shape legend: T tokens of the step, S slots of the sequence table, C context length, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_engine.ops.attention import PagedBatch
+from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The tensors of one step.
+
+    Attributes:
+        token_ids_T, positions_T: int64.
+        paged: where the tokens stand in the KV cache.
+        last_rows: per sequence step, the row of its last token.
+        slots: per sequence step, its slot in the table.
+    """
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    paged: PagedBatch
+    last_rows: np.ndarray
+    slots: np.ndarray
+
+
+class SequenceTable:
+    """Tokens and block tables of the sequences that a DP group holds, one slot each.
+
+    Token ids live on the device, so that a token sampled in one step feeds the next one without
+    a visit to the host; block tables live on the host, where the scheduler's plans arrive.
+    """
+
+    def __init__(
+        self, num_slots: int, max_model_len: int, block_size: int, device: torch.device
+    ) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._tokens_SC = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
+        self._blocks_SB = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int64)
+        self._num_blocks_S = np.zeros(num_slots, dtype=np.int64)
+        self._slot_of: dict[int, int] = {}
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    def admit(self, sequence: NewSequence) -> None:
+        """Give the sequence a slot with its tokens and an empty block table."""
+        slot = self._free.pop()
+        self._slot_of[sequence.seq_id] = slot
+        self._num_blocks_S[slot] = 0
+        tokens = torch.tensor(sequence.token_ids, dtype=torch.int32)
+        self._tokens_SC[slot, : len(tokens)] = tokens.to(self._device, non_blocking=True)
+
+    def retire(self, seq_id: int) -> None:
+        """Free the sequence's slot."""
+        self._free.append(self._slot_of.pop(seq_id))
+
+    def build(self, steps: list[SequenceStep]) -> StepBatch:
+        """Append the new blocks and lay out the step's tokens, sequence after sequence."""
+        slots = np.array([self._slot_of[step.seq_id] for step in steps], dtype=np.int64)
+        starts = np.array([step.start for step in steps], dtype=np.int64)
+        counts = np.array([step.num_tokens for step in steps], dtype=np.int64)
+        for slot, step in zip(slots, steps, strict=True):
+            first = self._num_blocks_S[slot]
+            self._num_blocks_S[slot] += len(step.new_blocks)
+            self._blocks_SB[slot, first : first + len(step.new_blocks)] = step.new_blocks
+        ends = counts.cumsum()
+        slots_T = np.repeat(slots, counts)
+        positions_T = np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
+        blocks_T = self._blocks_SB[slots_T, positions_T // self._block_size]
+        positions = self._to_device(positions_T)
+        token_ids_T = self._tokens_SC[self._to_device(slots_T), positions].to(torch.int64)
+        cache_slots_T = blocks_T * self._block_size + positions_T % self._block_size
+        paged = PagedBatch(
+            slots_T=self._to_device(cache_slots_T),
+            block_tables=[
+                self._to_device(self._blocks_SB[slot, : self._num_blocks_S[slot]]) for slot in slots
+            ],
+            query_lens=counts.tolist(),
+            context_lens=(starts + counts).tolist(),
+        )
+        return StepBatch(token_ids_T, positions, paged, ends - 1, slots)
+
+    def append_sampled(
+        self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
+    ) -> None:
+        """Put sampled tokens (on the device) where the next step reads its inputs.
+
+        A token at the very end of the context is dropped: no step will read it.
+        """
+        keep = positions < self._tokens_SC.shape[1]
+        kept = self._to_device(np.flatnonzero(keep))
+        self._tokens_SC[self._to_device(slots[keep]), self._to_device(positions[keep])] = tokens[
+            kept
+        ].to(torch.int32)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def largest_group(groups: list[GroupPlan]) -> int:
+    """Most tokens that any DP group computes in a step."""
+    return max(group.num_tokens for group in groups)

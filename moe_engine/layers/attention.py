@@ -1,0 +1,78 @@
+"""Grouped-query attention with query and key norms, heads cut over the attention-TP group.
+
+Shape legend: T tokens, H hidden size, N query heads here, G KV heads here, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from moe_engine.checkpoint.spec import WeightSpec
+from moe_engine.config import ModelConfig
+from moe_engine.layers.context import ForwardContext, LayerContext, RopeTable
+from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from moe_engine.layers.norm import RMSNorm
+from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.reference.rope import apply_rope
+
+
+def local_kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> range:
+    """The KV heads of a TP rank; ranks share a head when there are more ranks than heads.
+
+    Example: 2 KV heads over 4 ranks: heads 0, 0, 1, 1.
+    """
+    if tp_size >= model.num_key_value_heads:
+        head = tp_rank * model.num_key_value_heads // tp_size
+        return range(head, head + 1)
+    share = model.num_key_value_heads // tp_size
+    return range(tp_rank * share, (tp_rank + 1) * share)
+
+
+class Attention(nn.Module):
+    """Self-attention of one decoder layer over the paged KV cache."""
+
+    def __init__(self, context: LayerContext, layer: int) -> None:
+        super().__init__()
+        model, tp = context.model, context.groups.tp
+        self._layer = layer
+        self._head_dim = model.head_dim
+        self._num_heads = model.num_attention_heads // tp.size
+        kv_heads = local_kv_heads(model, tp.size, tp.rank)
+        self._num_kv_heads = len(kv_heads)
+        q_rows = slice(
+            tp.rank * self._num_heads * model.head_dim,
+            (tp.rank + 1) * self._num_heads * model.head_dim,
+        )
+        kv_rows = slice(kv_heads.start * model.head_dim, kv_heads.stop * model.head_dim)
+        self.qkv_proj = ColumnParallelLinear(
+            context,
+            model.hidden_size,
+            [("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)],
+            bias=model.attention_bias,
+        )
+        self.o_proj = RowParallelLinear(
+            context, "o_proj", q_rows, model.hidden_size, bias=model.attention_bias
+        )
+        self.q_norm = RMSNorm(context, model.head_dim)
+        self.k_norm = RMSNorm(context, model.head_dim)
+
+    def forward(self, x_TH: torch.Tensor, rope: RopeTable, step: ForwardContext) -> torch.Tensor:
+        """Attention output [T, H], the same on every rank of the TP group."""
+        heads, kv_heads = self._num_heads, self._num_kv_heads
+        qkv = self.qkv_proj(x_TH).view(-1, heads + 2 * kv_heads, self._head_dim)
+        q_TND, k_TGD, v_TGD = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        q_TND = apply_rope(self.q_norm(q_TND), rope.cos_TF, rope.sin_TF)
+        k_TGD = apply_rope(self.k_norm(k_TGD), rope.cos_TF, rope.sin_TF)
+        cache = step.kv.layer(self._layer)
+        out_TND = paged_attention(q_TND, k_TGD, v_TGD, cache, step.batch, self._head_dim**-0.5)
+        return self.o_proj(out_TND.flatten(1))
+
+    def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
+        """What to read from the checkpoint."""
+        yield from self.qkv_proj.weight_specs(prefix)
+        yield from self.o_proj.weight_specs(prefix)
+        yield from self.q_norm.weight_specs(f"{prefix}q_norm.")
+        yield from self.k_norm.weight_specs(f"{prefix}k_norm.")

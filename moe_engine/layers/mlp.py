@@ -1,0 +1,39 @@
+"""The dense feed-forward of layers without experts, cut over the attention-TP group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe_engine.checkpoint.spec import WeightSpec
+from moe_engine.layers.context import ForwardContext, LayerContext
+from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class DenseMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, context: LayerContext) -> None:
+        super().__init__()
+        model, tp = context.model, context.groups.tp
+        share = model.intermediate_size // tp.size
+        rows = slice(tp.rank * share, (tp.rank + 1) * share)
+        self.gate_up_proj = ColumnParallelLinear(
+            context, model.hidden_size, [("gate_proj", rows), ("up_proj", rows)], bias=False
+        )
+        self.down_proj = RowParallelLinear(
+            context, "down_proj", rows, model.hidden_size, bias=False
+        )
+
+    def forward(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor:
+        """[T, H] to [T, H], the same on every rank of the TP group."""
+        gate, up = self.gate_up_proj(x_TH).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+    def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
+        """What to read from the checkpoint."""
+        yield from self.gate_up_proj.weight_specs(prefix)
+        yield from self.down_proj.weight_specs(prefix)

@@ -1,0 +1,66 @@
+"""The sparse mixture of experts, sharded over the whole world.
+
+Shape legend: T tokens, H hidden size, E experts, L experts here, I intermediate size, J = 2 × I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe_engine.checkpoint.spec import WeightSpec
+from moe_engine.dist.exchange import ExpertShard
+from moe_engine.layers.context import ForwardContext, LayerContext
+from moe_engine.ops.moe import expert_ffn, route
+
+
+class SparseMoE(nn.Module):
+    """Router, exchange, experts, exchange back."""
+
+    def __init__(self, context: LayerContext) -> None:
+        super().__init__()
+        model = context.model
+        self._top_k = model.num_experts_per_tok
+        self._normalize = model.norm_topk_prob
+        self._tp = context.groups.tp
+        self._shard = ExpertShard(model.num_experts, context.groups.ep.size, context.groups.ep.rank)
+        num_local, width = self._shard.num_local, model.moe_intermediate_size
+        self.router = context.parameter(model.num_experts, model.hidden_size)
+        self.gate_up = context.parameter(num_local, 2 * width, model.hidden_size)
+        self.down = context.parameter(num_local, model.hidden_size, width)
+
+    def forward(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor:
+        """[T, H] to [T, H], the same on every rank of the TP group (a collective over EP)."""
+        if not step.exchange.shards_tokens or self._tp.size == 1:
+            return self._forward_share(x_TH, step)
+        counts = step.tp_token_counts
+        first = sum(counts[: self._tp.rank])
+        share = x_TH[first : first + counts[self._tp.rank]]
+        return self._tp.all_gather_rows(self._forward_share(share, step), counts)
+
+    def _forward_share(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor:
+        """The experts' output for the tokens that this rank brings to the exchange."""
+        ids_TK, weights_TK = route(F.linear(x_TH, self.router), self._top_k, self._normalize)
+        received = step.exchange.dispatch(x_TH, ids_TK, weights_TK)
+        y_RH = expert_ffn(
+            received.x_RH, received.slot_ids_RK, received.weights_RK, self.gate_up, self.down
+        )
+        return step.exchange.combine(y_RH, received)
+
+    def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
+        """What to read from the checkpoint: the router, and whole tensors of the experts here."""
+        yield _whole(f"{prefix}gate.weight", self.router.data)
+        width = self.down.shape[2]
+        for slot in range(self._shard.num_local):
+            expert = f"{prefix}experts.{self._shard.rank * self._shard.num_local + slot}"
+            yield _whole(f"{expert}.gate_proj.weight", self.gate_up.data[slot, :width])
+            yield _whole(f"{expert}.up_proj.weight", self.gate_up.data[slot, width:])
+            yield _whole(f"{expert}.down_proj.weight", self.down.data[slot])
+
+
+def _whole(name: str, target: torch.Tensor) -> WeightSpec:
+    """A spec that reads all of a tensor."""
+    return WeightSpec(name, tuple(slice(0, size) for size in target.shape), target)

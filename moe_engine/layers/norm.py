@@ -1,0 +1,29 @@
+"""RMSNorm with a weight, as Qwen3 uses it on hidden states and on query and key heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from moe_engine.checkpoint.spec import WeightSpec
+from moe_engine.layers.context import LayerContext
+from moe_engine.ops.norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, context: LayerContext, width: int) -> None:
+        super().__init__()
+        self._eps = context.model.rms_norm_eps
+        self.weight = context.parameter(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``x`` [..., width]."""
+        return rms_norm(x, self.weight, self._eps)
+
+    def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
+        """What to read from the checkpoint."""
+        yield WeightSpec(f"{prefix}weight", (slice(0, self.weight.shape[0]),), self.weight.data)

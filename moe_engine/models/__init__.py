@@ -1,0 +1,1 @@
+"""Models: files that only compose layers."""

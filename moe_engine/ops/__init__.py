@@ -1,0 +1,1 @@
+"""Operators: each checks shapes and dtypes, then picks CUDA, Triton or the torch reference."""

@@ -1,0 +1,76 @@
+"""Rotary position embedding in plain torch.
+
+Shape legend: T tokens, N heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from moe_engine.config import RopeConfig
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies, float32 [head_dim / 2], and the factor that scales cos and sin.
+
+    Plain RoPE (https://arxiv.org/abs/2104.09864) when ``rope.factor`` is None, else YaRN
+    (https://arxiv.org/abs/2309.00071, section 3.2 "NTK-by-parts") with Hugging Face's parameters.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / rope.theta**exponents
+    if rope.factor is None:
+        return plain, 1.0
+    low, high = _ramp_bounds(rope, head_dim)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)
+    interpolated_share = ramp.clamp(0.0, 1.0)
+    frequencies = plain / rope.factor * interpolated_share + plain * (1.0 - interpolated_share)
+    return frequencies, _attention_factor(rope, rope.factor)
+
+
+def _ramp_bounds(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
+    """Dimensions between which YaRN moves from extrapolation to interpolation."""
+    assert rope.original_max_position_embeddings is not None
+    context = rope.original_max_position_embeddings
+
+    def dimension_of(num_rotations: float) -> float:
+        wavelengths = context / (num_rotations * 2.0 * math.pi)
+        return head_dim * math.log(wavelengths) / (2.0 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high if high != low else low + 0.001
+
+
+def _attention_factor(rope: RopeConfig, factor: float) -> float:
+    """YaRN's attention temperature, as Hugging Face derives it from the optional fields."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def scaled(mscale: float) -> float:
+        return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return scaled(rope.mscale) / scaled(rope.mscale_all_dim)
+    return scaled(1.0)
+
+
+def rope_cos_sin(
+    positions_T: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position, [T, D / 2] in ``dtype``, computed in float32."""
+    angles = positions_T.to(torch.float32)[:, None] * frequencies[None, :]
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def apply_rope(x_TND: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + D/2]) of every head by the position's angles (F = D / 2).
+
+    Example: with D = 2, cos = 0 and sin = 1 (a quarter turn), (1, 2) becomes (-2, 1).
+    """
+    first, second = x_TND.chunk(2, dim=-1)
+    cos, sin = cos_TF[:, None, :], sin_TF[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

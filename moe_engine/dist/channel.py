@@ -52,6 +52,13 @@ class Channel(Generic[Received]):
         message: Received = self._decoder.decode(data)
         return message
 
+    def poll(self, timeout: float) -> bool:
+        """Whether a message (or the peer's end) has arrived within ``timeout`` seconds."""
+        try:
+            return self._conn.poll(timeout)
+        except OSError:
+            return True
+
     def fileno(self) -> int:
         """So that `multiprocessing.connection.wait` takes channels."""
         return self._conn.fileno()

@@ -6,8 +6,24 @@ Shape legend: T rows over all ranks, H row width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed, most likely because a peer died: that peer is the one to blame."""
+
+
+@contextmanager
+def _peers_needed() -> Iterator[None]:
+    """Turn the backends' many errors into `PeerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(str(error)) from error
 
 
 class Communicator:
@@ -22,7 +38,8 @@ class Communicator:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; returns ``x``."""
         if self.size > 1:
-            dist.all_reduce(x, group=self._group)
+            with _peers_needed():
+                dist.all_reduce(x, group=self._group)
         return x
 
     def all_gather_rows(self, x_TH: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -33,7 +50,8 @@ class Communicator:
         padded = x_TH.new_zeros(longest, *x_TH.shape[1:])
         padded[: x_TH.shape[0]] = x_TH
         gathered = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(gathered, padded, group=self._group)
+        with _peers_needed():
+            dist.all_gather(gathered, padded, group=self._group)
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     def gather_columns(self, x_TH: torch.Tensor) -> torch.Tensor | None:
@@ -42,13 +60,15 @@ class Communicator:
             return x_TH
         x_TH = x_TH.contiguous()
         parts = [torch.empty_like(x_TH) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x_TH, parts, group=self._group, group_dst=0)
+        with _peers_needed():
+            dist.gather(x_TH, parts, group=self._group, group_dst=0)
         return torch.cat(parts, dim=-1) if parts is not None else None
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrite ``x`` with rank 0's; returns ``x``."""
         if self.size > 1:
-            dist.broadcast(x, group=self._group, group_src=0)
+            with _peers_needed():
+                dist.broadcast(x, group=self._group, group_src=0)
         return x
 
     def all_to_all_rows(
@@ -61,7 +81,8 @@ class Communicator:
         if self.size == 1:
             return x_TH
         received = x_TH.new_empty(sum(recv_counts), *x_TH.shape[1:])
-        dist.all_to_all_single(
-            received, x_TH.contiguous(), recv_counts, send_counts, group=self._group
-        )
+        with _peers_needed():
+            dist.all_to_all_single(
+                received, x_TH.contiguous(), recv_counts, send_counts, group=self._group
+            )
         return received

@@ -57,6 +57,7 @@ class RequestRefused(Message, frozen=True):
     message: str
     param: str | None = None
     code: str | None = None
+    status: int = 400
 
 
 class EngineStats(Message, frozen=True):
@@ -100,6 +101,12 @@ class EngineReady(Message, frozen=True):
     summary: str
 
 
+class RankHello(Message, frozen=True):
+    """Rank -> rank 0: the first message on a control channel, says who is there."""
+
+    rank: int
+
+
 class RankReady(Message, frozen=True):
     """Rank -> rank 0: the model is loaded and ``num_blocks`` KV blocks fit this rank."""
 
@@ -110,13 +117,17 @@ class RankReady(Message, frozen=True):
 class RankFailed(Message, frozen=True):
     """Rank -> rank 0 -> front end: a rank raised or died; the engine is lost.
 
-    ``config_error`` marks a start refused for the user's configuration or checkpoint.
+    Attributes:
+        user_error: name of the exception class when a start was refused for the user's
+            configuration or checkpoint, else empty.
+        secondary: the rank failed because a collective lost its peers, so another rank is to blame.
     """
 
     rank: int
     message: str
     traceback: str = ""
-    config_error: bool = False
+    user_error: str = ""
+    secondary: bool = False
 
 
 class StartStepping(Message, frozen=True):
@@ -140,4 +151,4 @@ class StepDone(Message, frozen=True):
 ToCore = AddRequest | AbortRequest | Shutdown
 ToFrontEnd = Updates | RequestRefused | LoadProgress | EngineReady | RankFailed
 ToRank = StartStepping | RunStep | Shutdown
-ToRankZero = RankReady | StepDone | RankFailed
+ToRankZero = RankHello | RankReady | StepDone | RankFailed

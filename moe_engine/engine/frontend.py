@@ -1,0 +1,195 @@
+"""What the sync and the async API share: model directory, tokenizer, client, open requests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_engine.config import EngineConfig
+from moe_engine.config.hf import default_sampling, load_model_config
+from moe_engine.demo.build import ensure_demo_checkpoint
+from moe_engine.dist.layout import check_layout
+from moe_engine.engine.client import EngineClient
+from moe_engine.engine.model_directory import resolve_model
+from moe_engine.errors import ConfigError, EngineDeadError, InvalidRequestError, MoEEngineError
+from moe_engine.log import get_logger
+from moe_engine.text.output import RequestAssembler
+from moe_engine.text.tokenizer import Tokenizer
+from moe_engine.types.messages import EngineReady, LoadProgress, RequestUpdate
+from moe_engine.types.results import RequestOutput
+from moe_engine.types.sampling import SamplingParams
+
+logger = get_logger(__name__)
+
+News = tuple[int, RequestUpdate | MoEEngineError]
+"""Completion index and what the engine says of it."""
+
+
+class FrontEnd:
+    """Everything between a user's prompt and the engine client.
+
+    Attributes:
+        tokenizer: the checkpoint's.
+        default_sampling: the checkpoint's ``generation_config.json``, for parameters left out.
+        client: the connection to the ranks.
+    """
+
+    tokenizer: Tokenizer
+
+    def __init__(self, config: EngineConfig) -> None:
+        directory = resolve_model(config.model)
+        self.model_config = load_model_config(directory)
+        check_layout(self.model_config, config.parallel)
+        self.config = replace(config, model=str(directory))
+        self.default_sampling: dict[str, Any] = default_sampling(directory)
+        self.client = EngineClient(self.config)
+
+    def start(
+        self,
+        on_death: Callable[[EngineDeadError], None] | None = None,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+    ) -> EngineReady:
+        """Start the ranks, and load the tokenizer meanwhile; see `EngineClient.start`."""
+        assert self.config.model is not None
+        directory = Path(self.config.model)
+        tokenizer = _InBackground(lambda: self._load_tokenizer(directory))
+        try:
+            info = self.client.start(on_death, on_progress)
+        finally:
+            tokenizer.wait()
+        try:
+            self.tokenizer = tokenizer.result()
+        except MoEEngineError:
+            self.client.shutdown()
+            raise
+        return info
+
+    def open(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        put: Callable[[News], None],
+    ) -> OpenRequest:
+        """Send a request to the engine; its news go to ``put``, from another thread.
+
+        Raises:
+            InvalidRequestError: a token id, here or in ``params``, is outside the vocabulary.
+            EngineDeadError: the engine is dead.
+        """
+        vocab_size = self.client.info.vocab_size
+        params.check_vocabulary(vocab_size)
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"prompt token id {token_id} at position {position} is outside the "
+                    f"vocabulary of ids 0 to {vocab_size - 1}",
+                    param="prompt",
+                )
+        return OpenRequest(self, request_id, token_ids, params, put)
+
+    def _load_tokenizer(self, directory: Path) -> Tokenizer:
+        """The checkpoint's tokenizer; dummy weights can do with the demo's."""
+        try:
+            return Tokenizer.from_directory(directory)
+        except ConfigError as error:
+            if self.config.load_format != "dummy":
+                raise
+            logger.warning("%s; with dummy weights the demo's tokenizer serves instead", error)
+            return Tokenizer.from_directory(ensure_demo_checkpoint())
+
+
+class OpenRequest:
+    """A user's request in the engine: ``n`` sequences and the assembly of their outputs.
+
+    `handle` must be called with everything that arrives at ``put``, from one thread.
+    """
+
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        put: Callable[[News], None],
+    ) -> None:
+        self._client = front_end.client
+        self.assembler = RequestAssembler(request_id, front_end.tokenizer, params, token_ids)
+        self._open = {index: f"{request_id}-{index}" for index in range(params.n)}
+        for index, sequence_id in list(self._open.items()):
+
+            def listener(news: RequestUpdate | MoEEngineError, index: int = index) -> None:
+                put((index, news))
+
+            self._client.submit(sequence_id, token_ids, nth_params(params, index), listener)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return not self._open
+
+    def handle(self, news: News) -> RequestOutput | None:
+        """Take in one piece of news; returns what the user may see of it, if anything.
+
+        Raises:
+            InvalidRequestError, EngineDeadError: what the engine answered; the rest is aborted.
+        """
+        index, update = news
+        if index not in self._open:
+            return None
+        if isinstance(update, MoEEngineError):
+            del self._open[index]
+            self.abort()
+            raise update
+        output = self.assembler.update(index, update)
+        completion = self.assembler.completions[index]
+        if completion.finished:
+            sequence_id = self._open.pop(index)
+            if completion.stopped_by_string:
+                self._client.abort(sequence_id)
+        return output
+
+    def abort(self) -> None:
+        """Forget the completions that have not ended."""
+        for sequence_id in self._open.values():
+            self._client.abort(sequence_id)
+        self._open.clear()
+
+
+def nth_params(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of the ``index``-th of ``n`` completions: own seed, prompt scored once."""
+    seed = params.seed
+    if seed is not None:
+        seed = (seed + index + 2**63) % 2**64 - 2**63
+    prompt_logprobs = params.prompt_logprobs if index == 0 else None
+    return replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
+
+
+class _InBackground:
+    """Runs a function in a thread and keeps its result or exception."""
+
+    def __init__(self, function: Callable[[], Tokenizer]) -> None:
+        self._function = function
+        self._outcome: Tokenizer | BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._function()
+        except BaseException as error:
+            self._outcome = error
+
+    def wait(self) -> None:
+        """Until the function has ended."""
+        self._thread.join()
+
+    def result(self) -> Tokenizer:
+        """The function's result, or raise what it raised."""
+        assert self._outcome is not None
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome

@@ -1,0 +1,168 @@
+"""The process of one rank: ``python -m moe_engine.engine.rank_main SPEC [FD]``.
+
+Rank 0 also runs the scheduler and talks to the front end over the inherited connection FD; the
+other ranks follow its plans. A rank that raises reports its traceback to rank 0; a rank that loses
+rank 0 ends itself, so that no process is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+
+from moe_engine import env, log
+from moe_engine.dist.channel import Channel, ChannelClosed
+from moe_engine.dist.communicator import PeerLostError
+from moe_engine.dist.layout import RankLayout
+from moe_engine.dist.rendezvous import connect_control, open_store, publish_control
+from moe_engine.engine.control import ControlHub
+from moe_engine.engine.core import EngineCore
+from moe_engine.engine.runtime import LocalPlace, RankRuntime
+from moe_engine.engine.scheduler import Scheduler
+from moe_engine.engine.spec import RankSpec
+from moe_engine.engine.summary import start_summary
+from moe_engine.errors import CheckpointError, ConfigError
+from moe_engine.types.messages import (
+    EngineReady,
+    LoadProgress,
+    RankFailed,
+    RankHello,
+    RankReady,
+    RunStep,
+    Shutdown,
+    StartStepping,
+    StepDone,
+    ToCore,
+    ToRank,
+)
+
+logger = log.get_logger(__name__)
+
+
+def run_rank(spec: RankSpec, front_end_fd: int | None = None) -> None:
+    """Run this process's rank until the engine shuts down; a failure ends the process.
+
+    Args:
+        spec: the same for all ranks.
+        front_end_fd: rank 0's connection to the front end.
+    """
+    process = env.read_environment()
+    log.setup_logging(process.log_level or "info", rank=process.rank)
+    parallel = spec.config.parallel
+    layout = RankLayout(process.rank, parallel.attention_tp, parallel.attention_dp)
+    place = LocalPlace(process.local_rank, process.local_world_size)
+    if process.rank == 0:
+        assert front_end_fd is not None
+        _lead(spec, layout, place, front_end_fd)
+    else:
+        _follow(spec, layout, place)
+
+
+def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: int) -> None:
+    hub = ControlHub(Channel(Connection(front_end_fd), ToCore))
+    try:
+        store = open_store(spec.store_file, 0, layout.world_size)
+        several = layout.world_size > 1
+        listener = publish_control(store, spec.control_address) if several else None
+        hub.accept_ranks(listener, layout.world_size)
+        runtime = RankRuntime(spec.config, layout, place)
+        runtime.join(store)
+        num_blocks = runtime.load(
+            lambda stage, done, total: hub.tell_front_end(LoadProgress(stage, done, total))
+        )
+        for _ in range(layout.world_size - 1):
+            num_blocks = min(num_blocks, hub.ready.get().num_blocks)
+        hub.tell_ranks(StartStepping(num_blocks))
+        runtime.start(num_blocks)
+        core = EngineCore(
+            _make_scheduler(runtime, num_blocks),
+            runtime.runner,
+            hub,
+            spec.config.scheduler.pipeline_depth,
+        )
+        hub.tell_front_end(
+            EngineReady(
+                max_model_len=runtime.max_model_len,
+                vocab_size=runtime.model_config.vocab_size,
+                num_blocks_per_group=num_blocks,
+                block_size=spec.config.cache.block_size,
+                eos_token_ids=list(runtime.model_config.eos_token_ids),
+                summary=start_summary(runtime, num_blocks),
+            )
+        )
+        core.run()
+    except Exception as error:
+        hub.fail(_describe(0, error))
+    hub.stop()
+
+
+def _make_scheduler(runtime: RankRuntime, num_blocks: int) -> Scheduler:
+    config = runtime.config
+    return Scheduler(
+        config.scheduler,
+        config.cache,
+        num_groups=config.parallel.attention_dp,
+        num_blocks=num_blocks,
+        max_model_len=runtime.max_model_len,
+        eos_token_ids=runtime.model_config.eos_token_ids,
+        seed=config.seed,
+    )
+
+
+def _follow(spec: RankSpec, layout: RankLayout, place: LocalPlace) -> None:
+    store = open_store(spec.store_file, layout.rank, layout.world_size)
+    channel: Channel[ToRank] = connect_control(store, ToRank)
+    channel.send(RankHello(layout.rank))
+    inbox: queue.SimpleQueue[StartStepping | RunStep | Shutdown] = queue.SimpleQueue()
+    threading.Thread(target=_hear_leader, args=(channel, inbox), daemon=True).start()
+    try:
+        runtime = RankRuntime(spec.config, layout, place)
+        runtime.join(store)
+        channel.send(RankReady(layout.rank, runtime.load(lambda *_: None)))
+        while not isinstance(message := inbox.get(), Shutdown):
+            if isinstance(message, StartStepping):
+                runtime.start(message.num_blocks)
+                continue
+            result = runtime.runner.execute(message.plan)
+            if result is not None:
+                channel.send(StepDone(result))
+    except ChannelClosed:
+        os._exit(1)
+    except Exception as error:
+        failure = _describe(layout.rank, error)
+        logger.error("%s\n%s", failure.message, failure.traceback)
+        channel.send(failure)
+        os._exit(1)
+
+
+def _hear_leader(
+    channel: Channel[ToRank], inbox: queue.SimpleQueue[StartStepping | RunStep | Shutdown]
+) -> None:
+    """Queue rank 0's messages; when rank 0 has gone, end this process whatever it is doing."""
+    while True:
+        try:
+            message = channel.receive()
+        except ChannelClosed:
+            os._exit(1)
+        inbox.put(message)
+        if isinstance(message, Shutdown):
+            return
+
+
+def _describe(rank: int, error: Exception) -> RankFailed:
+    user_error = isinstance(error, ConfigError | CheckpointError)
+    return RankFailed(
+        rank,
+        str(error) if user_error else f"rank {rank} raised {type(error).__name__}: {error}",
+        "" if user_error else traceback.format_exc(),
+        user_error=type(error).__name__ if user_error else "",
+        secondary=isinstance(error, PeerLostError),
+    )
+
+
+if __name__ == "__main__":
+    run_rank(RankSpec.read(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

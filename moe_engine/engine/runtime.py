@@ -1,0 +1,150 @@
+"""One rank's share of the engine: join the world, load the model, then execute plans."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_engine.cache.kv import KVCache
+from moe_engine.checkpoint.load import fill_dummy, load_weights
+from moe_engine.checkpoint.reader import Checkpoint
+from moe_engine.config import EngineConfig, ModelConfig
+from moe_engine.config.hf import load_model_config
+from moe_engine.dist.groups import ParallelGroups, create_groups
+from moe_engine.dist.layout import RankLayout, check_layout
+from moe_engine.engine import memory
+from moe_engine.engine.runner import ModelRunner
+from moe_engine.layers.attention import local_kv_heads
+from moe_engine.layers.context import LayerContext
+from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how much of it is done, and the whole."""
+
+
+@dataclass(frozen=True)
+class LocalPlace:
+    """Where this rank stands on its machine."""
+
+    local_rank: int
+    local_world_size: int
+
+
+class RankRuntime:
+    """Owns everything that a rank allocates.
+
+    Construct, `load`, then `start` with the number of KV blocks that all ranks agreed on; after
+    that, `runner` executes plans.
+    """
+
+    runner: ModelRunner
+
+    def __init__(self, config: EngineConfig, layout: RankLayout, place: LocalPlace) -> None:
+        assert config.model is not None
+        self.config = config
+        self.layout = layout
+        self._place = place
+        self.model_config: ModelConfig = load_model_config(Path(config.model))
+        check_layout(self.model_config, config.parallel)
+        self.device = pick_device(config.device, place.local_rank)
+        self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
+        self.max_model_len = min(
+            config.scheduler.max_model_len or self.model_config.max_position_embeddings,
+            self.model_config.max_position_embeddings,
+        )
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+        else:
+            torch.cuda.set_device(self.device)
+
+    def join(self, store: dist.Store) -> None:
+        """Make the process groups (a collective over all ranks)."""
+        self.groups: ParallelGroups = create_groups(self.layout, store, self.device)
+
+    def load(self, progress: Progress) -> int:
+        """Build the model, fill its weights, and return how many KV blocks fit this rank.
+
+        Raises:
+            ConfigError: too little memory, with the arithmetic.
+            CheckpointError: tensors missing, extra, mis-shaped or truncated.
+        """
+        needed = memory.weight_bytes(self.model_config, self.config, self.dtype)
+        free, _ = self._memory()
+        ranks_here = self._place.local_world_size if self.device.type == "cpu" else 1
+        memory.check_weights_fit(needed, free, ranks_here)
+        context = LayerContext(self.model_config, self.groups, self.dtype, self.device)
+        self._model = Qwen3MoeForCausalLM(context)
+        specs = list(self._model.weight_specs())
+        if self.config.load_format == "dummy":
+            fill_dummy(specs, self.config.seed)
+        else:
+            assert self.config.model is not None
+            load_weights(
+                specs,
+                Checkpoint(Path(self.config.model), self.model_config),
+                lambda done, total: progress("loading weights", done, total),
+            )
+        free, total = self._memory()
+        self.budget = memory.kv_budget(
+            self.model_config, self.config, self.dtype, free // ranks_here, total
+        )
+        return memory.choose_num_blocks(self.budget, self.config, self.max_model_len)
+
+    def start(self, num_blocks: int) -> None:
+        """Allocate the KV cache and get ready to execute plans."""
+        heads = local_kv_heads(self.model_config, self.layout.attention_tp, self.layout.tp_rank)
+        kv = KVCache(
+            self.model_config.num_hidden_layers,
+            num_blocks,
+            self.config.cache.block_size,
+            len(heads),
+            self.model_config.head_dim,
+            self.dtype,
+            self.device,
+        )
+        self.runner = ModelRunner(
+            self.config,
+            self.model_config,
+            self._model,
+            kv,
+            self.groups,
+            self.max_model_len,
+            self.device,
+        )
+
+    def _memory(self) -> tuple[int, int]:
+        """(free bytes for this machine's ranks, total bytes of the GPU or 0 on a CPU)."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return free, total
+        return available_host_memory(), 0
+
+
+def available_host_memory() -> int:
+    """Bytes that new processes can take without swapping."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """``auto`` takes the local rank's GPU if there is one."""
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def pick_dtype(wanted: str, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on a CPU and the checkpoint's dtype on a GPU."""
+    if wanted == "auto":
+        wanted = "float32" if device.type == "cpu" else model.dtype
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype

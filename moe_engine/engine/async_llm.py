@@ -100,12 +100,11 @@ class AsyncMoEEngine:
         """
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[News] = asyncio.Queue()
-        request = self._started.open(
-            request_id,
-            prompt_token_ids,
-            params,
-            lambda item: loop.call_soon_threadsafe(news.put_nowait, item) and None,
-        )
+
+        def put(item: News) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, item)
+
+        request = self._started.open(request_id, prompt_token_ids, params, put)
         try:
             while not request.finished:
                 output = request.handle(await news.get())

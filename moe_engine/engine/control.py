@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+from contextlib import suppress
 from multiprocessing import connection
 
 from moe_engine.dist.channel import Channel, ChannelClosed, ChannelListener
@@ -89,10 +90,8 @@ class ControlHub:
         if failure.secondary and failure.rank == 0:
             time.sleep(BLAME_WINDOW)
         with self._failing:
-            try:
+            with suppress(ChannelClosed):
                 self._front_end.send(failure)
-            except ChannelClosed:
-                pass
             os._exit(1)
 
     def _listen(self) -> None:

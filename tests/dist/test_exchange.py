@@ -1,0 +1,105 @@
+"""Every exchange backend against one rank that holds all experts."""
+
+import pytest
+import torch
+
+from moe_engine.config import ExchangeConfig
+from moe_engine.dist.communicator import Communicator
+from moe_engine.dist.exchange import ExchangeSelector, ExpertShard
+from moe_engine.dist.groups import ParallelGroups
+from moe_engine.dist.layout import RankLayout, split_evenly
+from moe_engine.errors import ConfigError
+from moe_engine.ops.moe import expert_ffn
+from tests.dist.ranks import run_on_ranks
+
+HIDDEN, WIDTH, EXPERTS, TOP_K = 16, 8, 8, 3
+
+
+def weights_and_tokens(seed, num_tokens, routing):
+    """The same on every rank."""
+    random = torch.Generator().manual_seed(seed)
+    gate_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=random)
+    down = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=random)
+    x = torch.randn(num_tokens, HIDDEN, generator=random)
+    ids = torch.rand(num_tokens, EXPERTS, generator=random).argsort(dim=1)[:, :TOP_K]
+    if routing == "first experts":
+        ids = torch.arange(TOP_K).expand(num_tokens, TOP_K)
+    elif routing == "last rank":
+        ids = torch.tensor([EXPERTS - 1, EXPERTS - 2, 0]).expand(num_tokens, TOP_K)
+    weights = torch.rand(num_tokens, TOP_K, generator=random)
+    return gate_up, down, x, ids.to(torch.int32).contiguous(), weights
+
+
+def check_against_one_rank(groups, backend, num_tokens_by_group, routing, dtype):
+    """Dispatch, run the local experts, combine; compare with all experts in one place."""
+    layout = groups.layout
+    selector = ExchangeSelector(ExchangeConfig(exchange=backend), groups, EXPERTS)
+    exchange = selector.select(max(num_tokens_by_group))
+    num_tokens = num_tokens_by_group[layout.dp_rank]
+    seed = 100 + layout.dp_rank + num_tokens
+    gate_up, down, _, _, _ = weights_and_tokens(7, 0, routing)
+    _, _, x, ids, weights = weights_and_tokens(seed, num_tokens, routing)
+    gate_up, down, x = gate_up.to(dtype), down.to(dtype), x.to(dtype)
+    rows = slice(0, num_tokens)
+    if exchange.shards_tokens:
+        counts = split_evenly(num_tokens, layout.attention_tp)
+        first = sum(counts[: layout.tp_rank])
+        rows = slice(first, first + counts[layout.tp_rank])
+    shard = ExpertShard(EXPERTS, layout.world_size, layout.rank)
+    local = slice(shard.rank * shard.num_local, (shard.rank + 1) * shard.num_local)
+    received = exchange.dispatch(x[rows], ids[rows], weights[rows])
+    y = expert_ffn(
+        received.x_RH, received.slot_ids_RK, received.weights_RK, gate_up[local], down[local]
+    )
+    out = exchange.combine(y, received)
+    expected = expert_ffn(x[rows], ids[rows], weights[rows], gate_up, down)
+    assert out.dtype == dtype
+    tolerance = 1e-5 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * 50)
+
+
+def pure_tp_cases(groups):
+    for backend in ("collective", "replicated", "auto"):
+        for num_tokens in (0, 1, 3, 64, 65):
+            for routing in ("random", "first experts", "last rank"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    check_against_one_rank(groups, backend, [num_tokens], routing, dtype)
+
+
+def mixed_cases(groups):
+    for counts in ([0, 0], [5, 0], [0, 1], [7, 33], [2, 1]):
+        for routing in ("random", "first experts", "last rank"):
+            check_against_one_rank(groups, "auto", counts, routing, torch.float32)
+
+
+def copies_case(groups):
+    """A token with several experts on one rank arrives there once."""
+    exchange = ExchangeSelector(
+        ExchangeConfig(exchange="collective"), groups, EXPERTS
+    ).select(1)
+    ids = torch.tensor([[0, 1, 7]], dtype=torch.int32)
+    received = exchange.dispatch(torch.randn(1, HIDDEN), ids, torch.rand(1, TOP_K))
+    sources = groups.layout.world_size
+    expected = sources if groups.layout.rank in (0, groups.layout.world_size - 1) else 0
+    assert received.x_RH.shape[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("cases", "tp", "dp"), [(pure_tp_cases, 2, 1), (mixed_cases, 2, 2), (copies_case, 4, 1)]
+)
+def test_exchange_matches_all_experts_in_one_place(cases, tp, dp):
+    run_on_ranks(cases, tp, dp)
+
+
+def test_local_exchange_moves_nothing():
+    groups = ParallelGroups(RankLayout(0, 1, 1), Communicator(1, 0), Communicator(1, 0))
+    for backend in ("auto", "local", "replicated", "collective"):
+        for num_tokens in (0, 1, 9):
+            check_against_one_rank(groups, backend, [num_tokens], "random", torch.float32)
+
+
+@pytest.mark.parametrize(("backend", "tp", "dp"), [("local", 2, 1), ("replicated", 1, 2)])
+def test_backend_that_the_layout_forbids_is_refused(backend, tp, dp):
+    groups = ParallelGroups(RankLayout(0, tp, dp), Communicator(1, 0), Communicator(1, 0))
+    with pytest.raises(ConfigError, match=f"exchange is '{backend}'.*allows only: auto"):
+        ExchangeSelector(ExchangeConfig(exchange=backend), groups, EXPERTS)

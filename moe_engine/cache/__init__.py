@@ -1,0 +1,1 @@
+"""The paged KV cache: block bookkeeping and prefix reuse (no torch), and the KV tensors."""

@@ -1,0 +1,1 @@
+"""Operators: what the layers and the engine compute with."""

@@ -248,7 +248,6 @@ class Sampler:
         states: Sequence[_SequenceState],
     ) -> torch.Tensor:
         """Temperature, filters and the draw, for rows that are not greedy; int64 [R]."""
-
         assert all(0.0 <= row.uniform < 1.0 for row in rows)
         temperatures = [state.params.temperature for state in states]
         logits_RV = scale_by_temperature(logits_RV, self._to_device(temperatures, torch.float32))

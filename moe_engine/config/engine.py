@@ -14,9 +14,19 @@ from moe_engine.errors import ConfigError
 GIB = 1 << 30
 
 
-def option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with a help text and, for strings, the values allowed."""
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+def option(
+    default: Any,
+    help_text: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    is_bytes: bool = False,
+) -> Any:
+    """A dataclass field with a help text and, for strings, the values allowed.
+
+    ``is_bytes`` marks a size in bytes, which may also be written like ``4GiB``.
+    """
+    metadata = {"help": help_text, "choices": choices, "is_bytes": is_bytes}
+    return field(default=default, metadata=metadata)
 
 
 def check_options(config: Any) -> None:
@@ -70,7 +80,9 @@ class CacheConfig:
 
     block_size: int = option(16, "tokens per KV block")
     num_blocks: int | None = option(None, "KV blocks per DP group; None fills the memory allowed")
-    kv_cache_memory: int | None = option(None, "bytes of KV cache per rank (suffixes KiB MiB GiB)")
+    kv_cache_memory: int | None = option(
+        None, "bytes of KV cache per rank (suffixes KiB MiB GiB)", is_bytes=True
+    )
     memory_utilization: float = option(0.9, "share of a GPU's memory that the engine may use")
     prefix_cache: bool = option(True, "reuse the KV blocks of prompts that begin alike")
 
@@ -174,7 +186,9 @@ class ServerConfig:
     served_model_name: str | None = option(
         None, "name that clients ask for; none: the checkpoint directory's name"
     )
-    max_body_bytes: int = option(4 << 20, "largest request body")
+    max_body_bytes: int = option(
+        4 << 20, "bytes of the largest request body (suffixes KiB MiB GiB)", is_bytes=True
+    )
     log_level: str = option(
         "info", "least severe messages shown", choices=("debug", "info", "warning", "error")
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,22 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> ModelConfig:
+        """Read a checkpoint directory; see `config.hf.load_model_config`."""
+        from moe_engine.config.hf import load_model_config  # hf builds on this module
+
+        return load_model_config(Path(directory))
+
+    @classmethod
+    def from_dict(
+        cls, values: dict[str, Any], generation: dict[str, Any] | None = None
+    ) -> ModelConfig:
+        """Build from parsed JSON files; see `config.hf.parse_model_config`."""
+        from moe_engine.config.hf import parse_model_config
+
+        return parse_model_config(values, generation)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether ``layer`` (from 0) has experts; the others have one dense MLP."""

@@ -1,0 +1,1 @@
+"""The embedded demo model: what the engine serves when no checkpoint is named."""

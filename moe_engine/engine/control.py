@@ -74,7 +74,7 @@ class ControlHub:
 
     def tell_ranks(self, message: ToRank) -> None:
         """Send to every other rank; one that has gone is reported by the listening thread."""
-        for channel in self._ranks.values():
+        for channel in list(self._ranks.values()):
             try:
                 channel.send(message)
             except ChannelClosed:

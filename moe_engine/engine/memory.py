@@ -62,8 +62,8 @@ def check_weights_fit(needed: int, free: int, world_on_node: int) -> None:
     """
     if needed * world_on_node > free:
         raise ConfigError(
-            f"too little memory for the weights: {world_on_node} ranks x {gib(needed)} = "
-            f"{gib(needed * world_on_node)}, but {gib(free)} are free; use more ranks on more "
+            f"too little memory for the weights: {world_on_node} ranks x {size(needed)} = "
+            f"{size(needed * world_on_node)}, but {size(free)} are free; use more ranks on more "
             "devices or a smaller dtype"
         )
 
@@ -86,12 +86,12 @@ def kv_budget(
         available, source = cache.kv_cache_memory, "kv_cache_memory"
     elif total:
         available = free - int(total * (1.0 - cache.memory_utilization))
-        source = f"{gib(free)} free less {1 - cache.memory_utilization:.0%} of {gib(total)}"
+        source = f"{size(free)} free less {1 - cache.memory_utilization:.0%} of {size(total)}"
     else:
         available, source = min(CPU_KV_CACHE_BYTES, free // 2), "the default of a CPU rank"
     if available > free:
         raise ConfigError(
-            f"the KV cache may take {gib(available)} ({source}), but {gib(free)} are free"
+            f"the KV cache may take {size(available)} ({source}), but {size(free)} are free"
         )
     return KVBudget(block_bytes, available, source)
 
@@ -106,7 +106,7 @@ def choose_num_blocks(budget: KVBudget, config: EngineConfig, max_model_len: int
     cache = config.cache
     fit = max(budget.available, 0) // budget.block_bytes
     arithmetic = (
-        f"{gib(budget.available)} ({budget.source}) / {budget.block_bytes} bytes a block "
+        f"{size(budget.available)} ({budget.source}) / {budget.block_bytes} bytes a block "
         f"= {fit} blocks of {cache.block_size} tokens"
     )
     if cache.num_blocks is not None:
@@ -126,6 +126,7 @@ def choose_num_blocks(budget: KVBudget, config: EngineConfig, max_model_len: int
     return min(fit, per_sequence * config.scheduler.max_num_seqs)
 
 
-def gib(num_bytes: int) -> str:
-    """A size for people, e.g. ``1.50 GiB``."""
-    return f"{num_bytes / GIB:.2f} GiB"
+def size(num_bytes: int) -> str:
+    """A size for people, e.g. ``1.50 GiB`` or ``20.00 MiB``."""
+    unit, name = (GIB, "GiB") if abs(num_bytes) >= GIB else (1 << 20, "MiB")
+    return f"{num_bytes / unit:.2f} {name}"

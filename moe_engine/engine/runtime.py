@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from moe_engine.cache.kv import KVCache
-from moe_engine.checkpoint.load import fill_dummy, load_weights
+from moe_engine.checkpoint.dummy import fill_dummy
+from moe_engine.checkpoint.load import load_weights
 from moe_engine.checkpoint.reader import Checkpoint
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.hf import load_model_config
@@ -88,6 +89,7 @@ class RankRuntime:
                 specs,
                 Checkpoint(Path(self.config.model), self.model_config),
                 lambda done, total: progress("loading weights", done, total),
+                show_progress=self.layout.rank == 0,
             )
         free, total = self._memory()
         self.budget = memory.kv_budget(

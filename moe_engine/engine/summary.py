@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_engine.engine.memory import gib, weight_bytes
+from moe_engine.engine.memory import size, weight_bytes
 from moe_engine.engine.runtime import RankRuntime
 
 
@@ -21,7 +21,7 @@ def start_summary(runtime: RankRuntime, num_blocks: int) -> str:
             f"layout    {parallel.world_size} rank(s) on {runtime.device.type}: attention TP "
             f"{parallel.attention_tp} x DP {parallel.attention_dp}, experts EP "
             f"{parallel.world_size}",
-            f"memory    per rank: weights {gib(weights)}, KV cache {gib(kv)}",
+            f"memory    per rank: weights {size(weights)}, KV cache {size(kv)}",
             f"KV cache  {num_blocks} blocks of {config.cache.block_size} = {tokens} tokens per "
             f"DP group; context {runtime.max_model_len} tokens",
         )

@@ -1,1 +1,1 @@
-"""Plain torch references of every operator: the CPU path, and what kernels are judged by."""
+"""PyTorch versions of every operation: readable, portable, and the standard for the kernels."""

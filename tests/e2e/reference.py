@@ -106,8 +106,8 @@ class Reference:
     greedy: list[list[int]]
 
 
-def save_checkpoint(directory: Path, variant: Variant, seed: int) -> Any:
-    """Random weights in transformers' model, saved as ``variant`` says; returns the model."""
+def save_checkpoint(directory: Path, variant: Variant, seed: int) -> None:
+    """Random weights in transformers' model, saved as ``variant`` says."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
@@ -118,13 +118,15 @@ def save_checkpoint(directory: Path, variant: Variant, seed: int) -> Any:
         elif "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     model.to(variant.dtype).save_pretrained(directory, **variant.save)
-    return model
 
 
 @torch.inference_mode()
 def make_reference(directory: Path, variant: Variant, seed: int) -> Reference:
     """Save the checkpoint and let transformers decode some prompts greedily."""
-    model = save_checkpoint(directory, variant, seed).to(torch.float32).eval()
+    from transformers import Qwen3MoeForCausalLM
+
+    save_checkpoint(directory, variant, seed)
+    model = Qwen3MoeForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     choose = random.Random(seed)
     vocab_size = model.config.vocab_size
     prompts = [[choose.randrange(vocab_size) for _ in range(n)] for n in PROMPT_LENGTHS]

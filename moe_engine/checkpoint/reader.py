@@ -111,9 +111,11 @@ class Checkpoint:
             raise CheckpointError(f"{path} has no weight_map")
         for name, file_name in weight_map.items():
             # a path would let an index read files outside its directory
-            if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            is_plain = isinstance(file_name, str) and Path(file_name).name == file_name
+            if not is_plain or not file_name.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{path} places {name} in {file_name!r}; it must be a file of the directory"
+                    f"{path} places {name} in {file_name!r}; it must be a safetensors file in "
+                    "the same directory"
                 )
         return weight_map
 
@@ -188,7 +190,7 @@ class Checkpoint:
     def _describe_problems(self) -> str:
         lines = [f"the checkpoint in {self.directory} cannot be loaded:"]
         for kind, details in self._problems.items():
-            lines.append(f"  {len(details)} {kind}:")
+            lines.append(f"  {kind} ({len(details)}):")
             lines += [f"    {detail}" for detail in details[:MAX_LISTED]]
             if len(details) > MAX_LISTED:
                 lines.append(f"    ... and {len(details) - MAX_LISTED} more")

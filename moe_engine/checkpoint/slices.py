@@ -106,7 +106,7 @@ def _read_exactly(
             raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror}") from error
         if count == 0:
             raise CheckpointError(
-                f"{tensor.file} ends at byte {offset + done}, before the end of a tensor at "
-                f"byte {tensor.end}; it has changed since its header was read"
+                f"{tensor.file} ends before byte {tensor.end}, up to which a tensor goes; it has "
+                "changed since its header was read"
             )
         done += count

@@ -1,12 +1,16 @@
 """Random checkpoints in several shapes and formats, and what transformers says of them."""
 
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import moe_engine.demo
+
+DEMO_DATA = Path(moe_engine.demo.__file__).parent / "data"
 PROMPT_LENGTHS = (1, 3, 7, 16, 33, 50)
 NUM_NEW_TOKENS = 64
 
@@ -118,6 +122,8 @@ def save_checkpoint(directory: Path, variant: Variant, seed: int) -> None:
         elif "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     model.to(variant.dtype).save_pretrained(directory, **variant.save)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO_DATA / name, directory)
 
 
 @torch.inference_mode()

@@ -1,0 +1,80 @@
+"""A rank that dies under load takes the engine down at once, loudly and completely."""
+
+import signal
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from moe_engine import EngineDeadError, MoEEngine, SamplingParams
+from tests.e2e.server_process import running_server
+
+LAYOUT = ("--attention-tp", "2", "--attention-dp", "2")
+
+
+def stream_until_it_ends(server, outcomes):
+    """One long streaming request; what ended it goes to ``outcomes``."""
+    body = {
+        "model": "moe-engine-demo",
+        "prompt": "Once",
+        "max_tokens": 4000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    lines = []
+    try:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            lines += answer.iter_lines()
+    except httpx.HTTPError as error:
+        lines.append(repr(error))
+    outcomes.append(lines)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_killed_rank_under_load_is_an_error_for_everybody(rank):
+    with running_server(*LAYOUT) as server:
+        outcomes = []
+        threads = [
+            threading.Thread(target=stream_until_it_ends, args=(server, outcomes)) for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        while server.metric("moe_engine:num_requests_running") < 8:
+            time.sleep(0.05)
+        ranks = server.ranks()
+        assert sorted(ranks) == [0, 1, 2, 3]
+        killed = time.monotonic()
+        ranks[rank].send_signal(signal.SIGKILL)
+        while server.health() == 200:
+            assert time.monotonic() - killed < 10
+        assert server.health() in (503, None)
+        assert server.process.wait(10) != 0
+        assert time.monotonic() - killed < 10
+        for thread in threads:
+            thread.join(10)
+        assert len(outcomes) == 8
+        for lines in outcomes:
+            assert "[DONE]" not in "".join(lines)
+            assert f"rank {rank}" in "".join(lines[-3:])
+        _, alive = psutil.wait_procs(ranks.values(), timeout=5)
+        assert not alive
+        output = server.process.stdout.read()
+        assert f"rank {rank}" in output
+        assert "SIGKILL" in output
+
+
+def test_python_api_names_the_killed_rank():
+    with MoEEngine(attention_tp=2, device="cpu") as engine:
+        stream = engine.stream("Once", SamplingParams(max_tokens=4000, ignore_eos=True))
+        next(stream)
+        children = psutil.Process().children()
+        ranks = {c.environ().get("RANK"): c for c in children}
+        ranks["1"].kill()
+        with pytest.raises(EngineDeadError, match=r"rank 1 .*SIGKILL") as caught:
+            list(stream)
+        assert caught.value.rank == 1
+        with pytest.raises(EngineDeadError):
+            engine.generate("Again")
+    assert not psutil.wait_procs(ranks.values(), timeout=5)[1]

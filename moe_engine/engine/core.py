@@ -85,9 +85,10 @@ class EngineCore:
         self._in_flight.append((plan, [] if own is None else [own]))
 
     def _collect_oldest(self) -> list[RequestUpdate]:
-        """Wait for every DP group's result of the oldest step and tell the scheduler."""
+        """Wait for every busy DP group's result of the oldest step and tell the scheduler."""
         plan, results = self._in_flight.pop(0)
-        while len(results) < len(plan.groups):
+        num_busy = sum(bool(group.steps) for group in plan.groups)
+        while len(results) < num_busy:
             result = self._hub.results.get()
             for other_plan, other_results in [(plan, results), *self._in_flight]:
                 if other_plan.step_id == result.step_id:

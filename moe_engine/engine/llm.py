@@ -6,7 +6,7 @@ import itertools
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from moe_engine.config.flat import build_config
 from moe_engine.engine.frontend import FrontEnd, News
@@ -117,7 +117,7 @@ class MoEEngine:
             InvalidRequestError: a prompt cannot be served; the whole call is aborted.
             EngineDeadError: a rank failed.
         """
-        batch = [prompts] if is_single_prompt(prompts) else list(prompts)
+        batch = as_batch(prompts)
         params = params or self.default_params
         each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
@@ -172,17 +172,23 @@ class MoEEngine:
         """Token ids of any kind of prompt."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.tokenizer.apply_chat_template(list(prompt))
-        for token_id in prompt:
-            if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise InvalidRequestError(
-                    f"a prompt is a text, token ids or chat messages, but it holds {token_id!r}",
-                    param="prompt",
-                )
-        return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+        token_ids, messages = [], []
+        for item in prompt:
+            if isinstance(item, Mapping):
+                messages.append(item)
+            elif isinstance(item, int) and not isinstance(item, bool):
+                token_ids.append(item)
+        if len(prompt) not in (len(token_ids), len(messages)):
+            raise InvalidRequestError(
+                f"a prompt is a text, token ids or chat messages, but this one is {prompt!r:.200}",
+                param="prompt",
+            )
+        return self.tokenizer.apply_chat_template(messages) if messages else token_ids
 
 
-def is_single_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether ``prompts`` is one prompt rather than a sequence of them."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts as a list, be they one or many."""
+    is_single = isinstance(prompts, str) or (
+        len(prompts) > 0 and isinstance(prompts[0], int | Mapping)
+    )
+    return cast("list[Prompt]", [prompts] if is_single else list(prompts))

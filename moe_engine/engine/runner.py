@@ -54,7 +54,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """Run one step; the DP group's result on its TP rank 0, None on the other ranks."""
+        """Run one step; returns the DP group's result on its TP rank 0, unless it is idle."""
         layout = self._groups.layout
         group = plan.groups[layout.dp_rank]
         self._update_sequences(group)
@@ -71,7 +71,7 @@ class ModelRunner:
         result = StepResult(plan.step_id, layout.dp_rank)
         self._score_prompts(group, batch, x_TH, result)
         self._sample(group, batch, x_TH, result)
-        return result if layout.tp_rank == 0 else None
+        return result if layout.tp_rank == 0 and group.steps else None
 
     def _update_sequences(self, group: GroupPlan) -> None:
         """Forget the retired sequences, then take in the admitted ones."""

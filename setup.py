@@ -25,6 +25,7 @@ from setuptools.errors import CompileError
 DEFAULT_ARCHS = "90a,100a"
 REQUIRE_CUDA = os.environ.get("MOE_ENGINE_REQUIRE_CUDA", "") == "1"
 CUDA_ARCHS = os.environ.get("MOE_ENGINE_CUDA_ARCHS", DEFAULT_ARCHS)
+ARCH_FLAGS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS.split(",")]
 
 
 def say(message: str) -> None:
@@ -59,7 +60,8 @@ class BuildWithNvcc(build_ext):
         # cudart is linked statically and its symbols stay hidden: the module loads on a machine
         # without a driver, and beside the cudart that PyTorch brings.
         hide = "-Xlinker=--exclude-libs=ALL"
-        self.run_nvcc(["-shared", "-cudart=static", hide, "-o", str(output), *map(str, objects)])
+        command = ["-shared", "-cudart=static", hide, *ARCH_FLAGS, "-o", str(output)]
+        self.run_nvcc([*command, *map(str, objects)])
         say(f"built for {', '.join(f'sm_{arch}' for arch in CUDA_ARCHS.split(','))}")
 
     def compile_source(self, source: str, target: Path) -> None:
@@ -69,8 +71,7 @@ class BuildWithNvcc(build_ext):
         command = ["-c", source, "-o", str(target), "-std=c++17", "-O3"]
         command += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
         if source.endswith(".cu"):
-            for arch in CUDA_ARCHS.split(","):
-                command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+            command += ARCH_FLAGS
         else:
             command += [
                 f'-DMOE_ENGINE_CUDA_ARCHS="{CUDA_ARCHS}"',

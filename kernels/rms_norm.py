@@ -1,0 +1,119 @@
+"""RMSNorm, alone and fused with the residual addition.
+
+Legend: R rows (all leading dimensions flattened), H the normalised size.
+
+Memory-bound: each row is read once and written once, so a program holds whole rows in registers.
+Short rows, such as attention heads, share a program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements that a program holds at once: one long row, or several short ones.
+TILE_ELEMENTS = 2048
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    new_residual_ptr,
+    num_rows,
+    num_columns,
+    x_row_stride,
+    residual_row_stride,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Normalise BLOCK_R rows; with HAS_RESIDUAL, add and store the residual first.
+
+    Shapes: x and residual [R, H] with a row stride each and columns side by side; weight [H];
+    out and new_residual [R, H] contiguous. One dtype for all, float32 arithmetic.
+
+    Example, one row, H = 2, eps = 0: x = [2, 1], residual = [1, 3], weight = [1, 10]
+        new_residual = [3, 4], mean square = (9 + 16) / 2 = 12.5, its root = 3.536
+        out = [3 / 3.536 * 1, 4 / 3.536 * 10] = [0.849, 11.314]
+    """
+    # int64, because row * stride passes 2^31 in large batches.
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    columns = tl.arange(0, BLOCK_H)[None, :]
+    mask = (rows < num_rows) & (columns < num_columns)
+    dtype = out_ptr.dtype.element_ty
+
+    x = tl.load(x_ptr + rows * x_row_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual_offsets = rows * residual_row_stride + columns
+        residual = tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0).to(tl.float32)
+        # The norm sees the sum as it is stored, rounded to the dtype.
+        new_residual = (x + residual).to(dtype)
+        tl.store(new_residual_ptr + rows * num_columns + columns, new_residual, mask=mask)
+        x = new_residual.to(tl.float32)
+
+    mean_square = tl.sum(x * x, axis=1, keep_dims=True) / num_columns
+    normed = (x * tl.rsqrt(mean_square + eps)).to(dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * num_columns + columns, (normed * weight).to(dtype), mask=mask)
+
+
+def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise ``x`` [..., H] over its last dimension; the arguments are checked by the caller."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight_H, out, None, eps)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(normed, residual + x)``, both new and like ``x`` [..., H]."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new_residual = torch.empty_like(out)
+    _launch(x, residual, weight_H, out, new_residual, eps)
+    return out, new_residual
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight_H: torch.Tensor,
+    out: torch.Tensor,
+    new_residual: torch.Tensor | None,
+    eps: float,
+) -> None:
+    x_RH = _rows(x)
+    residual_RH = x_RH if residual is None else _rows(residual)
+    num_rows, num_columns = x_RH.shape
+    if num_rows == 0:
+        return
+    block_h = triton.next_power_of_2(num_columns)
+    block_r = max(1, TILE_ELEMENTS // block_h)
+    grid = (triton.cdiv(num_rows, block_r),)
+    _rms_norm_kernel[grid](
+        x_RH,
+        residual_RH,
+        weight_H.contiguous(),
+        out,
+        out if new_residual is None else new_residual,
+        num_rows,
+        num_columns,
+        x_RH.stride(0),
+        residual_RH.stride(0),
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_R=block_r,
+        BLOCK_H=block_h,
+        num_warps=8 if block_h > TILE_ELEMENTS else 4,
+    )
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as [R, H] with columns side by side; a copy only where no view has that layout."""
+    x_RH = x.reshape(-1, x.shape[-1])
+    return x_RH if x_RH.stride(1) == 1 else x_RH.contiguous()

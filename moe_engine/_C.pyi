@@ -1,0 +1,47 @@
+"""CUDA C++ behind raw device pointers (as integers), sizes and a stream handle.
+
+Nothing here checks a shape, a dtype or a lifetime: call `moe_engine.ops` instead. Every failed CUDA
+call raises `RuntimeError` naming the call. Missing where the package was installed without nvcc.
+"""
+
+from typing import TypedDict
+
+CUDA_ARCHS: str
+"""The architectures compiled in, e.g. ``"90a,100a"``."""
+
+class DeviceProperties(TypedDict):
+    name: str
+    num_sms: int
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+    l2_bytes: int
+    multicast: bool
+
+class DeviceLink(TypedDict):
+    peer_access: bool
+    native_atomics: bool
+    performance_rank: int
+
+def device_count() -> int:
+    """GPUs that this process can use; 0 without a GPU or without a driver."""
+
+def device_properties(device: int) -> DeviceProperties:
+    """What the GPU is. ``multicast`` is what the device reports, not a promise that it works."""
+
+def device_link(device: int, peer: int) -> DeviceLink:
+    """How ``device`` reaches the memory of ``peer``; ``performance_rank`` 0 is the fastest link."""
+
+def expert_token_counts(
+    *,
+    topk_ids: int,
+    ids_are_int64: bool,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    counts: int,
+    stream: int,
+) -> None:
+    """Enqueue the histogram of ``topk_ids`` [T, K] into ``counts`` [E] (int32, overwritten).
+
+    Ids below 0 are padding. The current device must be the one that owns the pointers.
+    """

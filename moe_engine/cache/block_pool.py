@@ -106,7 +106,7 @@ class BlockPool:
         With no tables this says that every block is free or cached.
         """
         held = Counter(block_id for table in block_tables for block_id in table)
-        places = Counter(self._free) + Counter(self._lru) + Counter(dict.fromkeys(held, 1))
+        places = Counter((*self._free, *self._lru, *held))
         for block_id in range(self.num_blocks):
             if self._ref_counts[block_id] != held[block_id]:
                 raise AssertionError(

@@ -234,6 +234,18 @@ def test_draw_reaches_both_ends():
     assert ops.draw_tokens(logits, uniform).tolist() == [1, 3]
 
 
+def test_draw_resolves_uniforms_beyond_float32():
+    uniform = torch.tensor([0.5 - 1e-12, 0.5, 0.5 + 1e-12], dtype=torch.float64)
+    assert ops.draw_tokens(torch.zeros(3, 2), uniform).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 3, 10, 1000, 4099])
+def test_largest_uniform_takes_the_last_possible_token(vocab_size):
+    logits = random_logits(50, vocab_size, seed=vocab_size).clamp(min=-8)
+    tokens = ops.draw_tokens(logits, full(50, ALMOST_ONE, torch.float64))
+    assert tokens.tolist() == [vocab_size - 1] * 50
+
+
 def test_draws_follow_the_distribution():
     num_draws = 40_000
     logits = torch.tensor([2.0, 0.0, -1.0, 1.5, -INF, 0.7, -4.0])
@@ -327,3 +339,18 @@ def test_rows_are_bit_identical_in_any_batch(vocab_size):
             rows = slice(start, start + size)
             for whole, part in zip(together, outcomes(rows), strict=True):
                 assert torch.equal(whole[rows], part)
+
+
+def test_softmax_of_a_row_does_not_depend_on_the_batch_or_the_threads():
+    # What the operators rely on torch for; a plain sum over such rows fails this.
+    logits = random_logits(5, 151_936)
+    num_threads = torch.get_num_threads()
+    try:
+        for softmax in (torch.softmax, torch.log_softmax):
+            torch.set_num_threads(1)
+            together = softmax(logits, dim=-1)
+            torch.set_num_threads(2)
+            alone = torch.cat([softmax(logits[i : i + 1].clone(), dim=-1) for i in range(5)])
+            assert torch.equal(together, alone)
+    finally:
+        torch.set_num_threads(num_threads)

@@ -3,10 +3,11 @@
 Every function is pure and treats each row on its own, and none waits for the device: shapes follow
 from the arguments' shapes and host numbers only. `moe_engine.engine.sampler` puts them in order.
 
-A row's result depends, bit for bit, on that row alone. Two choices make it so. Probabilities come
-from ``torch.softmax``, whose CPU kernel walks one row at a time, whereas ``exp`` or ``sum`` may
-split a batch differently for every batch size. And probabilities are summed as integers
-(`_fixed_point`), for which the order of summation, the device's choice, does not matter.
+A row's result depends, bit for bit, on that row alone (on the CPU; on other devices as far as their
+softmax does). Two choices make it so. Probabilities come from ``torch.softmax``, whose CPU kernel
+walks one row at a time, whereas ``sum`` splits a long row among threads if the batch has few. And
+probabilities are added up as integers (`_fixed_point`), where the order, which is the device's
+choice, does not matter.
 
 Shapes: B rows of the batch, R of them that an operation is for, N positions, V vocabulary, K top.
 """
@@ -140,9 +141,9 @@ def draw_tokens(logits_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tenso
         int64 [R].
     """
     sums_RV = _fixed_point(torch.softmax(logits_RV, dim=-1)).cumsum(dim=-1)
-    total_R = sums_RV[:, -1]
-    # Above 2**53 the product may round up to the total, which no cumulative sum exceeds.
-    target_R = torch.minimum((uniform_R * total_R).to(torch.int64), total_R - 1)
+    # A float64 below 1 is at most 1 - 2**-53, which takes more off the total than converting the
+    # total to float64 can add, so the target stays below it and a cumulative sum exceeds it.
+    target_R = (uniform_R * sums_RV[:, -1]).to(torch.int64)
     return torch.searchsorted(sums_RV, target_R.unsqueeze(1), right=True).squeeze(1)
 
 

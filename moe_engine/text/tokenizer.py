@@ -185,7 +185,7 @@ class Tokenizer:
             )
         try:
             text = self._hf.apply_chat_template(
-                # transformers < 5.18 would show templates an explicit None, which many print.
+                # Some transformers versions show the None to the template, and many print it.
                 [{k: v for k, v in m.items() if v is not None} for m in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=add_generation_prompt,

@@ -75,6 +75,7 @@ def test_only_the_possible_beginning_of_a_stop_string_is_held_back(
     stops=stop_lists,
     cuts=cuts,
 )
+@example(early="aa", late="a", stops=["aa"], cuts=[])
 def test_unsearched_text_ends_no_match_but_may_begin_one(
     early: str, late: str, stops: list[str], cuts: list[int]
 ) -> None:

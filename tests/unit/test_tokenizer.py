@@ -57,6 +57,20 @@ def test_broken_tokenizer_file_is_refused(directory: Path) -> None:
         Tokenizer.from_directory(directory)
 
 
+def test_tokenizer_that_brings_its_own_code_is_refused_without_asking(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    path = directory / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    content["tokenizer_class"] = "MyTokenizer"
+    content["auto_map"] = {"AutoTokenizer": [None, "my_tokenizer.MyTokenizer"]}
+    path.write_text(json.dumps(content))
+    (directory / "my_tokenizer.py").write_text("raise SystemExit('remote code was run')")
+    with pytest.raises(ConfigError, match="custom code"):
+        Tokenizer.from_directory(directory)
+
+
 def test_tokenizer_that_is_not_byte_level_is_refused(directory: Path) -> None:
     path = directory / "tokenizer.json"
     content = json.loads(path.read_text())

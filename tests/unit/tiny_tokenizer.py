@@ -14,7 +14,9 @@ CHAT_TEMPLATE = """
 {% endif %}
 {%- for message in messages %}
 {%- if message.role == 'banned' %}{{ raise_exception('the role banned is not allowed') }}{% endif %}
-{{- '<|im_start|>' + message.role + '\n' + (message.content or '') + '<|im_end|>\n' }}
+{{- '<|im_start|>' + message.role + '\n' }}
+{%- if message.content is defined %}{{ '' + message.content }}{% endif %}
+{{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}

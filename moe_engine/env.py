@@ -111,3 +111,20 @@ def _integer(variables: Mapping[str, str], name: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name} is {text!r}; it must be an integer") from None
+
+
+def local_rank_environment(rank: int, world_size: int) -> dict[str, str]:
+    """The environment of a rank of a world that lives on this node only.
+
+    The ranks meet through a file, so there is no master port; gloo talks over loopback, whatever
+    the machine's host name resolves to, unless the user has chosen an interface.
+    """
+    return child_environment(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        master_addr="127.0.0.1",
+        master_port=0,
+        GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    )

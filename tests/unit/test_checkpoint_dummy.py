@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from checkpoint_factory import TINY, whole_specs
 
 from moe_engine.checkpoint import WeightSpec, fill_dummy
 from moe_engine.checkpoint.dummy import fill_uniform
 from moe_engine.config import ModelConfig
+from tests.unit.checkpoint_factory import TINY, whole_specs
 
 CONFIG = ModelConfig.from_dict({"model_type": "qwen3_moe", "attention_bias": True, **TINY})
 NAME = "model.layers.0.mlp.experts.1.up_proj.weight"

@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from checkpoint_factory import edit_file, reference_tensors, save_tiny, whole_specs
 
 from moe_engine.checkpoint import Checkpoint, WeightSpec, load_weights
 from moe_engine.checkpoint.header import StoredTensor
 from moe_engine.checkpoint.slices import pread_into, read_slice
 from moe_engine.config import ModelConfig
 from moe_engine.errors import CheckpointError
+from tests.unit.checkpoint_factory import edit_file, reference_tensors, save_tiny, whole_specs
 
 
 def open_tiny(directory, **kwargs):

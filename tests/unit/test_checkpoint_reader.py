@@ -5,12 +5,12 @@ import struct
 
 import pytest
 import torch
-from checkpoint_factory import edit_file, read_index, save_tiny, shard_of, write_index
 
 from moe_engine.checkpoint import Checkpoint, checkpoint_tensors
 from moe_engine.checkpoint.header import read_header
 from moe_engine.config import ModelConfig
 from moe_engine.errors import CheckpointError
+from tests.unit.checkpoint_factory import edit_file, read_index, save_tiny, shard_of, write_index
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"

@@ -8,7 +8,6 @@ from importlib.resources import files
 
 import pytest
 import torch
-from checkpoint_factory import whole_specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
@@ -19,6 +18,7 @@ from moe_engine.config.hf import default_sampling
 from moe_engine.demo.build import demo_weights, ensure_demo_checkpoint
 from moe_engine.demo.train_tokenizer import train
 from moe_engine.errors import CheckpointError
+from tests.unit.checkpoint_factory import whole_specs
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import itertools
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import byte_ids, tiny_tokenizer, token_id_of
 
 from moe_engine.text.detokenizer import IncrementalDetokenizer
+from tests.unit.tiny_tokenizer import byte_ids, tiny_tokenizer, token_id_of
 
 # Random bytes, and cut or mixed up characters: what UTF-8 decoders find hard.
 broken_utf8 = st.lists(

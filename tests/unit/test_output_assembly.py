@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import byte_ids, tiny_tokenizer, token_id_of
 
 from moe_engine.text.output import CompletionAssembler, RequestAssembler
 from moe_engine.types.messages import RequestUpdate
@@ -18,6 +17,7 @@ from moe_engine.types.results import (
 )
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import Logprobs
+from tests.unit.tiny_tokenizer import byte_ids, tiny_tokenizer, token_id_of
 
 PROMPT = [1, 2, 3]
 EOS = "<|im_end|>"

@@ -7,10 +7,10 @@ import random
 import struct
 
 import pytest
-from scheduler_world import World
 
 from moe_engine.cache.block_pool import BlockPool
 from moe_engine.cache.prefix import block_digest, extend_digests, find_prefix
+from tests.unit.scheduler_world import World
 
 
 def digests_of(token_ids: list[int], block_size: int) -> list[bytes]:

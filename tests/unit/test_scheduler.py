@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_world import EOS, World
 
 from moe_engine.engine.seeding import uniform
 from moe_engine.errors import InvalidRequestError
@@ -11,6 +10,7 @@ from moe_engine.types.messages import AddRequest
 from moe_engine.types.results import FinishReason
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import GroupPlan, PromptLogprobs, StepResult
+from tests.unit.scheduler_world import EOS, World
 
 
 def shape(plan) -> list[list[tuple[int, int, int]]]:

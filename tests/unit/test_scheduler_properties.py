@@ -19,10 +19,10 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from scheduler_world import EOS, VOCAB_SIZE, World
 
 from moe_engine.errors import InvalidRequestError
 from moe_engine.types.sampling import SamplingParams
+from tests.unit.scheduler_world import EOS, VOCAB_SIZE, World
 
 MAX_MODEL_LEN = 28
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import byte_ids, save_tiny_tokenizer, tiny_tokenizer, token_id_of
 
 from moe_engine.errors import ConfigError, InvalidRequestError
 from moe_engine.text.tokenizer import Tokenizer
+from tests.unit.tiny_tokenizer import byte_ids, save_tiny_tokenizer, tiny_tokenizer, token_id_of
 
 VOCAB_SIZE = 400  # a little more than the tokenizer has: ids without a token are drawn as well
 

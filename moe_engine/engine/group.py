@@ -12,10 +12,10 @@ several long prompts would only have them preempted half-way. So a chunk never l
 only decoding allocates, one block per ``block_size`` steps. To keep admission from taking the
 blocks that decoding is about to need, a quarter of a block per running sequence stays free.
 
-Preemption. When decoding lacks a block, the latest arrival that is not yet part of the step gives
-up its blocks (perhaps the very sequence that asks). Sequences are planned in the order of arrival
-and chunks need no blocks, so the earliest arrival of a group is never preempted: it always moves
-on, which is why nothing starves.
+Preemption. When decoding lacks a block, the latest arrival of the group gives up its blocks
+(perhaps it is the very sequence that asks). It is never part of the step already, because decoding
+is planned in the order of arrival and chunks, which need no blocks, come after. The earliest
+arrival of a group is therefore never preempted: it always moves on, which is why nothing starves.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ class Group:
         self._steps: list[SequenceStep] = []
         self._planned: dict[int, PlannedStep] = {}  # by seq_id, in the order of the steps
         self._admitted: list[NewSequence] = []
-        self._has_preempted = False
 
     @property
     def num_planned(self) -> int:
@@ -108,13 +107,12 @@ class Group:
             num_tokens = min(sequence.num_pending, self._max_chunk, self._budget)
             if sequence.seq_id not in self._planned and num_tokens > 0:
                 self._add_step(sequence, num_tokens, [])
-        self._has_preempted = bool(preempted)
         return preempted
 
     def _plan_decode(self, sequence: Sequence, preempted: list[Sequence]) -> None:
         num_missing = self._num_blocks_for(sequence.num_computed + 1) - len(sequence.block_table)
         while (new_blocks := self.pool.allocate(num_missing)) is None:
-            victim = next(s for s in reversed(self.running) if s.seq_id not in self._planned)
+            victim = self.running[-1]
             self._drop(victim, victim.preempt())
             preempted.append(victim)
             if victim is sequence:
@@ -139,9 +137,7 @@ class Group:
 
         At least the last token is computed, cached or not, because its logits are needed.
         """
-        if self._has_preempted or self._budget == 0:
-            return None
-        if len(self.running) >= self._config.max_num_seqs:
+        if self._budget == 0 or len(self.running) >= self._config.max_num_seqs:
             return None
         num_spare = -(-len(self.running) // SEQUENCES_PER_SPARE_BLOCK)
         num_available = self.pool.num_free - num_spare
@@ -237,9 +233,9 @@ class Group:
         A step in flight may still write to these blocks (the chunk or decode planned before a
         preemption or an abort; the overrun planned before the end was known). That cannot hurt
         whoever gets them next: steps execute in the order of their plans, and a block released
-        now is handed out by this plan at the earliest, which comes after every step in flight;
-        and within this plan the sequence takes no part, since victims are not in it and results
-        are processed between plans. Such a late write never reaches a block that others share
+        now is handed out by the plan that follows, which comes after every step in flight; and in
+        that plan the sequence takes no part, since it is preempted before it could be planned
+        and finishes between plans. Such a late write never reaches a block that others share
         either: it goes to positions that the sequence alone computes, in a block it allocated.
         If the block is registered, the late write is the very content it is registered for.
         """

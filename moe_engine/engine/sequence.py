@@ -55,7 +55,8 @@ class Sequence:
         seq_id: the id under which the ranks hold it, of the latest admission.
         group: the DP group of the latest admission.
         block_table: KV blocks held, in position order; empty unless running.
-        num_computed: positions whose KV is written by the steps planned so far.
+        num_computed: positions whose KV the steps planned since the latest admission write, or
+            that it found in the prefix cache.
         num_in_flight: sampled tokens that are planned but not known yet.
         digests: of the full blocks of ``token_ids``, as far as they have been asked for.
         num_registered: leading blocks already offered to the prefix cache, or taken from it.
@@ -196,8 +197,6 @@ class Sequence:
 
     def _drop_blocks(self) -> list[int]:
         block_table, self.block_table = self.block_table, []
-        self.num_computed = 0
-        self.num_registered = 0
         return block_table
 
     def _take(self, event: str) -> None:

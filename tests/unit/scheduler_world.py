@@ -209,7 +209,6 @@ class World:
         self.device = FakeDevice(num_groups, num_blocks, block_size)
         self.clients: list[Client] = []
         self.results: deque[list[StepResult]] = deque()
-        self.num_admitted_first = 0
         self.stats = self.scheduler.stats()
 
     def output_limit(self, prompt: list[int], params: SamplingParams) -> int:
@@ -299,34 +298,46 @@ class World:
 
     def _check_plan(self, plan: StepPlan) -> None:
         assert any(group.steps for group in plan.groups)
+        running: set[int] = set()
         max_chunk = self.config.max_prefill_chunk or self.config.max_num_batched_tokens
         for held, group in zip(self.device.held, plan.groups, strict=True):
             assert group.num_tokens <= self.config.max_num_batched_tokens
             assert all(step.num_tokens <= max_chunk for step in group.steps)
             retired = set(group.retired)
             assert retired <= held.keys()
-            num_running = len(held) - len(retired) + len(group.admitted)
-            assert num_running <= self.config.max_num_seqs
+            remaining = [self._index(held[seq_id].new) for seq_id in held.keys() - retired]
+            assert len(remaining) + len(group.admitted) <= self.config.max_num_seqs
+            running |= set(remaining)
+            for seq_id in retired:
+                index = self._index(held[seq_id].new)
+                if not self.clients[index].is_finished:  # preempted
+                    assert index > max(remaining), "not the latest arrival was preempted"
         admitted = [new for group in plan.groups for new in group.admitted]
         for new in sorted(admitted, key=lambda new: new.seq_id):  # the order of admission
-            self._check_admission(new)
+            self._check_admission(new, running)
 
-    def _check_admission(self, new: NewSequence) -> None:
+    def _index(self, new: NewSequence) -> int:
+        """Which client a sequence belongs to; each has its own parameter object."""
         [index] = [i for i, c in enumerate(self.clients) if c.request.params is new.params]
+        return index
+
+    def _check_admission(self, new: NewSequence, running: set[int]) -> None:
+        index = self._index(new)
         client = self.clients[index]
         assert not client.is_finished
         assert new.num_prompt_tokens == len(client.request.token_ids)
         assert new.token_ids == client.request.token_ids + client.token_ids
-        if index >= self.num_admitted_first:  # nobody overtakes, except those who gave up
-            for skipped in self.clients[self.num_admitted_first : index]:
-                assert skipped.is_finished
-            self.num_admitted_first = index + 1
+        running.add(index)
+        for earlier in range(index):
+            assert earlier in running or self.clients[earlier].is_finished, "somebody overtakes"
 
     def _hear(self, update: RequestUpdate) -> None:
         client = self.clients[int(update.request_id[1:])]
         params, prompt = client.request.params, client.request.token_ids
         assert not client.is_finished, "news of a request that has ended"
         assert update.token_ids or update.prompt_logprobs or update.finish_reason
+        if client.last is not None:
+            assert update.num_cached_tokens == client.last.num_cached_tokens
         client.last = update
         client.token_ids += update.token_ids
         client.logprobs += update.logprobs

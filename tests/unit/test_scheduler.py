@@ -182,6 +182,15 @@ def test_load_outweighs_a_short_cached_prefix():
     assert [len(group.admitted) for group in world.step().groups] == [0, 1]
 
 
+def test_a_group_with_prompts_left_to_compute_is_avoided():
+    world = World(num_groups=2, max_prefill_chunk=4)
+    world.add([1] * 28, max_tokens=2)
+    world.add([2] * 4, max_tokens=9)
+    world.step()
+    world.add([3] * 4, max_tokens=2)
+    assert [len(group.admitted) for group in world.step().groups] == [0, 1]
+
+
 def test_a_request_goes_to_another_group_when_the_preferred_one_is_full():
     world = World(num_groups=2, max_num_seqs=1, max_num_batched_tokens=32)
     world.add([1] * 25, max_tokens=7)
@@ -238,11 +247,11 @@ def test_the_latest_arrival_is_preempted_and_resumes_with_its_tokens():
     assert world.scheduler.stats().num_preemptions_total == 1
 
 
-def test_a_preempted_request_is_served_before_new_ones():
-    world = crowded_world()
+def test_a_preempted_request_is_served_before_those_that_wait():
+    world = crowded_world(max_num_seqs=2)
+    world.add([3], max_tokens=1)
     while world.scheduler.stats().num_preemptions_total == 0:
         world.step()
-    world.add([3], max_tokens=1)
     while not (plan := world.step()).groups[0].admitted:
         pass
     assert [new.token_ids[0] for new in plan.groups[0].admitted] == [2, 3]
@@ -267,12 +276,25 @@ def test_a_sample_in_flight_survives_preemption_and_delays_readmission():
     world.drain()
 
 
-def test_a_group_that_preempts_admits_nobody_in_that_step():
-    world = crowded_world(max_num_seqs=4)
-    world.add([3], max_tokens=1)
+def test_the_latest_of_several_is_preempted():
+    world = World(num_blocks=9, prefix_cache=False)
+    for token in (1, 2, 3):
+        world.add([token] * 4, max_tokens=16)
     while world.scheduler.stats().num_preemptions_total == 0:
         plan = world.step()
-    assert plan.groups[0].admitted == []
+    assert plan.groups[0].retired == [2]
+    assert [step.seq_id for step in plan.groups[0].steps] == [0, 1]
+    world.drain()
+
+
+def test_cached_tokens_are_those_of_the_first_admission():
+    world = World(num_blocks=5)
+    world.add([1] * 4, max_tokens=16)
+    client = world.add([2] * 4, max_tokens=16)
+    world.drain()
+    assert world.scheduler.stats().num_preemptions_total == 1
+    assert client.last.num_cached_tokens == 0
+    assert world.scheduler.stats().prefix_hit_tokens_total == 0
 
 
 def test_prompt_logprobs_are_not_repeated_after_preemption():

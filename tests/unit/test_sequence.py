@@ -175,6 +175,11 @@ def test_uniform_is_a_pure_function_into_the_unit_interval():
     assert abs(sum(numbers) / len(numbers) - 0.5) < 0.03
 
 
+def test_seeds_that_differ_by_the_weyl_constant_do_not_share_a_stream():
+    golden = 0x9E3779B97F4A7C15
+    assert draw64(5, 1) != draw64(5 + golden, 0)
+
+
 def test_largest_draw_stays_below_one():
     assert ((2**64 - 1) >> 11) * 2.0**-53 < 1.0
     assert 0 <= draw64(0, 10**9) < 2**64

@@ -79,9 +79,7 @@ class CompletionLogprobsWriter:
 
     def _name(self, token_id: int) -> str:
         """The token's text, or OpenAI's ``bytes:\\xe2\\x80`` if it is not whole characters."""
-        token_bytes = self._tokenizer.token_bytes(token_id)
-        if token_bytes is None:
-            return self._tokenizer.token_text(token_id)
+        token_bytes: bytes = self._tokenizer.token_bytes(token_id) or b""
         try:
             return token_bytes.decode()
         except UnicodeDecodeError:

@@ -127,7 +127,8 @@ def _add_flag(group: Any, option: FlatOption) -> None:
         action = argparse.BooleanOptionalAction
         group.add_argument(flag, dest=option.name, action=action, help=help_text)
     else:
-        metavar = "|".join(option.choices) if option.choices else option.type.__name__.upper()
+        kind = "BYTES" if option.is_bytes else option.type.__name__.upper()
+        metavar = "|".join(option.choices) if option.choices else kind
         group.add_argument(flag, dest=option.name, metavar=metavar, help=help_text)
 
 

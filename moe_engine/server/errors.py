@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from moe_engine.server.protocol.base import ErrorObject, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
+_WRONG_TYPE = {"string_type", "list_type", "dict_type"}
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 
 
@@ -37,6 +39,9 @@ def error_object(
     return ErrorResponse(error=ErrorObject(message=message, type=kind, param=param, code=code))
 
 
+INTERNAL_ERROR = error_object(500, "internal server error", code="internal_error")
+
+
 def describe(error: BaseException) -> tuple[int, ErrorResponse]:
     """The HTTP status and body for an exception; one that nobody expected is logged, not told."""
     if isinstance(error, InvalidRequestError):
@@ -48,7 +53,7 @@ def describe(error: BaseException) -> tuple[int, ErrorResponse]:
         reason = str(error).partition("\n")[0]  # what follows is a traceback
         return 503, error_object(503, f"the engine is dead: {reason}", code="engine_dead")
     logger.error("unexpected error while serving a request", exc_info=error)
-    return 500, error_object(500, "internal server error", code="internal_error")
+    return 500, INTERNAL_ERROR
 
 
 def respond(
@@ -61,19 +66,24 @@ def respond(
 def describe_validation(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     """One message and the offending field for pydantic's list of errors.
 
-    Of a union's errors the one that lies deepest in the request comes closest to the mistake.
+    Of a union's errors the one that lies deepest in the request comes closest to the mistake, and
+    a wrong value of the right type closer than a wrong type.
     """
-    first = max(errors, key=lambda error: len(error["loc"]))
+    first = max(errors, key=lambda e: (len(e["loc"]), e["type"] not in _WRONG_TYPE))
     if first["type"] == "json_invalid":
         return f"the body is not valid JSON: {first['ctx']['error']}", None
     path = _field_path(first["loc"][1:], body)
-    path += first.get("ctx", {}).get("where", "")
+    context = first.get("ctx", {})
+    path += context.get("where", "")
     if first["type"] == "missing":
         return f"{path or 'the request body'} is required", path or None
     if first["type"] == "extra_forbidden":
         return f"unknown field {path}; this server neither knows nor ignores it", path
-    value = reprlib.repr(first["input"])
-    return f"{path or 'the request body'}: {first['msg']} (got {value})", path or None
+    value = context.get("value", first["input"])
+    is_constant = value is None or isinstance(value, bool)
+    # Any other value can be as large and as deep as the body: only its beginning is shown.
+    shown = json.dumps(value) if is_constant else reprlib.repr(value)
+    return f"{path or 'the request body'}: {first['msg']} (got {shown})", path or None
 
 
 def _field_path(loc: Sequence[str | int], body: Any) -> str:
@@ -112,9 +122,12 @@ def install_error_handlers(app: FastAPI) -> None:
         status, body = describe(error)
         return respond(status, body, {"Retry-After": "1"} if status == 503 else None)
 
+    async def on_unexpected(_: Request, __: Exception) -> Response:
+        return respond(500, INTERNAL_ERROR)  # the exception goes on to uvicorn, which logs it
+
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientDisconnected, on_disconnect)
     for kind in (InvalidRequestError, EngineNotReadyError, EngineDeadError):
         app.add_exception_handler(kind, on_error)
-    app.add_exception_handler(Exception, on_error)
+    app.add_exception_handler(Exception, on_unexpected)

@@ -18,11 +18,16 @@ def error_responses(**descriptions: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
+_EVENT_SCHEMA = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]."}},
+    "required": ["data"],
+}
 GENERATE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The whole answer, or with stream=true its chunks as server-sent events, "
         "the last of which is [DONE], or an object with the key error if the engine fails.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"itemSchema": _EVENT_SCHEMA}},
     },
     **error_responses(
         s400="The request cannot be served as asked; error.param names the field.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class Only:
         raise PydanticCustomError(
             "not_supported",
             "Not supported by this server; the only values accepted are: {allowed}",
-            {"allowed": ", ".join(map(repr, self.allowed))},
+            {"allowed": ", ".join(map(json.dumps, self.allowed))},
         )
 
     def __get_pydantic_core_schema__(self, _: Any, __: GetCoreSchemaHandler) -> CoreSchema:

@@ -32,13 +32,15 @@ def split_prompts(value: Any) -> list[str | list[int]]:
     if isinstance(value, str):
         return [_checked_text(value, "")]
     if not isinstance(value, list):
-        raise _bad_prompt("a string, a list of strings, a list of token ids or a list of those", "")
+        raise _bad_prompt(
+            "a string, a list of strings, a list of token ids or a list of those", "", value
+        )
     if not value:
-        raise _bad_prompt("at least one prompt or token id", "")
+        raise _bad_prompt("at least one prompt or token id", "", value)
     if isinstance(value[0], int):
         return [_checked_ids(value, "")]
     if len(value) > MAX_PROMPTS:
-        raise _bad_prompt(f"at most {MAX_PROMPTS} prompts, not {len(value)}", "")
+        raise _bad_prompt(f"at most {MAX_PROMPTS} prompts, not {len(value)}", "", value)
     if isinstance(value[0], str):
         return [_checked_text(text, f"[{i}]") for i, text in enumerate(value)]
     return [_checked_ids(ids, f"[{i}]") for i, ids in enumerate(value)]
@@ -46,29 +48,27 @@ def split_prompts(value: Any) -> list[str | list[int]]:
 
 def _checked_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise _bad_prompt("a string, like the elements before it", where)
+        raise _bad_prompt("a string, like the elements before it", where, value)
     if not value:
-        raise _bad_prompt("text, not an empty string", where)
+        raise _bad_prompt("text, not an empty string", where, value)
     return value
 
 
 def _checked_ids(value: Any, where: str) -> list[int]:
     if not isinstance(value, list):
-        raise _bad_prompt("a list of token ids", where)
+        raise _bad_prompt("a list of token ids", where, value)
     if not value:
-        raise _bad_prompt("at least one token id", where)
+        raise _bad_prompt("at least one token id", where, value)
     for i, token_id in enumerate(value):
         if type(token_id) is not int or not 0 <= token_id <= INT32_MAX:
-            raise _bad_prompt(
-                f"a token id, an integer from 0 on (got {token_id!r:.80})", f"{where}[{i}]"
-            )
+            raise _bad_prompt("a token id, an integer from 0 on", f"{where}[{i}]", token_id)
     return value
 
 
-def _bad_prompt(needed: str, where: str) -> PydanticCustomError:
-    return PydanticCustomError(
-        "bad_prompt", "Input should be {needed}", {"where": where, "needed": needed}
-    )
+def _bad_prompt(needed: str, where: str, value: Any) -> PydanticCustomError:
+    """An error about ``value``, which lies at ``where`` in the prompt, e.g. ``[3][0]``."""
+    context = {"where": where, "needed": needed, "value": value}
+    return PydanticCustomError("bad_prompt", "Input should be {needed}", context)
 
 
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}

@@ -79,18 +79,22 @@ class FakeEngine:
     def __init__(self, config: Any = None) -> None:
         self.config = config
         self.state = "starting"
-        self.error: EngineDeadError | None = None
-        self.died = asyncio.Event()
         self.info = EngineReady(64, VOCAB_SIZE, 10, 16, [EOS], "fake")
         self.stats = EngineStats(num_running=3, num_blocks=10, num_free_blocks=4)
         self.tokenizer = FakeTokenizer()
         self.default_sampling: dict[str, float | int] = {"temperature": 0.6, "top_k": 20}
-        self.delay_s = 0.0
-        self.die_after: int | None = None
         self.start_error: Exception | None = None
-        self.refusal: Exception | None = None
         self.hold_start: asyncio.Event | None = None
         self.was_shut_down = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget requests, deaths and refusals, so that the next test finds a fresh engine."""
+        self.error: EngineDeadError | None = None
+        self.died = asyncio.Event()
+        self.delay_s = 0.0
+        self.die_after: int | None = None
+        self.refusal: Exception | None = None
         self.active: set[str] = set()
         self.aborted: list[str] = []
         self.seen: list[tuple[list[int], SamplingParams]] = []

@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         environment = read_environment()
         engine_config, server_config = parse_arguments(arguments)
-        setup_logging(environment.log_level or server_config.log_level)
+        setup_logging(
+            environment.log_level or server_config.log_level,
+            rank=environment.rank if environment.launched else None,
+        )
         if environment.rank > 0:  # torchrun starts every rank with this command line
             from moe_engine.engine import rank_main
 

@@ -101,7 +101,7 @@ def _field_path(loc: Sequence[str | int], body: Any) -> str:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every exception and every framework refusal an OpenAI error object."""
+    """Make every expected exception and framework refusal an OpenAI error object."""
 
     async def on_validation_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -122,12 +122,8 @@ def install_error_handlers(app: FastAPI) -> None:
         status, body = describe(error)
         return respond(status, body, {"Retry-After": "1"} if status == 503 else None)
 
-    async def on_unexpected(_: Request, __: Exception) -> Response:
-        return respond(500, INTERNAL_ERROR)  # the exception goes on to uvicorn, which logs it
-
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientDisconnected, on_disconnect)
     for kind in (InvalidRequestError, EngineNotReadyError, EngineDeadError):
         app.add_exception_handler(kind, on_error)
-    app.add_exception_handler(Exception, on_unexpected)

@@ -31,7 +31,7 @@ class Generation:
     """Runs one engine request per prompt; iterating gives (prompt number, streamed output).
 
     Every engine request lives in a task of its own, so that `cancel` frees all of them at once
-    whatever the consumer is doing. The first failure ends the iteration and cancels the others.
+    whatever the consumer is doing. The first failure ends the iteration; whoever iterates cancels.
     """
 
     def __init__(
@@ -86,7 +86,6 @@ class Generation:
         item = self._first or await self._queue.get()
         while True:
             if isinstance(item, Exception):
-                self.cancel()
                 raise item
             if item is None:
                 num_open -= 1

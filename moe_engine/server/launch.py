@@ -66,6 +66,7 @@ async def run_server(
             app,
             lifespan="on",
             log_config=None,
+            access_log=False,
             log_level=config.log_level,
             timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         )
@@ -74,11 +75,16 @@ async def run_server(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     watching = asyncio.create_task(_watch(engine, app, config, listener, server))
     await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)
-    # Either uvicorn is done because of a signal, or there is a failure that ends it.
-    failure = watching.result() if watching.done() else None
+    # Either uvicorn is done because of a signal (which cancels a start under way), or there is a
+    # failure for which it must end.
+    failure: Exception | None = engine.error
+    if watching.done() and not watching.cancelled():
+        failure = watching.result()
     watching.cancel()
     server.should_exit = True
     await serving
+    if server.force_exit:  # then uvicorn has skipped the application's own shutdown
+        await engine.shutdown()
     return failure
 
 

@@ -63,7 +63,7 @@ class PromptEncoder:
         Raises:
             InvalidRequestError: the conversation is too long, or the template refuses it.
         """
-        kwargs = request.chat_template_kwargs or {}
+        kwargs: dict[str, Any] = request.chat_template_kwargs or {}
         for name in _RESERVED_TEMPLATE_KWARGS:
             if name in kwargs:
                 raise InvalidRequestError(

@@ -1,6 +1,7 @@
 """``python fake_serve.py KNOBS FLAGS...``: the real command line around the fake engine.
 
-KNOBS is JSON: ``start_error`` (class name and message), ``die_after_start_s``, ``delay_s``.
+KNOBS is JSON: ``start_error`` (class name and message), ``start_s``, ``die_after_start_s``,
+``delay_s``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ knobs = json.loads(sys.argv[1])
 class KnobbedEngine(FakeEngine):
     async def start(self) -> None:
         self.delay_s = knobs.get("delay_s", 0.0)
+        await asyncio.sleep(knobs.get("start_s", 0.0))
         if "start_error" in knobs:
             name, message = knobs["start_error"]
             self.start_error = getattr(errors, name)(message)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +153,36 @@ def test_interrupt_ends_a_ready_server_with_status_0():
         status, err = server.finish()
         assert status == 0, err
         assert "Traceback" not in err
+
+
+def test_termination_while_loading_is_status_0():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with serving("--port", str(port), start_s=60) as server:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503
+                break
+            except httpx.ConnectError:
+                assert time.monotonic() < deadline
+        server.process.send_signal(signal.SIGTERM)
+        status, err = server.finish()
+    assert status == 0, err
+    assert "Traceback" not in err
+
+
+def test_second_signal_does_not_wait_for_open_requests():
+    with serving("--port", "0", delay_s=60) as server:
+        url = server.wait_ready()
+        body = {"model": "demo", "prompt": "x"}
+        started = time.monotonic()
+        for delay_s in (0.3, 0.8):
+            threading.Timer(delay_s, server.process.send_signal, [signal.SIGTERM]).start()
+        with contextlib.suppress(httpx.RemoteProtocolError):  # or the server still answers 5xx
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=15).status_code >= 500
+        assert server.finish()[0] == 0
+        assert time.monotonic() - started < 10
 
 
 def test_termination_lets_an_open_request_finish():

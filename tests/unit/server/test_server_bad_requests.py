@@ -44,6 +44,8 @@ def check_error(reply, status, param, *words, code=None):
         ({"top_p": 0}, "top_p", ["greater than 0"]),
         ({"top_p": 1.5}, "top_p", ["1.5", "equal to 1"]),
         ({"top_k": -2}, "top_k", ["-2", "-1"]),
+        ({"temperature": 10**400}, "temperature", ["10000"]),
+        ({"logit_bias": {"5": 10**400}}, "logit_bias.5", ["10000"]),
         ({"top_k": 10**30}, "top_k", ["10000"]),
         ({"min_p": 1.1}, "min_p", ["1.1"]),
         ({"presence_penalty": 2.1}, "presence_penalty", ["2.1", "equal to 2"]),
@@ -175,7 +177,8 @@ def test_unexpected_error_is_logged_and_tells_the_client_nothing(live, caplog):
     reply = live.complete()
     check_error(reply, 500, None, code="internal_error")
     assert "secret" not in reply.text
-    live.wait_until(lambda: "KeyError: 'secret'" in caplog.text)
+    assert f"unexpected error in request {reply.headers['x-request-id']}" in caplog.text
+    assert "KeyError: 'secret'" in caplog.text
     assert live.http.get("/health").status_code == 200
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+DEMO_MODEL_NAME = "moe-engine-demo"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rank=environment.rank if environment.launched else None,
         )
         if environment.rank > 0:  # torchrun starts every rank with this command line
-            from moe_engine.engine import rank_main
+            from moe_engine.engine.rank_main import run_torchrun_rank
 
-            return int(rank_main.main() or 0)
+            run_torchrun_rank(engine_config, environment)
+            return 0
         return _serve(engine_config, server_config)
     except (ConfigError, CheckpointError) as error:
         return _fail(EXIT_USAGE, str(error))
@@ -95,9 +97,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[EngineConfig, Serv
         values[name] = flat_options()[name].parse(value) if isinstance(value, str) else value
     engine_config, server_config = build_config(values)
     if server_config.served_model_name is None:
-        name = Path(engine_config.model).resolve().name if engine_config.model else "demo"
+        name = _default_model_name(engine_config.model)
         server_config = dataclasses.replace(server_config, served_model_name=name)
     return engine_config, server_config
+
+
+def _default_model_name(model: str | None) -> str:
+    """A checkpoint directory's name, or the repository id itself."""
+    if model is None:
+        return DEMO_MODEL_NAME
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def make_parser() -> argparse.ArgumentParser:

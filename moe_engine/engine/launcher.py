@@ -22,6 +22,7 @@ from moe_engine import env
 from moe_engine.config import EngineConfig
 from moe_engine.dist.channel import Channel
 from moe_engine.engine.spec import RankSpec
+from moe_engine.errors import ConfigError
 from moe_engine.types.messages import ToFrontEnd
 
 EXIT_GRACE = 5.0
@@ -130,5 +131,16 @@ def _clean_up(processes: dict[int, subprocess.Popen[bytes]], directory: Path) ->
 
 
 def torchrun_spec(config: EngineConfig, environment: env.Environment) -> RankSpec:
-    """The spec of every rank under torchrun: they meet over TCP at the rendezvous host."""
+    """The spec of every rank under torchrun: they meet over TCP at the rendezvous host.
+
+    Raises:
+        ConfigError: torchrun's world is not the configured layout's.
+    """
+    parallel = config.parallel
+    if environment.world_size != parallel.world_size:
+        raise ConfigError(
+            f"torchrun has started {environment.world_size} ranks, but attention_tp "
+            f"{parallel.attention_tp} x attention_dp {parallel.attention_dp} needs "
+            f"{parallel.world_size}"
+        )
     return RankSpec(config, None, (environment.master_addr, 0))

@@ -12,15 +12,19 @@ import queue
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from moe_engine import env, log
+from moe_engine.config import EngineConfig
 from moe_engine.dist.channel import Channel, ChannelClosed
 from moe_engine.dist.communicator import PeerLostError
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import connect_control, open_store, publish_control
 from moe_engine.engine.control import ControlHub
 from moe_engine.engine.core import EngineCore
+from moe_engine.engine.launcher import torchrun_spec
+from moe_engine.engine.model_directory import resolve_model
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.engine.spec import RankSpec
@@ -60,6 +64,16 @@ def run_rank(spec: RankSpec, front_end_fd: int | None = None) -> None:
         _lead(spec, layout, place, front_end_fd)
     else:
         _follow(spec, layout, place)
+
+
+def run_torchrun_rank(config: EngineConfig, environment: env.Environment) -> None:
+    """Run a rank other than 0 that torchrun has started with the server's own command line.
+
+    Raises:
+        ConfigError: torchrun's world is not the configured layout's.
+    """
+    config = replace(config, model=str(resolve_model(config.model)))
+    run_rank(torchrun_spec(config, environment))
 
 
 def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: int) -> None:

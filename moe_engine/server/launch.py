@@ -104,6 +104,7 @@ async def _watch(
         return error
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
+    print(engine.info.summary)
     print(f"Ready: {config.served_model_name} at http://{host}:{port}/v1", flush=True)
     await engine.died.wait()
     await asyncio.sleep(DEAD_GRACE_S)

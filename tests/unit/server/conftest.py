@@ -13,11 +13,11 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from fake_engine import FakeEngine
 
 from moe_engine.config import ServerConfig
 from moe_engine.server.app import create_app
 from moe_engine.server.launch import bind
+from tests.unit.server.fake_engine import FakeEngine
 
 MODEL = "org/fake-model"
 

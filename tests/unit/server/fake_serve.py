@@ -11,9 +11,8 @@ import json
 import sys
 import types
 
-from fake_engine import FakeEngine
-
 from moe_engine import errors, serve
+from tests.unit.server.fake_engine import FakeEngine
 
 knobs = json.loads(sys.argv[1])
 

@@ -132,7 +132,7 @@ class Server:
 @contextmanager
 def serving(*flags: str, **knobs: object):
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "fake_serve.py"), json.dumps(knobs), *flags],
+        [sys.executable, "-m", "tests.unit.server.fake_serve", json.dumps(knobs), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import openai
 import pytest
-from conftest import MODEL
 
 from moe_engine.errors import InvalidRequestError
 from moe_engine.types.sampling import MAX_N, MAX_STOP_STRINGS
+from tests.unit.server.conftest import MODEL
 
 
 def check_error(reply, status, param, *words, code=None):

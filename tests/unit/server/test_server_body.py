@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 
 import pytest
-from conftest import MODEL
 from starlette.exceptions import HTTPException
 
 from moe_engine.server.body import parse_json
+from tests.unit.server.conftest import MODEL
 
 JSON = {"Content-Type": "application/json"}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import MODEL
-from fake_engine import TEXT
+
+from tests.unit.server.conftest import MODEL
+from tests.unit.server.fake_engine import TEXT
 
 ASK = [{"role": "user", "content": "Hi"}]
 

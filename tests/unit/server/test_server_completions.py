@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import MODEL
-from fake_engine import TEXT
+
+from tests.unit.server.conftest import MODEL
+from tests.unit.server.fake_engine import TEXT
 
 OUTPUT = TEXT.encode() * 4
 
@@ -201,9 +202,8 @@ def test_echo_with_logprobs_covers_prompt_and_output(live):
 
 
 def test_impossible_tokens_have_a_finite_logprob(live, monkeypatch):
-    from fake_engine import FakeEngine
-
     from moe_engine.types.results import PositionLogprobs, TokenLogprob
+    from tests.unit.server.fake_engine import FakeEngine
 
     impossible = PositionLogprobs(TokenLogprob(65, float("-inf"), 9, "A"))
     monkeypatch.setattr(FakeEngine, "_position", lambda *_: impossible)

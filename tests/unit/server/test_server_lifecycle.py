@@ -9,9 +9,9 @@ import threading
 import httpx
 import openai
 import pytest
-from conftest import MODEL, running_server
 
 from moe_engine.errors import CheckpointError
+from tests.unit.server.conftest import MODEL, running_server
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": MODEL, "prompt": ["Hello", "there"], "max_tokens": 40}

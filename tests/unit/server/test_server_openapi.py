@@ -6,8 +6,6 @@ from collections import Counter
 
 import pytest
 import schemathesis
-from conftest import MODEL
-from fake_engine import FakeEngine
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import not_a_server_error
@@ -21,6 +19,8 @@ from schemathesis.specs.openapi.checks import (
 
 from moe_engine.config import ServerConfig
 from moe_engine.server.app import create_app
+from tests.unit.server.conftest import MODEL
+from tests.unit.server.fake_engine import FakeEngine
 
 
 def make_app() -> FastAPI:

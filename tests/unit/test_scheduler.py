@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from moe_engine.engine.seeding import uniform
-from moe_engine.errors import InvalidRequestError
 from moe_engine.types.messages import AddRequest
 from moe_engine.types.results import FinishReason
 from moe_engine.types.sampling import SamplingParams
@@ -16,78 +15,6 @@ from tests.unit.scheduler_world import EOS, World
 def shape(plan) -> list[list[tuple[int, int, int]]]:
     """(seq_id, start, num_tokens) of every step of every group."""
     return [[(s.seq_id, s.start, s.num_tokens) for s in group.steps] for group in plan.groups]
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("num_prompt_tokens", "params", "num_blocks", "param", "code", "words"),
-    [
-        (0, {}, 16, "prompt", "empty_prompt", ["empty"]),
-        (32, {}, 16, "prompt", "context_length_exceeded", ["32 tokens", "length of 32"]),
-        (30, {"max_tokens": 3}, 16, "max_tokens", "context_length_exceeded", ["33", "32", "to 2"]),
-        (30, {"min_tokens": 3}, 16, "min_tokens", "context_length_exceeded", ["33", "32", "to 2"]),
-        (13, {}, 3, "prompt", "context_length_exceeded", ["4 KV blocks of 4", "has 3"]),
-        (
-            9,
-            {"max_tokens": 5},
-            3,
-            "max_tokens",
-            "context_length_exceeded",
-            ["9 prompt tokens + max_tokens 5 - 1 = 13", "4 KV blocks", "has 3", "to 4"],
-        ),
-    ],
-)
-def test_requests_that_can_never_fit_are_refused_with_the_arithmetic(
-    num_prompt_tokens, params, num_blocks, param, code, words
-):
-    world = World(num_blocks=num_blocks)
-    with pytest.raises(InvalidRequestError) as refusal:
-        world.add([1] * num_prompt_tokens, **params)
-    assert (refusal.value.param, refusal.value.code, refusal.value.status) == (param, code, 400)
-    for word in words:
-        assert word in refusal.value.message
-    assert not world.scheduler.has_unfinished
-
-
-@pytest.mark.parametrize(
-    ("num_prompt_tokens", "params", "num_blocks"),
-    [(31, {}, 16), (30, {"max_tokens": 2}, 16), (12, {}, 3), (9, {"max_tokens": 4}, 3)],
-)
-def test_requests_that_just_fit_are_served(num_prompt_tokens, params, num_blocks):
-    world = World(num_blocks=num_blocks)
-    world.add([1] * num_prompt_tokens, **params)
-    world.drain()
-
-
-def test_output_without_max_tokens_ends_where_the_room_ends():
-    by_context = World().add([1] * 30)
-    assert len(by_context.expected) == 2
-    world = World(num_blocks=3)
-    client = world.add([1] * 9)
-    world.drain()
-    assert len(client.token_ids) == 4  # 12 positions with KV, and the last token needs none
-    assert client.last.finish_reason is FinishReason.LENGTH
-
-
-def test_request_id_in_use_is_refused_until_it_has_finished():
-    world = World()
-    client = world.add([1, 2], max_tokens=1)
-    with pytest.raises(InvalidRequestError) as refusal:
-        world.scheduler.add(client.request)
-    assert refusal.value.code == "duplicate_request_id"
-    world.drain()
-    world.scheduler.add(client.request)
-
-
-def test_full_queue_is_refused_with_429():
-    world = World(max_waiting=2)
-    for _ in range(2):
-        world.add([1, 2], max_tokens=1)
-    with pytest.raises(InvalidRequestError, match="max_waiting = 2") as refusal:
-        world.add([1, 2], max_tokens=1)
-    assert (refusal.value.status, refusal.value.code) == (429, "queue_full")
 
 
 # The order within a step
@@ -117,6 +44,16 @@ def test_a_sample_is_drawn_only_at_the_end_of_the_prompt_and_indexed_by_output_p
     world.add([1] * 4, max_tokens=3, seed=99)
     numbers = [world.step().groups[0].steps[0].uniform for _ in range(4)]
     assert numbers == [None, uniform(99, 0), uniform(99, 1), uniform(99, 2)]
+
+
+def test_prompt_logprobs_arrive_chunk_by_chunk():
+    world = World(max_prefill_chunk=2)
+    client = world.add([1, 2, 3, 4, 5], max_tokens=1, prompt_logprobs=0)
+    known = []
+    while not client.is_finished:
+        world.step()
+        known.append(len(client.prompt_logprobs))
+    assert known == [2, 4, 4]
 
 
 def test_requests_without_a_seed_draw_different_numbers():
@@ -197,123 +134,6 @@ def test_a_request_goes_to_another_group_when_the_preferred_one_is_full():
     world.step()
     world.add([1] * 25, max_tokens=7)
     assert [len(group.admitted) for group in world.step().groups] == [0, 1]
-
-
-# Blocks and preemption
-
-
-def test_admission_takes_the_blocks_of_the_whole_prompt():
-    world = World(max_num_batched_tokens=4, num_blocks=8)
-    world.add([1] * 14, max_tokens=2)
-    assert len(world.step().groups[0].steps[0].new_blocks) == 4
-    assert world.step().groups[0].steps[0].new_blocks == []
-
-
-def test_admission_leaves_spare_blocks_for_running_sequences():
-    world = World(num_blocks=4)
-    world.add([1] * 5, max_tokens=10)
-    world.step()
-    world.add([2] * 5, max_tokens=1)
-    assert len(world.step().groups[0].steps) == 1  # two blocks are free, but one stays spare
-    world.drain()
-
-
-def crowded_world(**limits) -> World:
-    """Two requests that fit together at first and run out of blocks while they decode."""
-    world = World(num_blocks=5, prefix_cache=False, **limits)
-    world.add([1, 1, 1, 1], max_tokens=16, seed=1)
-    world.add([2, 2, 2, 2], max_tokens=16, seed=2)
-    return world
-
-
-def test_the_latest_arrival_is_preempted_and_resumes_with_its_tokens():
-    world = crowded_world()
-    first, second = world.clients
-    while world.scheduler.stats().num_preemptions_total == 0:
-        plan = world.step()
-    assert plan.groups[0].retired == [1]
-    assert [step.seq_id for step in plan.groups[0].steps] == [0]
-    num_kept = len(second.token_ids)
-    assert 0 < num_kept < 16
-    while not (plan := world.step()).groups[0].admitted:
-        assert len(second.token_ids) == num_kept
-    assert first.is_finished
-    [new] = plan.groups[0].admitted
-    assert new.seq_id == 2
-    assert new.num_prompt_tokens == 4
-    assert new.token_ids == [2, 2, 2, 2, *second.expected[:num_kept]]
-    assert plan.groups[0].steps[0].uniform == uniform(2, num_kept)
-    world.drain()
-    assert world.scheduler.stats().num_preemptions_total == 1
-
-
-def test_a_preempted_request_is_served_before_those_that_wait():
-    world = crowded_world(max_num_seqs=2)
-    world.add([3], max_tokens=1)
-    while world.scheduler.stats().num_preemptions_total == 0:
-        world.step()
-    while not (plan := world.step()).groups[0].admitted:
-        pass
-    assert [new.token_ids[0] for new in plan.groups[0].admitted] == [2, 3]
-    world.drain()
-
-
-def test_a_sample_in_flight_survives_preemption_and_delays_readmission():
-    world = crowded_world(pipeline_depth=2)
-    second = world.clients[1]
-    world.schedule()
-    while world.scheduler.stats().num_preemptions_total == 0:
-        world.schedule()
-        if world.scheduler.num_in_flight == 2 and not world.scheduler.stats().num_preemptions_total:
-            world.complete()
-    num_known = len(second.token_ids)
-    world.abort(world.clients[0])  # all blocks are free now, but the token is not known yet
-    assert world.schedule() is None
-    world.complete()
-    assert len(second.token_ids) == num_known + 1
-    plan = world.schedule()
-    assert plan.groups[0].admitted[0].token_ids == [2] * 4 + second.token_ids
-    world.drain()
-
-
-def test_the_latest_of_several_is_preempted():
-    world = World(num_blocks=9, prefix_cache=False)
-    for token in (1, 2, 3):
-        world.add([token] * 4, max_tokens=16)
-    while world.scheduler.stats().num_preemptions_total == 0:
-        plan = world.step()
-    assert plan.groups[0].retired == [2]
-    assert [step.seq_id for step in plan.groups[0].steps] == [0, 1]
-    world.drain()
-
-
-def test_cached_tokens_are_those_of_the_first_admission():
-    world = World(num_blocks=5)
-    world.add([1] * 4, max_tokens=16)
-    client = world.add([2] * 4, max_tokens=16)
-    world.drain()
-    assert world.scheduler.stats().num_preemptions_total == 1
-    assert client.last.num_cached_tokens == 0
-    assert world.scheduler.stats().prefix_hit_tokens_total == 0
-
-
-def test_prompt_logprobs_are_not_repeated_after_preemption():
-    world = World(num_blocks=5, prefix_cache=False)
-    world.add([1] * 4, max_tokens=16)
-    client = world.add([2, 3, 4, 5], max_tokens=16, prompt_logprobs=0)
-    world.drain()
-    assert world.scheduler.stats().num_preemptions_total > 0
-    assert [entry.token_id for entry in client.prompt_logprobs] == [3, 4, 5]
-
-
-def test_prompt_logprobs_arrive_chunk_by_chunk():
-    world = World(max_prefill_chunk=2)
-    client = world.add([1, 2, 3, 4, 5], max_tokens=1, prompt_logprobs=0)
-    known = []
-    while not client.is_finished:
-        world.step()
-        known.append(len(client.prompt_logprobs))
-    assert known == [2, 4, 4]
 
 
 # Pipelining
@@ -419,15 +239,6 @@ def test_abort_drops_the_result_in_flight_and_frees_the_blocks():
     assert world.scheduler.stats().num_free_blocks == 16
     assert world.complete() == []
     assert client.token_ids == []
-
-
-def test_abort_of_a_preempted_request():
-    world = crowded_world()
-    while world.scheduler.stats().num_preemptions_total == 0:
-        world.step()
-    world.abort(world.clients[1])
-    world.drain()
-    assert len(world.clients[0].token_ids) == 16
 
 
 def test_abort_of_unknown_or_finished_requests_says_nothing():

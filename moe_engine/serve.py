@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-DEMO_MODEL_NAME = "moe-engine-demo"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,6 +103,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[EngineConfig, Serv
 
 def _default_model_name(model: str | None) -> str:
     """A checkpoint directory's name, or the repository id itself."""
+    from moe_engine.config.engine import DEMO_MODEL_NAME
+
     if model is None:
         return DEMO_MODEL_NAME
     return Path(model).resolve().name if Path(model).is_dir() else model

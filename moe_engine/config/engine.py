@@ -12,6 +12,8 @@ from typing import Any
 from moe_engine.errors import ConfigError
 
 GIB = 1 << 30
+DEMO_MODEL_NAME = "moe-engine-demo"
+"""What clients call the embedded checkpoint."""
 
 
 def option(

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-import moe_engine
+from moe_engine import __version__
 from moe_engine.config import ServerConfig
+from moe_engine.config.engine import DEMO_MODEL_NAME
 from moe_engine.errors import MoEEngineError
 from moe_engine.server import chat, completions, status
 from moe_engine.server.body import BodyLimitMiddleware
-from moe_engine.server.context import DEFAULT_MODEL_NAME, ServerContext
+from moe_engine.server.context import ServerContext
 from moe_engine.server.errors import install_error_handlers
 from moe_engine.server.metrics import ServerMetrics
 from moe_engine.server.openapi import install_openapi
@@ -33,7 +34,7 @@ def create_app(engine: AsyncMoEEngine, config: ServerConfig) -> FastAPI:
     The engine loads in the background, so that ``/health`` can answer 503 meanwhile. How that
     went is told by the task ``app.state.startup``.
     """
-    model_name = config.served_model_name or DEFAULT_MODEL_NAME
+    model_name = config.served_model_name or DEMO_MODEL_NAME
     metrics = ServerMetrics(lambda: engine.stats, model_name)
 
     @asynccontextmanager
@@ -48,7 +49,7 @@ def create_app(engine: AsyncMoEEngine, config: ServerConfig) -> FastAPI:
 
     app = FastAPI(
         title="moe_engine",
-        version=moe_engine.__version__,
+        version=__version__,
         description="OpenAI-compatible inference server for Qwen3-MoE models.",
         lifespan=lifespan,
         docs_url=None,

@@ -19,8 +19,6 @@ from moe_engine.server.protocol.base import ModelCard
 if TYPE_CHECKING:
     from moe_engine.engine.async_llm import AsyncMoEEngine
 
-DEFAULT_MODEL_NAME = "moe_engine"
-
 
 @dataclass
 class ServerContext:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_world import World
 
 from moe_engine.errors import InvalidRequestError
 from moe_engine.types.results import FinishReason
+from tests.unit.scheduler_world import World
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from scheduler_world import World
-
 from moe_engine.engine.seeding import uniform
+from tests.unit.scheduler_world import World
 
 
 def test_admission_takes_the_blocks_of_the_whole_prompt():

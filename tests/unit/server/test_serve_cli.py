@@ -79,7 +79,7 @@ def test_model_is_positional_or_flag_but_not_two(tmp_path):
 
 
 def test_served_name_can_be_chosen_and_has_a_default_without_a_model():
-    assert serve.parse_arguments([])[1].served_model_name == "demo"
+    assert serve.parse_arguments([])[1].served_model_name == "moe-engine-demo"
     chosen = serve.parse_arguments(["m", "--served-model-name", "x"])[1]
     assert chosen.served_model_name == "x"
 
@@ -118,8 +118,9 @@ class Server:
         self.url = ""
 
     def wait_ready(self) -> str:
+        assert self.process.stdout.readline() == "fake\n"  # the engine's summary
         line = self.process.stdout.readline()
-        assert line.startswith("Ready: demo at http://127.0.0.1:"), line
+        assert line.startswith("Ready: moe-engine-demo at http://127.0.0.1:"), line
         self.url = line.split()[-1].removesuffix("/v1")
         return self.url
 
@@ -175,7 +176,7 @@ def test_termination_while_loading_is_status_0():
 def test_second_signal_does_not_wait_for_open_requests():
     with serving("--port", "0", delay_s=60) as server:
         url = server.wait_ready()
-        body = {"model": "demo", "prompt": "x"}
+        body = {"model": "moe-engine-demo", "prompt": "x"}
         started = time.monotonic()
         for delay_s in (0.3, 0.8):
             threading.Timer(delay_s, server.process.send_signal, [signal.SIGTERM]).start()
@@ -188,7 +189,7 @@ def test_second_signal_does_not_wait_for_open_requests():
 def test_termination_lets_an_open_request_finish():
     with serving("--port", "0", delay_s=0.05) as server:
         url = server.wait_ready()
-        body = {"model": "demo", "prompt": "x", "max_tokens": 20, "stream": True}
+        body = {"model": "moe-engine-demo", "prompt": "x", "max_tokens": 20, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as reply:
             lines = reply.iter_lines()
             next(lines)

@@ -8,3 +8,7 @@ import shutil
 # Without a GPU, Triton kernels run in Triton's interpreter; it is chosen when Triton is imported.
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Tests run beside the ranks that they start: one thread each, which sleeps while it waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -128,5 +128,7 @@ def choose_num_blocks(budget: KVBudget, config: EngineConfig, max_model_len: int
 
 def size(num_bytes: int) -> str:
     """A size for people, e.g. ``1.50 GiB`` or ``20.00 MiB``."""
-    unit, name = (GIB, "GiB") if abs(num_bytes) >= GIB else (1 << 20, "MiB")
-    return f"{num_bytes / unit:.2f} {name}"
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if abs(num_bytes) >= 1 << power:
+            return f"{num_bytes / (1 << power):.2f} {unit}"
+    return f"{num_bytes / (1 << 10):.2f} KiB"

@@ -58,9 +58,7 @@ class RankRuntime:
             config.scheduler.max_model_len or self.model_config.max_position_embeddings,
             self.model_config.max_position_embeddings,
         )
-        if self.device.type == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
-        else:
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def join(self, store: dist.Store) -> None:

@@ -74,8 +74,8 @@ def test_echo_with_logprobs_scores_the_prompt(client):
         (["--model", "/nonexistent"], ["/nonexistent", "not a directory"]),
         (["--attention-tp", "3"], ["attention_tp 3", "8 attention heads"]),
         (["--attention-tp", "4", "--attention-dp", "8"], ["32 ranks", "16 experts"]),
-        (["--kv-cache-memory", "1KiB"], ["too little memory", "1024", "blocks of 16"]),
-        (["--max-num-seqs", "many"], ["max-num-seqs", "many"]),
+        (["--kv-cache-memory", "1KiB"], ["too little memory", "1.00 KiB", "blocks of 16"]),
+        (["--max-num-seqs", "many"], ["max_num_seqs", "many"]),
     ],
 )
 def test_impossible_start_is_refused_in_words(arguments, words):

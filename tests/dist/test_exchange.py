@@ -10,6 +10,7 @@ from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import RankLayout, split_evenly
 from moe_engine.errors import ConfigError
 from moe_engine.ops.moe import expert_ffn
+from moe_engine.ops.reference import exchange as reference
 from tests.dist.ranks import run_on_ranks
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 16, 8, 8, 3
@@ -72,20 +73,28 @@ def mixed_cases(groups):
             check_against_one_rank(groups, "auto", counts, routing, torch.float32)
 
 
-def copies_case(groups):
-    """A token with several experts on one rank arrives there once."""
-    exchange = ExchangeSelector(
-        ExchangeConfig(exchange="collective"), groups, EXPERTS
-    ).select(1)
-    ids = torch.tensor([[0, 1, 7]], dtype=torch.int32)
-    received = exchange.dispatch(torch.randn(1, HIDDEN), ids, torch.rand(1, TOP_K))
-    sources = groups.layout.world_size
-    expected = sources if groups.layout.rank in (0, groups.layout.world_size - 1) else 0
-    assert received.x_RH.shape[0] == expected
+def reference_cases(groups):
+    """Rows, slots, weights and sums are the reference's, in its order."""
+    world, rank = groups.layout.world_size, groups.layout.rank
+    exchange = ExchangeSelector(ExchangeConfig(exchange="collective"), groups, EXPERTS).select(1)
+    for counts in ([0] * world, [1] * world, list(range(world)), [9, 0, 17, 4][:world]):
+        for routing in ("random", "first experts", "last rank"):
+            brought = [weights_and_tokens(3 + r, n, routing)[2:] for r, n in enumerate(counts)]
+            x, ids, weights = (list(column) for column in zip(*brought, strict=True))
+            expected = reference.dispatch(x, ids, weights, EXPERTS)
+            received = exchange.dispatch(x[rank], ids[rank], weights[rank])
+            torch.testing.assert_close(received.x_RH, expected[rank].x_RH, rtol=0, atol=0)
+            assert received.slot_ids_RK.tolist() == expected[rank].slot_ids_RK.tolist()
+            torch.testing.assert_close(received.weights_RK, expected[rank].weights_RK)
+            random = torch.Generator().manual_seed(1)
+            y = [torch.randn(rows.x_RH.shape, generator=random) for rows in expected]
+            out = exchange.combine(y[rank], received)
+            sums = reference.combine(y, expected, counts)
+            torch.testing.assert_close(out, sums[rank], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("cases", "tp", "dp"), [(pure_tp_cases, 2, 1), (mixed_cases, 2, 2), (copies_case, 4, 1)]
+    ("cases", "tp", "dp"), [(pure_tp_cases, 2, 1), (mixed_cases, 2, 2), (reference_cases, 4, 1)]
 )
 def test_exchange_matches_all_experts_in_one_place(cases, tp, dp):
     run_on_ranks(cases, tp, dp)
@@ -103,3 +112,26 @@ def test_backend_that_the_layout_forbids_is_refused(backend, tp, dp):
     groups = ParallelGroups(RankLayout(0, tp, dp), Communicator(1, 0), Communicator(1, 0))
     with pytest.raises(ConfigError, match=f"exchange is '{backend}'.*allows only: auto"):
         ExchangeSelector(ExchangeConfig(exchange=backend), groups, EXPERTS)
+
+
+def test_reference_sends_one_copy_per_rank_and_sums_all_experts():
+    counts = [5, 0, 3, 1]
+    gate_up, down, _, _, _ = weights_and_tokens(7, 0, "random")
+    brought = [weights_and_tokens(20 + r, n, "random")[2:] for r, n in enumerate(counts)]
+    x, ids, weights = (list(column) for column in zip(*brought, strict=True))
+    received = reference.dispatch(x, ids, weights, EXPERTS)
+    copies = sum(len({expert // 2 for expert in row}) for i in ids for row in i.tolist())
+    assert sum(rows.x_RH.shape[0] for rows in received) == copies
+    y = [
+        expert_ffn(
+            rows.x_RH,
+            rows.slot_ids_RK,
+            rows.weights_RK,
+            gate_up[2 * rank : 2 * rank + 2],
+            down[2 * rank : 2 * rank + 2],
+        )
+        for rank, rows in enumerate(received)
+    ]
+    for rank, out in enumerate(reference.combine(y, received, counts)):
+        expected = expert_ffn(x[rank], ids[rank], weights[rank], gate_up, down)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)

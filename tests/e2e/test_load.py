@@ -11,7 +11,7 @@ from tests.e2e.server_process import running_server
 
 NUM_REQUESTS = 200
 OPTIONS = (
-    "--attention-tp", "2", "--attention-dp", "2", "--num-blocks", "160",
+    "--attention-tp", "2", "--attention-dp", "2", "--num-blocks", "80",
     "--max-num-seqs", "32", "--max-model-len", "1024",
 )  # fmt: skip
 

@@ -1,8 +1,10 @@
 """A rank that dies under load takes the engine down at once, loudly and completely."""
 
+import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -11,6 +13,8 @@ import pytest
 from moe_engine import EngineDeadError, MoEEngine, SamplingParams
 from tests.e2e.server_process import running_server
 
+ROOT = Path(__file__).parents[2]
+FAULTS = Path(__file__).parent / "faults"
 LAYOUT = ("--attention-tp", "2", "--attention-dp", "2")
 
 
@@ -70,7 +74,7 @@ def test_python_api_names_the_killed_rank():
         stream = engine.stream("Once", SamplingParams(max_tokens=4000, ignore_eos=True))
         next(stream)
         children = psutil.Process().children()
-        ranks = {c.environ().get("RANK"): c for c in children}
+        ranks = {c.environ()["RANK"]: c for c in children if "RANK" in c.environ()}
         ranks["1"].kill()
         with pytest.raises(EngineDeadError, match=r"rank 1 .*SIGKILL") as caught:
             list(stream)
@@ -78,3 +82,16 @@ def test_python_api_names_the_killed_rank():
         with pytest.raises(EngineDeadError):
             engine.generate("Again")
     assert not psutil.wait_procs(ranks.values(), timeout=5)[1]
+
+
+def test_rank_that_raises_is_named_with_its_traceback(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{FAULTS}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("RANK_THAT_RAISES", "1")
+    with MoEEngine(attention_tp=2, device="cpu") as engine:
+        started = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"rank 1 raised ValueError: planted") as caught:
+            engine.generate("Once", SamplingParams(max_tokens=100, ignore_eos=True))
+        assert time.monotonic() - started < 10
+    assert caught.value.rank == 1
+    assert "Traceback" in caught.value.details
+    assert "sitecustomize.py" in caught.value.details

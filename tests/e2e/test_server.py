@@ -1,19 +1,23 @@
 """The server as users meet it: the official client, bad starts, a graceful end."""
 
+import json
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import httpx
 import openai
+import psutil
 import pytest
 
-from tests.e2e.server_process import running_server
+from tests.e2e.server_process import Server, free_port, running_server
 
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server("--attention-tp", "2") as server:
+    with running_server("--attention-tp", "2", "--num-blocks", "128") as server:
         yield server
 
 
@@ -68,6 +72,49 @@ def test_echo_with_logprobs_scores_the_prompt(client):
     assert "".join(logprobs.tokens).startswith("The quick brown fox")
 
 
+BASE = {"model": "moe-engine-demo", "prompt": "Once", "max_tokens": 4}
+BAD_BODIES = {
+    "malformed JSON": (b'{"model": ', ["JSON"]),
+    "unknown model": ({**BASE, "model": "gpt-5"}, ["gpt-5", "moe-engine-demo"]),
+    "empty prompt": ({**BASE, "prompt": ""}, ["prompt"]),
+    "prompt beyond the context": ({**BASE, "prompt": [5] * 5000}, ["5000", "4096"]),
+    "max_tokens beyond the context": ({**BASE, "max_tokens": 5000}, ["5000", "4096"]),
+    "token id out of range": ({**BASE, "prompt": [5, 99999]}, ["99999", "2047"]),
+    "temperature": ({**BASE, "temperature": 2.5}, ["temperature", "2"]),
+    "top_p": ({**BASE, "top_p": 1.5}, ["top_p", "1"]),
+    "penalty": ({**BASE, "frequency_penalty": -3}, ["frequency_penalty", "-2"]),
+    "n": ({**BASE, "n": 1000}, ["n", "128"]),
+    "invalid UTF-8": (b'{"model": "moe-engine-demo", "prompt": "\xff\xfe"}', ["UTF-8"]),
+    "10 MB body": ({**BASE, "prompt": "x" * 10_000_000}, ["4194304"]),
+    "stop list": ({**BASE, "stop": ["a"] * 100}, ["stop", "16"]),
+    "logit_bias": ({**BASE, "logit_bias": {"5000": 1}}, ["logit_bias", "5000", "2047"]),
+    "unknown field": ({**BASE, "temprature": 1}, ["temprature"]),
+    "beyond the KV cache": ({**BASE, "max_tokens": 3000}, ["3000", "blocks"]),
+}
+
+
+def test_bad_requests_are_named_while_others_go_on(server):
+    body = {**BASE, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        for name, (bad, words) in BAD_BODIES.items():
+            content = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
+            refused = httpx.post(
+                f"{server.url}/v1/completions",
+                content=content,
+                headers={"Content-Type": "application/json"},
+                timeout=30,
+            )
+            assert 400 <= refused.status_code < 500, (name, refused.text)
+            error = refused.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            for word in words:
+                assert word in error["message"], (name, error)
+        rest = [line for line in lines if line.startswith("data: {")]
+    assert json.loads(rest[-1][6:])["choices"][0]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -91,3 +138,49 @@ def test_sigterm_ends_the_server_and_its_ranks():
     with running_server() as server:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(15) == 0
+
+
+def test_port_in_use_is_refused_before_anything_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "moe_engine.serve", "--port", port, "--device", "cpu"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 1
+    assert port in ended.stderr
+    assert "loading" not in ended.stderr
+
+
+def test_other_architectures_are_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    command = [sys.executable, "-m", "moe_engine.serve", "--port", "0", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "llama" in ended.stderr
+    assert "qwen3_moe" in ended.stderr
+
+
+def test_torchrun_starts_the_ranks():
+    port = str(free_port())
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "moe_engine.serve", "--attention-tp", "2", "--device", "cpu", "--port", port,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = Server(process, port)
+    try:
+        deadline = time.monotonic() + 90
+        while server.health() != 200:
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        answer = httpx.post(f"{server.url}/v1/completions", json=BASE, timeout=30)
+        assert answer.json()["usage"]["completion_tokens"] <= 4
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(40)
+        _, alive = psutil.wait_procs(ranks, timeout=10)
+        assert not alive
+    finally:
+        process.kill()

@@ -1,0 +1,15 @@
+"""Found through PYTHONPATH by the rank processes of one test: makes one rank raise in a step."""
+
+import os
+
+if os.environ.get("RANK") == os.environ.get("RANK_THAT_RAISES", "none"):
+    from moe_engine.engine.runner import ModelRunner
+
+    execute = ModelRunner.execute
+
+    def execute_then_raise(self, plan):
+        if plan.step_id == 5:
+            raise ValueError("planted")
+        return execute(self, plan)
+
+    ModelRunner.execute = execute_then_raise

@@ -158,6 +158,9 @@ class EngineConfig:
     )
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
     startup_timeout: float = option(600.0, "seconds the ranks have to load the model")
+    step_timeout: float = option(
+        300.0, "seconds after which a step that a rank does not finish ends the engine"
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -166,8 +169,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.startup_timeout <= 0:
-            raise ConfigError(f"startup_timeout is {self.startup_timeout}; it must be positive")
+        for name in ("startup_timeout", "step_timeout"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         gpus = self.cluster.gpus_per_node
         needed = self.parallel.world_size * self.parallel.replicas
         if gpus is not None and needed > gpus * self.cluster.nodes:

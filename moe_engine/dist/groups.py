@@ -11,8 +11,6 @@ import torch.distributed as dist
 from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.layout import RankLayout
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
 
 @dataclass(frozen=True)
 class ParallelGroups:
@@ -28,8 +26,14 @@ def single_rank_groups() -> ParallelGroups:
     return ParallelGroups(RankLayout(0, 1, 1), Communicator(1, 0), Communicator(1, 0))
 
 
-def create_groups(layout: RankLayout, store: dist.Store, device: torch.device) -> ParallelGroups:
-    """Join the world through ``store`` and make the groups (a collective over all ranks)."""
+def create_groups(
+    layout: RankLayout, store: dist.Store, device: torch.device, timeout: float
+) -> ParallelGroups:
+    """Join the world through ``store`` and make the groups (a collective over all ranks).
+
+    Args:
+        timeout: seconds after which a collective that a peer does not join is an error.
+    """
     if layout.world_size == 1:
         return single_rank_groups()
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -38,7 +42,7 @@ def create_groups(layout: RankLayout, store: dist.Store, device: torch.device) -
         store=store,
         rank=layout.rank,
         world_size=layout.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" else None,
     )
     world = dist.group.WORLD

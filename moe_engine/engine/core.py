@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 
+from moe_engine.config import EngineConfig
+from moe_engine.dist.communicator import PeerLostError
 from moe_engine.engine.control import ControlHub
 from moe_engine.engine.runner import ModelRunner
 from moe_engine.engine.scheduler import Scheduler
@@ -28,12 +30,13 @@ class EngineCore:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: ModelRunner, hub: ControlHub, pipeline_depth: int
+        self, scheduler: Scheduler, runner: ModelRunner, hub: ControlHub, config: EngineConfig
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._hub = hub
-        self._pipeline_depth = pipeline_depth
+        self._pipeline_depth = config.scheduler.pipeline_depth
+        self._step_timeout = config.step_timeout
         self._in_flight: list[tuple[StepPlan, list[StepResult]]] = []
 
     def run(self) -> None:
@@ -89,11 +92,20 @@ class EngineCore:
         plan, results = self._in_flight.pop(0)
         num_busy = sum(bool(group.steps) for group in plan.groups)
         while len(results) < num_busy:
-            result = self._hub.results.get()
+            result = self._wait_for_result(plan)
             for other_plan, other_results in [(plan, results), *self._in_flight]:
                 if other_plan.step_id == result.step_id:
                     other_results.append(result)
         return self._scheduler.complete(results)
+
+    def _wait_for_result(self, plan: StepPlan) -> StepResult:
+        """The next result of another DP group; `PeerLostError` after ``step_timeout`` seconds."""
+        try:
+            return self._hub.results.get(timeout=self._step_timeout)
+        except queue.Empty:
+            raise PeerLostError(
+                f"step {plan.step_id} has no result after {self._step_timeout:g} s (step_timeout)"
+            ) from None
 
     def _report(self, updates: list[RequestUpdate]) -> None:
         self._hub.tell_front_end(Updates(updates, self._scheduler.stats()))

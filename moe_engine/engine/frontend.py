@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,9 @@ class FrontEnd:
     ) -> EngineReady:
         """Start the ranks, and load the tokenizer meanwhile; see `EngineClient.start`."""
         assert self.config.model is not None
-        directory = Path(self.config.model)
-        tokenizer = _InBackground(lambda: self._load_tokenizer(directory))
-        try:
+        with ThreadPoolExecutor(1) as pool:
+            tokenizer = pool.submit(self._load_tokenizer, Path(self.config.model))
             info = self.client.start(on_death, on_progress)
-        finally:
-            tokenizer.wait()
         try:
             self.tokenizer = tokenizer.result()
         except MoEEngineError:
@@ -166,30 +163,3 @@ def nth_params(params: SamplingParams, index: int) -> SamplingParams:
         seed = (seed + index + 2**63) % 2**64 - 2**63
     prompt_logprobs = params.prompt_logprobs if index == 0 else None
     return replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
-
-
-class _InBackground:
-    """Runs a function in a thread and keeps its result or exception."""
-
-    def __init__(self, function: Callable[[], Tokenizer]) -> None:
-        self._function = function
-        self._outcome: Tokenizer | BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._outcome = self._function()
-        except BaseException as error:
-            self._outcome = error
-
-    def wait(self) -> None:
-        """Until the function has ended."""
-        self._thread.join()
-
-    def result(self) -> Tokenizer:
-        """The function's result, or raise what it raised."""
-        assert self._outcome is not None
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        return self._outcome

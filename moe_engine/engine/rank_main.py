@@ -92,12 +92,8 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
             num_blocks = min(num_blocks, hub.ready.get().num_blocks)
         hub.tell_ranks(StartStepping(num_blocks))
         runtime.start(num_blocks)
-        core = EngineCore(
-            _make_scheduler(runtime, num_blocks),
-            runtime.runner,
-            hub,
-            spec.config.scheduler.pipeline_depth,
-        )
+        scheduler = _make_scheduler(runtime, num_blocks)
+        core = EngineCore(scheduler, runtime.runner, hub, spec.config)
         hub.tell_front_end(
             EngineReady(
                 max_model_len=runtime.max_model_len,

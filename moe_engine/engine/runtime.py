@@ -63,7 +63,9 @@ class RankRuntime:
 
     def join(self, store: dist.Store) -> None:
         """Make the process groups (a collective over all ranks)."""
-        self.groups: ParallelGroups = create_groups(self.layout, store, self.device)
+        self.groups: ParallelGroups = create_groups(
+            self.layout, store, self.device, self.config.step_timeout
+        )
 
     def load(self, progress: Progress) -> int:
         """Build the model, fill its weights, and return how many KV blocks fit this rank.

@@ -18,7 +18,7 @@ def _run(function, rank, tp, dp, store_file, results):
     try:
         layout = RankLayout(rank, tp, dp)
         store = open_store(store_file, rank, layout.world_size)
-        function(create_groups(layout, store, torch.device("cpu")))
+        function(create_groups(layout, store, torch.device("cpu"), 60))
         results.put((rank, None))
     except BaseException:
         results.put((rank, traceback.format_exc()))

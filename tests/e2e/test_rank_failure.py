@@ -95,3 +95,17 @@ def test_rank_that_raises_is_named_with_its_traceback(monkeypatch):
     assert caught.value.rank == 1
     assert "Traceback" in caught.value.details
     assert "sitecustomize.py" in caught.value.details
+
+
+def test_rank_that_hangs_ends_the_engine_after_the_step_timeout():
+    with MoEEngine(attention_tp=2, device="cpu", step_timeout=2.0) as engine:
+        stream = engine.stream("Once", SamplingParams(max_tokens=4000, ignore_eos=True))
+        next(stream)
+        ranks = psutil.Process().children()
+        [stopped] = [rank for rank in ranks if rank.environ().get("RANK") == "1"]
+        stopped.suspend()
+        started = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"(?i)timed out"):
+            list(stream)
+        assert time.monotonic() - started < 10
+    assert stopped not in psutil.Process().children()

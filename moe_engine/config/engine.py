@@ -166,7 +166,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.startup_timeout <= 0:
+        if not self.startup_timeout > 0:  # so nan is refused as well
             raise ConfigError(f"startup_timeout is {self.startup_timeout}; it must be positive")
         gpus = self.cluster.gpus_per_node
         needed = self.parallel.world_size * self.parallel.replicas

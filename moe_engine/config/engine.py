@@ -170,7 +170,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_options(self)
         for name in ("startup_timeout", "step_timeout"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # so nan is refused as well
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         gpus = self.cluster.gpus_per_node
         needed = self.parallel.world_size * self.parallel.replicas

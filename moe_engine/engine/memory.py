@@ -41,6 +41,8 @@ def weight_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -
     q_width = model.num_attention_heads // tp * head_dim
     kv_width = len(local_kv_heads(model, tp, 0)) * head_dim
     attention = hidden * (2 * q_width + 2 * kv_width) + 2 * (hidden + head_dim)
+    if model.attention_bias:
+        attention += q_width + 2 * kv_width + hidden
     experts = model.num_experts // world * 3 * hidden * model.moe_intermediate_size
     moe = experts + model.num_experts * hidden
     dense = 3 * hidden * model.intermediate_size // tp

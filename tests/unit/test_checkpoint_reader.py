@@ -148,6 +148,17 @@ def test_a_malformed_index_is_refused(directory, text):
     assert "model.safetensors.index.json" in fault(directory)
 
 
+def test_a_directory_in_place_of_a_file_is_refused_with_the_systems_words(directory):
+    shard = shard_of(directory, EXPERT)
+    shard.unlink()
+    shard.mkdir()
+    assert f"{shard.name} cannot be read: Is a directory" in fault(directory)
+    index = directory / "model.safetensors.index.json"
+    index.unlink()
+    index.mkdir()
+    assert fault(directory) == f"{index} cannot be read: Is a directory"
+
+
 def test_a_directory_without_safetensors_is_refused(directory):
     for file in directory.glob("model*"):
         file.unlink()

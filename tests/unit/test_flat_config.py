@@ -170,6 +170,7 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
         ("1: 2", "'1'"),
         ("model: a\nseed: 1\nmodel: b", "duplicate key 'model'"),
         ("cache:\n  block_size: 1\n  block_size: 1", "duplicate key 'block_size'"),
+        ("? [model]\n: a", "not valid YAML"),
         ("cache: 5", "'cache'.*5"),
         ("cache:\n  block_size: big", "cache.block_size.*'big'"),
         ("cache:\n  block_size: {a: 1}", "cache.block_size"),

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from moe_engine.server.protocol.base import StreamOptions, StrictModel
 from moe_engine.types.sampling import (
+    INT32_MAX,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_N,
@@ -19,7 +20,6 @@ from moe_engine.types.sampling import (
     MAX_STOP_STRINGS,
 )
 
-INT32_MAX = 2**31 - 1
 MAX_STOP_TOKEN_IDS = 1024
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]

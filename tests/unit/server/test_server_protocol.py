@@ -10,9 +10,6 @@ from moe_engine.errors import InvalidRequestError
 from moe_engine.server.protocol.completions import CompletionRequest
 from moe_engine.types.sampling import SamplingParams
 
-# The schema keeps these two in 32 bits for the wire; SamplingParams sets no upper bound.
-NO_UPPER_BOUND = {"top_k", "min_tokens"}
-
 
 def numeric_bounds() -> list[tuple[str, float, bool]]:
     """(field, value at or just beyond a documented bound, whether the bound allows it)."""
@@ -23,7 +20,7 @@ def numeric_bounds() -> list[tuple[str, float, bool]]:
         for schema in info.get("anyOf", [info]):
             step = 1 if schema.get("type") == "integer" else 1e-6
             for key, sign in (("minimum", -1), ("maximum", 1)):
-                if key in schema and not (key == "maximum" and name in NO_UPPER_BOUND):
+                if key in schema:
                     cases.append((name, schema[key], True))
                     cases.append((name, schema[key] + sign * step, False))
             if "exclusiveMinimum" in schema:

@@ -1,0 +1,64 @@
+"""How the front end tells one prompt from many, and what each of ``n`` completions is asked."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_engine.engine.frontend import nth_params
+from moe_engine.engine.llm import as_batch
+from moe_engine.types.sampling import MAX_N, SamplingParams
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("prompt", ["", "a text", [1, 2, 3], (7,), CHAT, CHAT[:1]])
+def test_one_prompt_of_any_kind_is_a_batch_of_one(prompt):
+    assert as_batch(prompt) == [prompt]
+
+
+@pytest.mark.parametrize(
+    "prompts", [["a", "b"], [""], [[1, 2], [3]], [[]], [CHAT], [CHAT, "a", [1]], ("a", (1,)), []]
+)
+def test_a_sequence_of_prompts_is_a_batch_in_its_order(prompts):
+    assert as_batch(prompts) == list(prompts)
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1), n=st.integers(1, MAX_N))
+def test_completions_of_a_seeded_request_have_seeds_of_their_own(seed, n):
+    params = SamplingParams(n=n, seed=seed)
+    seeds = [nth_params(params, index).seed for index in range(n)]
+    assert seeds[0] == seed
+    assert len(set(seeds)) == n
+
+
+def test_the_largest_seed_wraps_around():
+    params = SamplingParams(n=2, seed=2**63 - 1)
+    assert nth_params(params, 1).seed == -(2**63)
+
+
+def test_without_a_seed_no_completion_has_one():
+    assert nth_params(SamplingParams(n=2), 1).seed is None
+
+
+def test_only_the_first_completion_scores_the_prompt():
+    params = SamplingParams(n=3, prompt_logprobs=0)
+    assert [nth_params(params, index).prompt_logprobs for index in range(3)] == [0, None, None]
+
+
+def test_everything_else_is_the_same_for_every_completion():
+    params = SamplingParams(
+        n=4,
+        temperature=0.3,
+        top_k=5,
+        stop=["x"],
+        stop_token_ids=[3],
+        max_tokens=9,
+        min_tokens=2,
+        logprobs=1,
+        logit_bias={1: 2.0},
+        ignore_eos=True,
+        skip_special_tokens=False,
+    )
+    assert nth_params(params, 3) == replace(params, n=1)

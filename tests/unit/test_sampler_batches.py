@@ -1,0 +1,97 @@
+"""A row's token does not depend on its batch, and the host never waits for the device."""
+
+import numpy as np
+import pytest
+import torch
+
+from moe_engine.engine.sampler import Sampler
+from moe_engine.types.sampling import SamplingParams
+from tests.unit.sampler_reference import (
+    GREEDY,
+    Reference,
+    admit,
+    random_sequences,
+    rows_of,
+    sampler_of,
+)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 1000])
+def test_a_row_is_sampled_alike_in_any_batch(vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    references = random_sequences(rng, 12, vocab_size)
+    logits = torch.from_numpy(rng.standard_normal((12, vocab_size)) * 3)
+    rows = rows_of(references, rng.random(12).tolist())
+
+    def tokens_of(groups: list[list[int]]) -> list[int]:
+        sampler, tokens = sampler_of(vocab_size, *references), {}
+        for group in groups:
+            found = sampler.sample(logits[group], [rows[i] for i in group]).tolist()
+            tokens.update(zip(group, found, strict=True))
+        return [tokens[i] for i in range(12)]
+
+    together = tokens_of([list(range(12))])
+    assert tokens_of([[i] for i in range(12)]) == together
+    for _ in range(8):
+        order, cut = rng.permutation(12).tolist(), int(rng.integers(12))
+        assert tokens_of([order[:cut], order[cut:]]) == together
+
+
+def test_sampling_does_not_change_the_logits():
+    rng = np.random.default_rng(3)
+    references = random_sequences(rng, 10, 30)
+    logits = torch.randn(10, 30)
+    original = logits.clone()
+    sampler_of(30, *references).sample(logits, rows_of(references, [0.5] * 10))
+    assert torch.equal(logits, original)
+
+
+# The host never waits.
+
+
+def all_features() -> list[Reference]:
+    everything = SamplingParams(
+        temperature=0.7,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.05,
+        presence_penalty=0.5,
+        frequency_penalty=0.5,
+        repetition_penalty=1.2,
+        min_tokens=3,
+        logit_bias={3: 1.0},
+    )
+    return [
+        Reference(GREEDY, [1]),
+        Reference(SamplingParams(), [1]),
+        Reference(SamplingParams(top_k=3), [1]),
+        Reference(everything, [1, 2], [3], [4]),
+    ]
+
+
+def test_sampling_needs_no_value_from_the_device():
+    # A meta tensor has no values: reading one, or a shape that depends on one, raises.
+    sampler, references = Sampler(20, torch.device("meta")), all_features()
+    for seq_id, reference in enumerate(references):
+        admit(sampler, seq_id, reference)
+    logits = torch.empty(4, 20, device="meta")
+    tokens = sampler.sample(logits, rows_of(references, [0.5] * 4))
+    assert tokens.shape == (4,)
+    assert tokens.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sampling_on_cuda_does_not_synchronize_and_agrees_with_the_cpu():
+    references = all_features()
+    logits = torch.randn(4, 20)
+    rows = rows_of(references, [0.5] * 4)
+    expected = sampler_of(20, *references).sample(logits, rows)
+    sampler, logits_on_device = Sampler(20, torch.device("cuda")), logits.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for seq_id, reference in enumerate(references):
+            admit(sampler, seq_id, reference)
+        tokens = sampler.sample(logits_on_device, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(tokens.cpu(), expected)

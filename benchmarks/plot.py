@@ -1,0 +1,66 @@
+"""Draws the benchmark's plot and rewrites the README's results: python -m benchmarks.plot
+
+Needs matplotlib (the extra [bench]).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.readme_table import COLUMNS, replace_results
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "engine_cpu.json"
+PLOT = ROOT / "docs" / "images" / "engine_cpu.svg"
+README = ROOT / "README.md"
+
+COLORS = ("#1f6feb", "#58a6ff", "#a5d0ff", "#bc8c00", "#e3c16f")
+BAR_WIDTH = 0.16
+INK = "#24292f"
+PAPER = "#ffffff"
+
+
+def main() -> None:
+    """Bring plot and README up to date with the JSON."""
+    result = json.loads(RESULTS.read_text())
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    draw(result, PLOT)
+    README.write_text(replace_results(README.read_text(), result))
+    print(f"written: {PLOT.relative_to(ROOT)}, {README.relative_to(ROOT)}")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Save bars of output tokens per second by batch size; the paper is white in any theme."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "moe_engine"  # the same data give the same file
+    from matplotlib import pyplot
+
+    batches = result["batches"]
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), facecolor=PAPER)
+    for place, (name, label) in enumerate(COLUMNS.items()):
+        offset = (place - (len(COLUMNS) - 1) / 2) * BAR_WIDTH
+        present = [i for i, batch in enumerate(batches) if name in batch["output_tokens_per_s"]]
+        bars = axes.bar(
+            [i + offset for i in present],
+            [batches[i]["output_tokens_per_s"][name] for i in present],
+            BAR_WIDTH,
+            label=label,
+            color=COLORS[place],
+        )
+        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1, color=INK)
+    axes.set_xticks(range(len(batches)), [f"{batch['num_requests']}" for batch in batches])
+    axes.set_xlabel("requests at once", color=INK)
+    axes.set_ylabel("output tokens / s", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

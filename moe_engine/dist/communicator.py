@@ -22,6 +22,8 @@ def _peers_needed() -> Iterator[None]:
     """Turn the backends' many errors into `PeerLostError`."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # this rank's own failure
     except RuntimeError as error:
         raise PeerLostError(str(error)) from error
 

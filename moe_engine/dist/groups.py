@@ -37,12 +37,13 @@ def create_groups(
     if layout.world_size == 1:
         return single_rank_groups()
     backend = "nccl" if device.type == "cuda" else "gloo"
+    deadline = timedelta(seconds=timeout)
     dist.init_process_group(
         backend,
         store=store,
         rank=layout.rank,
         world_size=layout.world_size,
-        timeout=timedelta(seconds=timeout),
+        timeout=deadline,
         device_id=device if device.type == "cuda" else None,
     )
     world = dist.group.WORLD
@@ -50,7 +51,7 @@ def create_groups(
     tp_group = world
     if layout.attention_dp > 1:
         for dp_rank in range(layout.attention_dp):
-            group = dist.new_group(list(layout.group_ranks(dp_rank)))
+            group = dist.new_group(list(layout.group_ranks(dp_rank)), timeout=deadline)
             if dp_rank == layout.dp_rank:
                 tp_group = group
     return ParallelGroups(layout, Communicator(layout.attention_tp, layout.tp_rank, tp_group), ep)

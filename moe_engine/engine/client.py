@@ -11,7 +11,7 @@ from collections.abc import Callable
 from moe_engine import env
 from moe_engine.config import EngineConfig
 from moe_engine.dist.channel import ChannelClosed
-from moe_engine.engine.launcher import RankProcesses
+from moe_engine.engine.launcher import EXIT_GRACE, RankProcesses
 from moe_engine.errors import (
     CheckpointError,
     ConfigError,
@@ -57,7 +57,7 @@ class EngineClient:
 
     Attributes:
         stats: the engine's latest counters.
-        error: why the engine is dead, or None while it lives.
+        error: why the engine is dead or was not started, or None while it lives.
     """
 
     info: EngineReady
@@ -66,13 +66,13 @@ class EngineClient:
         self._config = config
         self._lock = threading.Lock()
         self._listeners: dict[str, Listener] = {}
-        self._start_error: MoEEngineError | None = None
-        self._started = threading.Event()
-        self._closing = False
+        self._ranks: RankProcesses | None = None
+        self._thread = threading.Thread(target=self._listen, name="engine-client", daemon=True)
+        self._decided = threading.Event()  # whether the start has succeeded
         self._on_death: Callable[[EngineDeadError], None] = lambda _: None
         self._on_progress: Callable[[LoadProgress], None] = lambda _: None
         self.stats = EngineStats()
-        self.error: EngineDeadError | None = None
+        self.error: MoEEngineError | None = None
 
     def start(
         self,
@@ -92,18 +92,22 @@ class EngineClient:
         self._on_death = on_death or self._on_death
         self._on_progress = on_progress or self._on_progress
         environment = env.read_environment()
-        self._ranks = RankProcesses(self._config, environment if environment.launched else None)
-        self._thread = threading.Thread(target=self._listen, name="engine-client", daemon=True)
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            ranks = RankProcesses(self._config, environment if environment.launched else None)
+            self._ranks = ranks
         self._thread.start()
-        if not self._started.wait(self._config.startup_timeout):
-            self._start_error = EngineDeadError(
-                f"the ranks were not ready within {self._config.startup_timeout:g} s "
-                "(startup_timeout)"
-            )
-        if self._start_error is not None:
-            self._closing = True
-            self._ranks.kill()
-            raise self._start_error
+        try:
+            if not self._decided.wait(self._config.startup_timeout):
+                timeout = f"{self._config.startup_timeout:g} s (startup_timeout)"
+                self._end(EngineDeadError(f"the ranks were not ready within {timeout}"))
+            if self.error is not None:
+                raise self.error
+        except BaseException:  # an interrupt too must leave no process behind
+            self._end(EngineDeadError("the start was interrupted"))
+            ranks.kill()
+            raise
         return self.info
 
     def submit(
@@ -112,12 +116,19 @@ class EngineClient:
         """Send one sequence to the engine; ``params.n`` must be 1.
 
         Raises:
-            EngineDeadError: the engine is dead.
+            EngineDeadError: the engine is dead or was shut down.
+            InvalidRequestError: ``request_id`` belongs to an open request.
         """
         assert params.n == 1
         with self._lock:
             if self.error is not None:
                 raise self.error
+            if request_id in self._listeners:
+                raise InvalidRequestError(
+                    f"request id {request_id!r} belongs to a request that is still open",
+                    param="request_id",
+                    code="duplicate_request_id",
+                )
             self._listeners[request_id] = listener
         self._send(AddRequest(request_id, token_ids, params))
 
@@ -129,16 +140,20 @@ class EngineClient:
             self._send(AbortRequest(request_id))
 
     def shutdown(self) -> None:
-        """Stop the ranks; open requests get an `EngineDeadError`. Safe to call twice."""
-        if self._closing:
+        """Stop the ranks; open requests get an `EngineDeadError`. Safe to call at any time."""
+        was_ready = self._decided.is_set()
+        self._end(EngineDeadError("the engine was shut down"))
+        with self._lock:
+            ranks = self._ranks
+        if ranks is None:
             return
-        self._closing = True
         self._send(Shutdown())
-        self._ranks.join()
-        self._thread.join()
-        self._fail_requests(EngineDeadError("the engine was shut down"))
+        ranks.join(EXIT_GRACE if was_ready else 0.0)
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _send(self, message: AddRequest | AbortRequest | Shutdown) -> None:
+        assert self._ranks is not None
         try:
             self._ranks.channel.send(message)
         except ChannelClosed:
@@ -146,30 +161,40 @@ class EngineClient:
 
     def _listen(self) -> None:
         """The client's thread: hand out what rank 0 says until it hangs up."""
-        failure: RankFailed | None = None
+        assert self._ranks is not None
+        ranks, failure = self._ranks, None
         try:
             while failure is None:
-                if not self._ranks.channel.poll(POLL_INTERVAL):
-                    failure = self._unreported_death()
+                if not ranks.channel.poll(POLL_INTERVAL):
+                    failure = self._unreported_death(ranks)
                     continue
-                message = self._ranks.channel.receive()
+                message = ranks.channel.receive()
                 if isinstance(message, RankFailed):
                     failure = message
                 else:
                     self._handle(message)
+            error = self._explain(failure, ranks)
         except ChannelClosed:
-            pass
-        if not self._closing:
-            self._die(failure)
+            error = self._explain(None, ranks)
+        except Exception as unexpected:
+            logger.exception("the engine's client failed")
+            error = EngineDeadError(f"the engine's client failed: {unexpected!r}")
+        was_ready = self._decided.is_set()
+        if self._end(error):
+            ranks.kill()
+            if was_ready:
+                assert isinstance(error, EngineDeadError)
+                logger.error("the engine is dead: %s", error)
+                self._on_death(error)
 
-    def _unreported_death(self) -> RankFailed | None:
+    def _unreported_death(self, ranks: RankProcesses) -> RankFailed | None:
         """A rank that ended a while ago although rank 0, which hears all ranks, said nothing.
 
         It happens to a rank that dies before it has reached rank 0.
         """
-        if self._closing or self._ranks.dead_since() < UNREPORTED_DEATH:
+        if self.error is not None or ranks.dead_since() < UNREPORTED_DEATH:
             return None
-        rank = self._ranks.first_dead()
+        rank = ranks.first_dead()
         assert rank is not None
         return RankFailed(rank, f"rank {rank} died without a word")
 
@@ -185,7 +210,7 @@ class EngineClient:
             self._tell(message.request_id, error, last=True)
         elif isinstance(message, EngineReady):
             self.info = message
-            self._started.set()
+            self._decided.set()
         else:
             self._on_progress(message)
 
@@ -194,36 +219,35 @@ class EngineClient:
             find = self._listeners.pop if last else self._listeners.get
             listener = find(request_id, None)
         if listener is not None:
-            listener(news)
+            _call(listener, news)
 
-    def _die(self, failure: RankFailed | None) -> None:
-        """Fail everything: the start if it is still waiting, else every open request."""
-        error = self._explain(failure)
-        self._ranks.kill()
-        if not self._started.is_set():
-            self._start_error = error
-            self._started.set()
-            return
-        assert isinstance(error, EngineDeadError)
-        logger.error("the engine is dead: %s", error)
-        with self._lock:
-            self.error = error
-        self._fail_requests(error)
-        self._on_death(error)
-
-    def _explain(self, failure: RankFailed | None) -> MoEEngineError:
+    def _explain(self, failure: RankFailed | None, ranks: RankProcesses) -> MoEEngineError:
         """The exception for a failure that rank 0 reported, or for rank 0's own death."""
-        if failure is not None and failure.user_error:
+        if failure is not None and failure.user_error and not self._decided.is_set():
             return USER_ERRORS[failure.user_error](failure.message)
         rank = failure.rank if failure else 0
         message = failure.message if failure else "rank 0 died without a word"
         if not (failure and failure.traceback):
-            obituary = self._ranks.obituary(rank, OBITUARY_WAIT)
+            obituary = ranks.obituary(rank, OBITUARY_WAIT)
             message = f"{message} ({obituary})" if obituary else message
         return EngineDeadError(message, rank=rank, details=failure.traceback if failure else "")
 
-    def _fail_requests(self, error: EngineDeadError) -> None:
+    def _end(self, error: MoEEngineError) -> bool:
+        """Fail the start, if it is waiting, and every open request; False if it is over already."""
         with self._lock:
+            if self.error is not None:
+                return False
+            self.error = error
             listeners, self._listeners = list(self._listeners.values()), {}
+        self._decided.set()
         for listener in listeners:
-            listener(error)
+            _call(listener, error)
+        return True
+
+
+def _call(listener: Listener, news: RequestUpdate | MoEEngineError) -> None:
+    """A listener that fails, say because its event loop is closed, harms nobody else."""
+    try:
+        listener(news)
+    except Exception:
+        logger.exception("a request's listener failed")

@@ -10,8 +10,9 @@ import os
 import queue
 import threading
 import time
+import traceback
 from contextlib import suppress
-from multiprocessing import connection
+from multiprocessing import AuthenticationError, connection
 
 from moe_engine.dist.channel import Channel, ChannelClosed, ChannelListener
 from moe_engine.log import get_logger
@@ -34,6 +35,8 @@ logger = get_logger(__name__)
 
 BLAME_WINDOW = 2.0
 """Seconds to wait for the rank that is to blame once another one has lost its peers."""
+LISTEN_INTERVAL = 0.1
+"""Seconds after which the listening thread looks for newly connected ranks and deadlines."""
 
 
 class ControlHub:
@@ -49,21 +52,31 @@ class ControlHub:
         self._front_end = front_end
         self._ranks: dict[int, Channel[ToRankZero]] = {}
         self._stopping = False
-        self._secondary: RankFailed | None = None
+        self._secondary: list[RankFailed] = []
         self._blame_deadline = 0.0
         self._failing = threading.Lock()
         self.requests: queue.SimpleQueue[AddRequest | AbortRequest | Shutdown] = queue.SimpleQueue()
         self.results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
         self.ready: queue.SimpleQueue[RankReady] = queue.SimpleQueue()
 
-    def accept_ranks(self, listener: ChannelListener | None, num_ranks: int) -> None:
-        """Wait until ranks 1 .. num_ranks - 1 have connected, then hear everybody in a thread."""
-        while listener is not None and len(self._ranks) < num_ranks - 1:
-            channel: Channel[ToRankZero] = listener.accept(ToRankZero)
-            hello = channel.receive()
+    def hear_front_end(self) -> None:
+        """Start the listening thread, with the front end alone."""
+        threading.Thread(target=self._listen, name="control", daemon=True).start()
+
+    def accept_ranks(self, listener: ChannelListener, num_ranks: int) -> None:
+        """Wait until ranks 1 .. num_ranks - 1 have connected; they are heard from then on.
+
+        A connection that breaks off or cannot authenticate is none of them.
+        """
+        while len(self._ranks) < num_ranks - 1:
+            try:
+                channel: Channel[ToRankZero] = listener.accept(ToRankZero)
+                hello = channel.receive()
+            except (ChannelClosed, AuthenticationError, EOFError, OSError) as error:
+                logger.warning("a connection to the control channel broke off: %s", error)
+                continue
             assert isinstance(hello, RankHello)
             self._ranks[hello.rank] = channel
-        threading.Thread(target=self._listen, name="control", daemon=True).start()
 
     def tell_front_end(self, message: ToFrontEnd) -> None:
         """Send to the front end; a front end that has gone ends this process."""
@@ -95,19 +108,25 @@ class ControlHub:
             os._exit(1)
 
     def _listen(self) -> None:
-        while True:
-            channels = {channel.fileno(): rank for rank, channel in self._ranks.items()}
-            channels[self._front_end.fileno()] = -1
-            timeout = 0.1 if self._secondary else None
-            for fileno in connection.wait(list(channels), timeout):
-                assert isinstance(fileno, int)
-                rank = channels[fileno]
-                if rank < 0:
-                    self._hear_front_end()
-                else:
-                    self._hear_rank(rank)
-            if self._secondary and time.monotonic() > self._blame_deadline:
-                self.fail(self._secondary)
+        """Hear everybody until the process ends; an error of this thread's own ends it too."""
+        try:
+            while True:
+                self._listen_once()
+        except Exception as error:
+            self.fail(RankFailed(0, f"rank 0's control thread: {error}", traceback.format_exc()))
+
+    def _listen_once(self) -> None:
+        channels = {channel.fileno(): rank for rank, channel in list(self._ranks.items())}
+        channels[self._front_end.fileno()] = -1
+        for fileno in connection.wait(list(channels), LISTEN_INTERVAL):
+            assert isinstance(fileno, int)
+            rank = channels[fileno]
+            if rank < 0:
+                self._hear_front_end()
+            else:
+                self._hear_rank(rank)
+        if self._secondary and time.monotonic() > self._blame_deadline:
+            self.fail(self._secondary[0])
 
     def _hear_front_end(self) -> None:
         try:
@@ -121,7 +140,8 @@ class ControlHub:
             message = self._ranks[rank].receive()
         except ChannelClosed:
             del self._ranks[rank]
-            if not self._stopping and (not self._secondary or self._secondary.rank != rank):
+            expected = self._stopping or any(rank == told.rank for told in self._secondary)
+            if not expected:
                 self.fail(RankFailed(rank, f"rank {rank} died without a word"))
             return
         if isinstance(message, StepDone):
@@ -131,6 +151,6 @@ class ControlHub:
         elif isinstance(message, RankFailed):
             if not message.secondary:
                 self.fail(message)
-            elif self._secondary is None:
-                self._secondary = message
+            if not self._secondary:
                 self._blame_deadline = time.monotonic() + BLAME_WINDOW
+            self._secondary.append(message)

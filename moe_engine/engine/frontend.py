@@ -59,7 +59,7 @@ class FrontEnd:
             info = self.client.start(on_death, on_progress)
         try:
             self.tokenizer = tokenizer.result()
-        except MoEEngineError:
+        except BaseException:
             self.client.shutdown()
             raise
         return info

@@ -78,11 +78,11 @@ def run_torchrun_rank(config: EngineConfig, environment: env.Environment) -> Non
 
 def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: int) -> None:
     hub = ControlHub(Channel(Connection(front_end_fd), ToCore))
+    hub.hear_front_end()
     try:
         store = open_store(spec.store_file, 0, layout.world_size)
-        several = layout.world_size > 1
-        listener = publish_control(store, spec.control_address) if several else None
-        hub.accept_ranks(listener, layout.world_size)
+        if layout.world_size > 1:
+            hub.accept_ranks(publish_control(store, spec.control_address), layout.world_size)
         runtime = RankRuntime(spec.config, layout, place)
         runtime.join(store)
         num_blocks = runtime.load(

@@ -5,11 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from moe_engine import AsyncMoEEngine, InvalidRequestError, MoEEngine, SamplingParams
+from moe_engine import (
+    AsyncMoEEngine,
+    EngineDeadError,
+    InvalidRequestError,
+    MoEEngine,
+    SamplingParams,
+)
 from moe_engine.config import EngineConfig
 from moe_engine.demo.build import ensure_demo_checkpoint
 
@@ -98,5 +105,42 @@ def test_async_requests_run_together_and_leaving_one_aborts_it():
             await asyncio.sleep(0.05)
         assert engine.stats.num_free_blocks == engine.stats.num_blocks
         await engine.shutdown()
+
+    asyncio.run(run())
+
+
+def test_request_after_shutdown_is_an_error():
+    with MoEEngine(device="cpu") as engine:
+        pass
+    with pytest.raises(EngineDeadError, match="shut down"):
+        engine.generate([[1, 2]])
+    engine.shutdown()
+
+
+def test_duplicate_request_id_is_refused_and_the_first_request_goes_on():
+    async def run():
+        engine = AsyncMoEEngine(EngineConfig(device="cpu"))
+        await engine.start()
+        first = engine.generate([1], SamplingParams(max_tokens=30, ignore_eos=True), "same")
+        await anext(first)
+        with pytest.raises(InvalidRequestError, match="same-0"):
+            await anext(engine.generate([1], SamplingParams(max_tokens=3), "same"))
+        outputs = [output async for output in first]
+        assert outputs[-1].usage.completion_tokens == 30
+        await engine.shutdown()
+
+    asyncio.run(run())
+
+
+def test_shutdown_while_loading_ends_the_start_at_once():
+    async def run():
+        engine = AsyncMoEEngine(EngineConfig(device="cpu"))
+        starting = asyncio.create_task(engine.start())
+        await asyncio.sleep(1)
+        started = time.monotonic()
+        await engine.shutdown()
+        with pytest.raises(EngineDeadError, match="shut down"):
+            await starting
+        assert time.monotonic() - started < 4
 
     asyncio.run(run())

@@ -97,6 +97,19 @@ def test_rank_that_raises_is_named_with_its_traceback(monkeypatch):
     assert "sitecustomize.py" in caught.value.details
 
 
+def test_hang_of_one_rank_among_four_is_not_blamed_on_a_dead_one():
+    layout = {"attention_tp": 2, "attention_dp": 2}
+    with MoEEngine(**layout, device="cpu", step_timeout=2.0) as engine:
+        stream = engine.stream("Once", SamplingParams(max_tokens=4000, ignore_eos=True))
+        next(stream)
+        ranks = psutil.Process().children()
+        [stopped] = [rank for rank in ranks if rank.environ().get("RANK") == "3"]
+        stopped.suspend()
+        with pytest.raises(EngineDeadError) as caught:
+            list(stream)
+        assert "died without a word" not in str(caught.value)
+
+
 def test_rank_that_hangs_ends_the_engine_after_the_step_timeout():
     with MoEEngine(attention_tp=2, device="cpu", step_timeout=2.0) as engine:
         stream = engine.stream("Once", SamplingParams(max_tokens=4000, ignore_eos=True))

@@ -172,6 +172,7 @@ class EngineConfig:
         for name in ("startup_timeout", "step_timeout"):
             if not getattr(self, name) > 0:  # so nan is refused as well
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        self._check_exchange()
         gpus = self.cluster.gpus_per_node
         needed = self.parallel.world_size * self.parallel.replicas
         if gpus is not None and needed > gpus * self.cluster.nodes:
@@ -180,6 +181,18 @@ class EngineConfig:
                 f"attention_dp {self.parallel.attention_dp} x replicas {self.parallel.replicas}) "
                 f"but the cluster has {gpus * self.cluster.nodes} GPUs "
                 f"({self.cluster.nodes} nodes x {gpus})"
+            )
+
+    def _check_exchange(self) -> None:
+        """Raise `ConfigError` for an exchange backend that the layout does not allow."""
+        exchange, parallel = self.exchange.exchange, self.parallel
+        layout = f"attention_tp {parallel.attention_tp} x attention_dp {parallel.attention_dp}"
+        if exchange == "local" and parallel.world_size > 1:
+            raise ConfigError(f"exchange is 'local', which needs one rank, not {layout}")
+        if exchange == "replicated" and parallel.attention_dp > 1:
+            raise ConfigError(
+                f"exchange is 'replicated', which needs all ranks to hold the same tokens "
+                f"(attention_dp 1), not {layout}"
             )
 
 

@@ -92,19 +92,22 @@ class EngineCore:
         plan, results = self._in_flight.pop(0)
         num_busy = sum(bool(group.steps) for group in plan.groups)
         while len(results) < num_busy:
-            result = self._wait_for_result(plan)
+            result = self._wait_for_result(plan, results)
             for other_plan, other_results in [(plan, results), *self._in_flight]:
                 if other_plan.step_id == result.step_id:
                     other_results.append(result)
         return self._scheduler.complete(results)
 
-    def _wait_for_result(self, plan: StepPlan) -> StepResult:
+    def _wait_for_result(self, plan: StepPlan, results: list[StepResult]) -> StepResult:
         """The next result of another DP group; `PeerLostError` after ``step_timeout`` seconds."""
         try:
             return self._hub.results.get(timeout=self._step_timeout)
         except queue.Empty:
+            answered = {result.dp_group for result in results}
+            silent = [g for g, group in enumerate(plan.groups) if group.steps and g not in answered]
             raise PeerLostError(
-                f"step {plan.step_id} has no result after {self._step_timeout:g} s (step_timeout)"
+                f"step {plan.step_id} has no result of DP group(s) {silent} after "
+                f"{self._step_timeout:g} s (step_timeout)"
             ) from None
 
     def _report(self, updates: list[RequestUpdate]) -> None:

@@ -20,6 +20,7 @@ from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.engine import memory
 from moe_engine.engine.runner import ModelRunner
+from moe_engine.errors import ConfigError
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import LayerContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -52,12 +53,9 @@ class RankRuntime:
         self._place = place
         self.model_config: ModelConfig = load_model_config(Path(config.model))
         check_layout(self.model_config, config.parallel)
-        self.device = pick_device(config.device, place.local_rank)
+        self.device = pick_device(config.device, place)
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
-        self.max_model_len = min(
-            config.scheduler.max_model_len or self.model_config.max_position_embeddings,
-            self.model_config.max_position_embeddings,
-        )
+        self.max_model_len = pick_max_model_len(config, self.model_config)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
@@ -137,11 +135,29 @@ def available_host_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """``auto`` takes the local rank's GPU if there is one."""
-    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+def pick_device(wanted: str, place: LocalPlace) -> torch.device:
+    """``auto`` takes the local rank's GPU if there is a GPU at all.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs than ranks.
+    """
+    num_gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if place.local_world_size > num_gpus:
+        raise ConfigError(
+            f"{place.local_world_size} ranks on this machine need as many GPUs, but it has "
+            f"{num_gpus}; use fewer ranks or device cpu"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def pick_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """The context length served; `ConfigError` if it is longer than the model's."""
+    wanted, longest = config.scheduler.max_model_len, model.max_position_embeddings
+    if wanted is not None and wanted > longest:
+        raise ConfigError(f"max_model_len is {wanted}, but the model's context is {longest} tokens")
+    return wanted or longest
 
 
 def pick_dtype(wanted: str, model: ModelConfig, device: torch.device) -> torch.dtype:

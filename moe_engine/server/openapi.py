@@ -34,6 +34,7 @@ GENERATE_RESPONSES: dict[int | str, dict[str, Any]] = {
         s404="Unknown model.",
         s413="The body is larger than the server takes.",
         s415="The body's content type is not application/json.",
+        s429="Too many requests wait already.",
         s500="A fault of the server.",
         s503="The engine is loading or dead.",
     ),

@@ -122,6 +122,8 @@ def test_bad_requests_are_named_while_others_go_on(server):
         (["--attention-tp", "3"], ["attention_tp 3", "8 attention heads"]),
         (["--attention-tp", "4", "--attention-dp", "8"], ["32 ranks", "16 experts"]),
         (["--kv-cache-memory", "1KiB"], ["too little memory", "1.00 KiB", "blocks of 16"]),
+        (["--max-model-len", "5000"], ["max_model_len is 5000", "4096"]),
+        (["--attention-tp", "2", "--exchange", "local"], ["'local'", "one rank"]),
         (["--max-num-seqs", "many"], ["max_num_seqs", "many"]),
     ],
 )

@@ -109,3 +109,14 @@ def test_the_layout_must_fit_the_cluster():
         "the layout needs 16 ranks (attention_tp 4 x attention_dp 2 x replicas 2) "
         "but the cluster has 15 GPUs (3 nodes x 5)"
     )
+
+
+@pytest.mark.parametrize(("exchange", "tp", "dp"), [("local", 2, 1), ("replicated", 2, 3)])
+def test_exchange_that_the_layout_forbids_is_refused(exchange: str, tp: int, dp: int) -> None:
+    with pytest.raises(ConfigError, match=f"'{exchange}'.*attention_tp {tp} x attention_dp {dp}"):
+        EngineConfig(exchange=ExchangeConfig(exchange=exchange), parallel=ParallelConfig(tp, dp))
+
+
+@pytest.mark.parametrize(("exchange", "tp", "dp"), [("local", 1, 1), ("replicated", 4, 1)])
+def test_exchange_that_the_layout_allows_is_taken(exchange: str, tp: int, dp: int) -> None:
+    EngineConfig(exchange=ExchangeConfig(exchange=exchange), parallel=ParallelConfig(tp, dp))

@@ -8,14 +8,12 @@ from moe_engine.dist.exchange.collective import CollectiveExchange
 from moe_engine.dist.exchange.local import LocalExchange
 from moe_engine.dist.exchange.replicated import ReplicatedExchange
 from moe_engine.dist.groups import ParallelGroups
-from moe_engine.errors import ConfigError
 
 
 class ExchangeSelector:
     """Holds the backends that a layout allows and picks one per step.
 
-    Raises:
-        ConfigError: the configuration names a backend that the layout does not allow.
+    `EngineConfig` has made sure that the configured backend is one of them.
     """
 
     def __init__(self, config: ExchangeConfig, groups: ParallelGroups, num_experts: int) -> None:
@@ -27,12 +25,7 @@ class ExchangeSelector:
             self._backends["local"] = LocalExchange()
         if groups.layout.attention_dp == 1:
             self._backends["replicated"] = ReplicatedExchange(shard, groups.ep)
-        if config.exchange != "auto" and config.exchange not in self._backends:
-            raise ConfigError(
-                f"exchange is {config.exchange!r}, but attention_tp "
-                f"{groups.layout.attention_tp} x attention_dp {groups.layout.attention_dp} "
-                f"allows only: auto, {', '.join(sorted(self._backends))}"
-            )
+        assert config.exchange in ("auto", *self._backends), config.exchange
 
     def select(self, num_tokens: int) -> Exchange:
         """The backend for a step in which a DP group computes at most ``num_tokens`` tokens."""

@@ -76,7 +76,7 @@ def test_fuzz_was_no_blank(path):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_every_failure_is_documented_as_an_error_object(path):
     responses = DOCUMENT["paths"][path]["post"]["responses"]
-    assert set(responses) == {"200", "400", "404", "413", "415", "500", "503"}
+    assert set(responses) == {"200", "400", "404", "413", "415", "429", "500", "503"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     for status, response in responses.items():
         if status != "200":

@@ -22,6 +22,7 @@ from moe_engine.types.messages import (
     RankFailed,
     RankHello,
     RankReady,
+    RankStarted,
     Shutdown,
     StepDone,
     ToCore,
@@ -46,6 +47,7 @@ class ControlHub:
         requests: messages of the front end, in order.
         results: step results of other DP groups, in order per group.
         ready: ranks that have loaded, with their KV block counts.
+        started: ranks that can execute plans.
     """
 
     def __init__(self, front_end: Channel[ToCore]) -> None:
@@ -58,6 +60,7 @@ class ControlHub:
         self.requests: queue.SimpleQueue[AddRequest | AbortRequest | Shutdown] = queue.SimpleQueue()
         self.results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
         self.ready: queue.SimpleQueue[RankReady] = queue.SimpleQueue()
+        self.started: queue.SimpleQueue[RankStarted] = queue.SimpleQueue()
 
     def hear_front_end(self) -> None:
         """Start the listening thread, with the front end alone."""
@@ -148,6 +151,8 @@ class ControlHub:
             self.results.put(message.result)
         elif isinstance(message, RankReady):
             self.ready.put(message)
+        elif isinstance(message, RankStarted):
+            self.started.put(message)
         elif isinstance(message, RankFailed):
             if not message.secondary:
                 self.fail(message)

@@ -36,6 +36,7 @@ from moe_engine.types.messages import (
     RankFailed,
     RankHello,
     RankReady,
+    RankStarted,
     RunStep,
     Shutdown,
     StartStepping,
@@ -92,6 +93,8 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
             num_blocks = min(num_blocks, hub.ready.get().num_blocks)
         hub.tell_ranks(StartStepping(num_blocks))
         runtime.start(num_blocks)
+        for _ in range(layout.world_size - 1):
+            hub.started.get()
         scheduler = _make_scheduler(runtime, num_blocks)
         core = EngineCore(scheduler, runtime.runner, hub, spec.config)
         hub.tell_front_end(
@@ -136,6 +139,7 @@ def _follow(spec: RankSpec, layout: RankLayout, place: LocalPlace) -> None:
         while not isinstance(message := inbox.get(), Shutdown):
             if isinstance(message, StartStepping):
                 runtime.start(message.num_blocks)
+                channel.send(RankStarted(layout.rank))
                 continue
             result = runtime.runner.execute(message.plan)
             if result is not None:

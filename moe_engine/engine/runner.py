@@ -19,6 +19,7 @@ from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
 from moe_engine.types.step import (
     GroupPlan,
+    Logprobs,
     NewSequence,
     PromptLogprobs,
     SampledToken,
@@ -26,6 +27,9 @@ from moe_engine.types.step import (
     StepPlan,
     StepResult,
 )
+
+PROMPT_ROWS_AT_ONCE = 128
+"""Prompt positions whose logits, each as wide as the vocabulary, exist at the same time."""
 
 
 class ModelRunner:
@@ -123,13 +127,16 @@ class ModelRunner:
             if num_top is None or step.start >= last:
                 continue
             first_row = batch.last_rows[index] - step.num_tokens + 1
-            x_RH = x_TH[first_row : first_row + last - step.start]
-            logits_RV = self._model.logits(x_RH)
-            if logits_RV is not None:
-                targets = torch.tensor(sequence.token_ids[step.start + 1 : last + 1])
-                entries = self._sampler.prompt_logprobs(
-                    logits_RV, targets.to(self._device), num_top
-                )
+            entries: list[Logprobs] = []
+            for start in range(step.start, last, PROMPT_ROWS_AT_ONCE):
+                stop = min(start + PROMPT_ROWS_AT_ONCE, last)
+                rows = slice(first_row + start - step.start, first_row + stop - step.start)
+                logits_RV = self._model.logits(x_TH[rows])
+                if logits_RV is not None:
+                    targets = torch.tensor(sequence.token_ids[start + 1 : stop + 1])
+                    targets = targets.to(self._device)
+                    entries += self._sampler.prompt_logprobs(logits_RV, targets, num_top)
+            if entries:
                 result.prompt_logprobs.append(PromptLogprobs(step.seq_id, step.start + 1, entries))
 
     def _rows(self, rows: np.ndarray) -> torch.Tensor:

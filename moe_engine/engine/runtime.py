@@ -29,6 +29,9 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much of it is done, and the whole."""
 
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+
 @dataclass(frozen=True)
 class LocalPlace:
     """Where this rank stands on its machine."""
@@ -58,6 +61,8 @@ class RankRuntime:
         self.max_model_len = pick_max_model_len(config, self.model_config)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        # Before `join`, for which all ranks wait, none of them has taken memory for weights.
+        self._free_at_start, _ = self._memory()
 
     def join(self, store: dist.Store) -> None:
         """Make the process groups (a collective over all ranks)."""
@@ -73,9 +78,8 @@ class RankRuntime:
             CheckpointError: tensors missing, extra, mis-shaped or truncated.
         """
         needed = memory.weight_bytes(self.model_config, self.config, self.dtype)
-        free, _ = self._memory()
         ranks_here = self._place.local_world_size if self.device.type == "cpu" else 1
-        memory.check_weights_fit(needed, free, ranks_here)
+        memory.check_weights_fit(needed, self._free_at_start, ranks_here)
         context = LayerContext(self.model_config, self.groups, self.dtype, self.device)
         self._model = Qwen3MoeForCausalLM(context)
         specs = list(self._model.weight_specs())
@@ -126,13 +130,27 @@ class RankRuntime:
 
 
 def available_host_memory() -> int:
-    """Bytes that new processes can take without swapping."""
+    """Bytes that new processes can take without swapping, within the container's limit if any.
+
+    Sources: Linux's ``/proc/meminfo``, and control group v2's ``memory.max``, ``memory.current``
+    and ``memory.stat`` (file pages that the kernel can drop count as available).
+    """
     try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int((CONTROL_GROUP / "memory.max").read_text())
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        stat = dict(
+            line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        )
+        used -= int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return available
+    return min(available, limit - used)
 
 
 def pick_device(wanted: str, place: LocalPlace) -> torch.device:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_engine.ops.reference.sampling import (
+from moe_engine.ops.sampling import (
     apply_output_penalties,
     apply_repetition_penalty,
     draw_tokens,

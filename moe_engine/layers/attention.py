@@ -16,7 +16,7 @@ from moe_engine.layers.context import ForwardContext, LayerContext, RopeTable
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.ops.attention import paged_attention
-from moe_engine.ops.reference.rope import apply_rope
+from moe_engine.ops.rope import apply_rope
 
 
 def local_kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> range:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_engine.layers.context import LayerContext, RopeTable
-from moe_engine.ops.reference.rope import rope_cos_sin, rope_frequencies
+from moe_engine.ops.rope import rope_cos_sin, rope_frequencies
 
 
 class Rotary:

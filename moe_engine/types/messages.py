@@ -114,6 +114,12 @@ class RankReady(Message, frozen=True):
     num_blocks: int
 
 
+class RankStarted(Message, frozen=True):
+    """Rank -> rank 0: the KV cache is allocated; the rank can execute plans."""
+
+    rank: int
+
+
 class RankFailed(Message, frozen=True):
     """Rank -> rank 0 -> front end: a rank raised or died; the engine is lost.
 
@@ -151,4 +157,4 @@ class StepDone(Message, frozen=True):
 ToCore = AddRequest | AbortRequest | Shutdown
 ToFrontEnd = Updates | RequestRefused | LoadProgress | EngineReady | RankFailed
 ToRank = StartStepping | RunStep | Shutdown
-ToRankZero = RankHello | RankReady | StepDone | RankFailed
+ToRankZero = RankHello | RankReady | RankStarted | StepDone | RankFailed

@@ -111,6 +111,8 @@ def violations(path: str, source: str) -> list[str]:
                 problem(found.line, f"import {found.module} from the module that defines it")
             elif HEIGHT[target] > HEIGHT[layer]:
                 problem(found.line, f"{layer} lies below {target}, but imports {found.module}")
+        if names[1:3] == ["ops", "reference"] and layer != "ops":
+            problem(found.line, "ask ops, which picks CUDA, Triton or the reference")
         if names[0] == "torch" and any(fnmatch(inside, pattern) for pattern in WITHOUT_TORCH):
             problem(found.line, "this module works without torch")
         if names[0] == "transformers" and found.at_import_time and layer != "text":
@@ -142,6 +144,7 @@ def test_no_file_breaks_the_rules() -> None:
         ("moe_engine/types/a.py", "import moe_engine.engine.core", "types lies below engine"),
         ("moe_engine/ops/a.py", "from moe_engine import engine", "ops lies below engine"),
         ("moe_engine/ops/a.py", "from ..server import app", "ops lies below server"),
+        ("moe_engine/layers/a.py", "from moe_engine.ops.reference import moe", "ask ops"),
         (
             "moe_engine/cache/a.py",
             "def f():\n    from moe_engine.layers import x",

@@ -21,6 +21,7 @@ from moe_engine.types.messages import (
     RankFailed,
     RankHello,
     RankReady,
+    RankStarted,
     RequestRefused,
     RequestUpdate,
     RunStep,
@@ -74,6 +75,7 @@ MESSAGES = [
     RankFailed(3, "boom", "Traceback ...", "ConfigError", True),
     RankHello(5),
     RankReady(5, 1000),
+    RankStarted(5),
     StartStepping(1000),
     RunStep(
         StepPlan(

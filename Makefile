@@ -55,4 +55,4 @@ $(VENV)/.dev: $(VENV)/.torch $(BUILD_FILES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info moe_engine/_C.*.so
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis .coverage

@@ -63,7 +63,7 @@ def _serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         )
     with listener:
         failure = asyncio.run(
-            run_server(lambda: AsyncMoEEngine(engine_config), server_config, listener)
+            run_server(lambda: AsyncMoEEngine.from_config(engine_config), server_config, listener)
         )
     if failure is None:
         return 0
@@ -82,7 +82,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[EngineConfig, Serv
     from moe_engine.config.flat import build_config, flat_options
     from moe_engine.config.yaml import load_yaml
 
-    flags = vars(make_parser().parse_args(arguments))
+    known, unknown = make_parser().parse_known_args(arguments)
+    for flag in unknown:
+        if flag.startswith("-"):
+            raise ConfigError(f"unknown flag {flag}{_nearest_flags(flag)}")
+    if unknown:
+        raise ConfigError(f"unexpected argument {unknown[0]!r}; --help lists what there is")
+    flags = vars(known)
     config_file = flags.pop("config", None)
     positional_model = flags.pop("model_directory", None)
     if positional_model is not None and flags.setdefault("model", positional_model) != (
@@ -108,6 +114,14 @@ def _default_model_name(model: str | None) -> str:
     if model is None:
         return DEMO_MODEL_NAME
     return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _nearest_flags(flag: str) -> str:
+    """``"; did you mean ...?"`` with known flags, or where to find them."""
+    from moe_engine.config.flat import flat_options, suggest
+
+    known = [f"--{name.replace('_', '-')}" for name in flat_options()]
+    return suggest(flag.split("=")[0], known) or "; --help lists all flags"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -143,7 +143,7 @@ def build_config(values: dict[str, Any]) -> tuple[EngineConfig, ServerConfig]:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean ...?"`` with the known names nearest to ``name``, or nothing."""
-    matches = difflib.get_close_matches(name.replace("-", "_"), list(known), n=3)
+    matches = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 

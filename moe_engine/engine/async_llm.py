@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from moe_engine.config import EngineConfig
 from moe_engine.engine.client import EngineClient
-from moe_engine.engine.frontend import FrontEnd, News
+from moe_engine.engine.frontend import FrontEnd, News, Prompt, make_config
 from moe_engine.errors import EngineDeadError
 from moe_engine.text.tokenizer import Tokenizer
 from moe_engine.types.messages import EngineReady, EngineStats, LoadProgress
@@ -17,20 +19,58 @@ from moe_engine.types.sampling import SamplingParams
 
 
 class AsyncMoEEngine:
-    """Serves many requests at once from one event loop.
+    """Serves many requests at once from one event loop; the twin of `MoEEngine`.
+
+    Takes the same arguments. Use it as an asynchronous context manager, or await `start` and
+    `shutdown`.
 
     Attributes:
         state: ``starting``, ``ready`` or ``dead``.
         error: why the engine is dead.
         died: set when the engine dies after it was ready.
+
+    Example:
+        >>> async with AsyncMoEEngine(attention_tp=2) as engine:
+        ...     async for piece in engine.generate("Once upon a time"):
+        ...         print(piece.outputs[0].text, end="")
     """
 
-    def __init__(self, config: EngineConfig | None = None) -> None:
-        self._config = config or EngineConfig()
+    def __init__(
+        self,
+        model: str | None = None,
+        attention_tp: int = 1,
+        attention_dp: int = 1,
+        device: str = "auto",
+        **options: Any,
+    ) -> None:
+        self._set_up(make_config(model, attention_tp, attention_dp, device, options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """An engine for a configuration that exists already."""
+        engine = cls.__new__(cls)
+        engine._set_up(config)
+        return engine
+
+    def _set_up(self, config: EngineConfig) -> None:
+        self._config = config
         self.state: Literal["starting", "ready", "dead"] = "starting"
         self.error: EngineDeadError | None = None
         self.died = asyncio.Event()
         self._front_end: FrontEnd | None = None
+        self._request_numbers = itertools.count()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.shutdown()
 
     async def start(self, on_progress: Callable[[LoadProgress], None] | None = None) -> None:
         """Start the ranks and wait until they have loaded.
@@ -87,24 +127,33 @@ class AsyncMoEEngine:
         return self._started.default_sampling
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """What the model says, piece by piece; closing the iterator aborts the request.
 
         Args:
-            request_id: must not belong to another open request.
+            prompt: a text, token ids or chat messages.
+            params: None takes what ``generation_config.json`` recommends.
+            request_id: must not belong to another open request; None makes one up.
 
         Raises:
             InvalidRequestError: the request cannot be served; before the first output.
-            EngineDeadError: the engine is dead.
+            EngineDeadError: the engine is dead or was not started.
         """
+        front_end = self._started
+        token_ids = await asyncio.to_thread(front_end.token_ids, prompt)
+        params = params or front_end.default_params
+        request_id = request_id or f"request-{next(self._request_numbers)}"
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[News] = asyncio.Queue()
 
         def put(item: News) -> None:
             loop.call_soon_threadsafe(news.put_nowait, item)
 
-        request = self._started.open(request_id, prompt_token_ids, params, put)
+        request = front_end.open(request_id, token_ids, params, put)
         try:
             while not request.finished:
                 output = request.handle(await news.get())

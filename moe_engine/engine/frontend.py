@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe_engine.config import EngineConfig
+from moe_engine.config.flat import build_config, flat_options
 from moe_engine.config.hf import default_sampling, load_model_config
 from moe_engine.demo.build import ensure_demo_checkpoint
 from moe_engine.dist.layout import check_layout
@@ -26,6 +27,33 @@ logger = get_logger(__name__)
 
 News = tuple[int, RequestUpdate | MoEEngineError]
 """Completion index and what the engine says of it."""
+
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A text, token ids, or chat messages such as ``[{"role": "user", "content": "Hi"}]``."""
+
+
+def make_config(
+    model: str | None,
+    attention_tp: int,
+    attention_dp: int,
+    device: str,
+    options: Mapping[str, Any],
+) -> EngineConfig:
+    """The configuration behind the keyword arguments of `MoEEngine` and `AsyncMoEEngine`.
+
+    Raises:
+        ConfigError: unknown options, those of the server included, or values that cannot work.
+    """
+    known = flat_options()
+    for name in options:
+        if name in known and known[name].section == "server":
+            raise ConfigError(f"{name} is an option of the HTTP server, which is not started here")
+    values = {"attention_tp": attention_tp, "attention_dp": attention_dp, "device": device}
+    if model is not None:
+        values["model"] = str(model)
+    config, _ = build_config({**values, **options})
+    return config
 
 
 class FrontEnd:
@@ -87,6 +115,28 @@ class FrontEnd:
                     param="prompt",
                 )
         return OpenRequest(self, request_id, token_ids, params, put)
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The parameters that the checkpoint's ``generation_config.json`` recommends."""
+        return SamplingParams(**self.default_sampling)
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of any kind of prompt; `InvalidRequestError` if it is none."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        token_ids, messages = [], []
+        for item in prompt:
+            if isinstance(item, Mapping):
+                messages.append(item)
+            elif isinstance(item, int) and not isinstance(item, bool):
+                token_ids.append(item)
+        if len(prompt) not in (len(token_ids), len(messages)):
+            raise InvalidRequestError(
+                f"a prompt is a text, token ids or chat messages, but this one is {prompt!r:.200}",
+                param="prompt",
+            )
+        return self.tokenizer.apply_chat_template(messages) if messages else token_ids
 
     def _load_tokenizer(self, directory: Path) -> Tokenizer:
         """The checkpoint's tokenizer; dummy weights can do with the demo's."""

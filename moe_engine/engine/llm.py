@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
-from moe_engine.config.flat import build_config
-from moe_engine.engine.frontend import FrontEnd, News
+from moe_engine.engine.frontend import FrontEnd, News, OpenRequest, Prompt, make_config
 from moe_engine.errors import InvalidRequestError
 from moe_engine.text.tokenizer import Tokenizer
 from moe_engine.types.messages import EngineReady, EngineStats
 from moe_engine.types.results import RequestOutput
 from moe_engine.types.sampling import SamplingParams
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""A text, token ids, or chat messages such as ``[{"role": "user", "content": "Hi"}]``."""
 
 
 class MoEEngine:
@@ -33,8 +29,8 @@ class MoEEngine:
         attention_tp: ranks that share the attention heads of a token.
         attention_dp: groups of such ranks that hold different requests.
         device: ``auto``, ``cpu`` or ``cuda``.
-        options: any other option of ``python -m moe_engine.serve``, with underscores, e.g.
-            ``max_model_len=4096``.
+        options: any other option of the engine, as ``python -m moe_engine.serve --help`` lists
+            them but with underscores, e.g. ``max_model_len=4096``.
 
     Raises:
         ConfigError, CheckpointError: the engine cannot be started as asked.
@@ -54,15 +50,7 @@ class MoEEngine:
         device: str = "auto",
         **options: Any,
     ) -> None:
-        values = {
-            "attention_tp": attention_tp,
-            "attention_dp": attention_dp,
-            "device": device,
-            **options,
-        }
-        if model is not None:
-            values["model"] = str(model)
-        config, _ = build_config(values)
+        config = make_config(model, attention_tp, attention_dp, device, options)
         self._front_end = FrontEnd(config)
         self._front_end.start()
         self._request_numbers = itertools.count()
@@ -100,7 +88,7 @@ class MoEEngine:
     @property
     def default_params(self) -> SamplingParams:
         """The parameters that the checkpoint's ``generation_config.json`` recommends."""
-        return SamplingParams(**self._front_end.default_sampling)
+        return self._front_end.default_params
 
     def generate(
         self,
@@ -132,9 +120,7 @@ class MoEEngine:
                 def put(item: News, number: int = number) -> None:
                     news.put((number, item))
 
-                requests.append(
-                    self._front_end.open(self._next_id(), self._token_ids(prompt), own_params, put)
-                )
+                requests.append(self._open(prompt, own_params, put))
             num_open = len(requests)
             while num_open:
                 number, item = news.get()
@@ -154,9 +140,7 @@ class MoEEngine:
         Leaving the loop early aborts the request. Raises as `generate`.
         """
         news: queue.SimpleQueue[News] = queue.SimpleQueue()
-        request = self._front_end.open(
-            self._next_id(), self._token_ids(prompt), params or self.default_params, news.put
-        )
+        request = self._open(prompt, params or self.default_params, news.put)
         try:
             while not request.finished:
                 output = request.handle(news.get())
@@ -165,25 +149,11 @@ class MoEEngine:
         finally:
             request.abort()
 
-    def _next_id(self) -> str:
-        return f"request-{next(self._request_numbers)}"
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of any kind of prompt."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        token_ids, messages = [], []
-        for item in prompt:
-            if isinstance(item, Mapping):
-                messages.append(item)
-            elif isinstance(item, int) and not isinstance(item, bool):
-                token_ids.append(item)
-        if len(prompt) not in (len(token_ids), len(messages)):
-            raise InvalidRequestError(
-                f"a prompt is a text, token ids or chat messages, but this one is {prompt!r:.200}",
-                param="prompt",
-            )
-        return self.tokenizer.apply_chat_template(messages) if messages else token_ids
+    def _open(
+        self, prompt: Prompt, params: SamplingParams, put: Callable[[News], None]
+    ) -> OpenRequest:
+        request_id = f"request-{next(self._request_numbers)}"
+        return self._front_end.open(request_id, self._front_end.token_ids(prompt), params, put)
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

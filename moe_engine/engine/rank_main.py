@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -73,6 +74,10 @@ def run_torchrun_rank(config: EngineConfig, environment: env.Environment) -> Non
     Raises:
         ConfigError: torchrun's world is not the configured layout's.
     """
+    # torchrun forwards its signals to all ranks: it is rank 0's server that finishes what is open
+    # and then ends the others.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     config = replace(config, model=str(resolve_model(config.model)))
     run_rank(torchrun_spec(config, environment))
 

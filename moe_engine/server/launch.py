@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 DEAD_GRACE_S = 2.0
 # Open requests may go on for this long after SIGTERM; Kubernetes kills after 30 s.
 SHUTDOWN_GRACE_S = 20
+# Then they get an error, which their clients have this long to read.
+LAST_WORDS_S = 5
+# Ctrl-C under a launcher arrives twice, from the terminal and from the launcher: that is one wish.
+ONE_WISH_S = 1.0
 BACKLOG = 2048
 
 
@@ -62,14 +67,15 @@ async def run_server(
     engine = make_engine()
     app = create_app(engine, config)
     server = _Server(
+        engine,
         uvicorn.Config(
             app,
             lifespan="on",
             log_config=None,
             access_log=False,
             log_level=config.log_level,
-            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
-        )
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_S + LAST_WORDS_S,
+        ),
     )
     server.stop_on_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -83,8 +89,6 @@ async def run_server(
     watching.cancel()
     server.should_exit = True
     await serving
-    if server.force_exit:  # then uvicorn has skipped the application's own shutdown
-        await engine.shutdown()
     return failure
 
 
@@ -112,7 +116,16 @@ async def _watch(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with signal handling that ends in exit status 0 rather than in the signal itself."""
+    """uvicorn with signal handling that ends in exit status 0 rather than in the signal itself.
+
+    Open requests that are not done in time get the engine's error, never a bare broken connection.
+    """
+
+    def __init__(self, engine: AsyncMoEEngine, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._first_signal: float | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     def stop_on_signals(self) -> None:
         """Make SIGINT and SIGTERM end the running event loop's server."""
@@ -121,8 +134,23 @@ class _Server(uvicorn.Server):
             loop.add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        now = time.monotonic()
+        if self._first_signal is None:
+            self._first_signal = now
+            print(
+                f"Stopping: open requests have up to {SHUTDOWN_GRACE_S} s; another signal ends "
+                "them at once",
+                flush=True,
+            )
+            self.should_exit = True
+            self._ending = asyncio.create_task(self._end_requests(SHUTDOWN_GRACE_S))
+        elif now - self._first_signal > ONE_WISH_S and self._ending is not None:
+            self._ending.cancel()
+            self._ending = asyncio.create_task(self._end_requests(0))
+
+    async def _end_requests(self, delay: float) -> None:
+        await asyncio.sleep(delay)
+        await self._engine.shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

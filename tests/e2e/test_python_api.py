@@ -12,6 +12,7 @@ import pytest
 
 from moe_engine import (
     AsyncMoEEngine,
+    ConfigError,
     EngineDeadError,
     InvalidRequestError,
     MoEEngine,
@@ -85,7 +86,7 @@ def test_dummy_weights_need_only_a_config_and_are_one_model_in_every_layout(tmp_
 
 def test_async_requests_run_together_and_leaving_one_aborts_it():
     async def run():
-        engine = AsyncMoEEngine(EngineConfig(device="cpu"))
+        engine = AsyncMoEEngine(device="cpu")
         await engine.start()
         assert engine.state == "ready"
 
@@ -109,6 +110,27 @@ def test_async_requests_run_together_and_leaving_one_aborts_it():
     asyncio.run(run())
 
 
+def test_async_twin_takes_the_same_arguments_and_prompts():
+    async def run():
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        async with AsyncMoEEngine(attention_tp=2, device="cpu", max_model_len=64) as engine:
+            assert engine.info.max_model_len == 64
+            for prompt in ("Once", [1, 2], [{"role": "user", "content": "Hi"}]):
+                outputs = [piece async for piece in engine.generate(prompt, params)]
+                assert outputs[-1].usage.completion_tokens == 3
+        assert engine.state == "dead"
+
+    asyncio.run(run())
+
+
+def test_options_of_the_server_are_refused():
+    with pytest.raises(ConfigError, match="port is an option of the HTTP server"):
+        MoEEngine(port=9000)
+    with pytest.raises(ConfigError, match="did you mean attention_tp"):
+        AsyncMoEEngine(attention_pt=2)
+    assert AsyncMoEEngine.from_config(EngineConfig(device="cpu")).state == "starting"
+
+
 def test_request_after_shutdown_is_an_error():
     with MoEEngine(device="cpu") as engine:
         pass
@@ -119,7 +141,7 @@ def test_request_after_shutdown_is_an_error():
 
 def test_duplicate_request_id_is_refused_and_the_first_request_goes_on():
     async def run():
-        engine = AsyncMoEEngine(EngineConfig(device="cpu"))
+        engine = AsyncMoEEngine(device="cpu")
         await engine.start()
         first = engine.generate([1], SamplingParams(max_tokens=30, ignore_eos=True), "same")
         await anext(first)
@@ -134,7 +156,7 @@ def test_duplicate_request_id_is_refused_and_the_first_request_goes_on():
 
 def test_shutdown_while_loading_ends_the_start_at_once():
     async def run():
-        engine = AsyncMoEEngine(EngineConfig(device="cpu"))
+        engine = AsyncMoEEngine(device="cpu")
         starting = asyncio.create_task(engine.start())
         await asyncio.sleep(1)
         started = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
@@ -92,6 +93,7 @@ class FakeEngine:
         """Forget requests, deaths and refusals, so that the next test finds a fresh engine."""
         self.error: EngineDeadError | None = None
         self.died = asyncio.Event()
+        self.stopped = asyncio.Event()
         self.delay_s = 0.0
         self.die_after: int | None = None
         self.refusal: Exception | None = None
@@ -110,6 +112,7 @@ class FakeEngine:
     async def shutdown(self) -> None:
         self.was_shut_down = True
         self.state = "dead"
+        self.stopped.set()
 
     def die(self, reason: str = "rank 3 was killed") -> None:
         self.error = EngineDeadError(reason, rank=3, details="Traceback: secret")
@@ -140,7 +143,9 @@ class FakeEngine:
         assert params.max_tokens is not None
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(params.n)]
         for step in range(params.max_tokens):
-            await asyncio.sleep(self.delay_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stopped.wait(), self.delay_s)
+                raise EngineDeadError("the engine was shut down")
             if self.die_after is not None and step >= self.die_after:
                 self.die()
             if self.error is not None:

@@ -32,6 +32,7 @@ class KnobbedEngine(FakeEngine):
 package = types.ModuleType("moe_engine.engine")
 package.__path__ = []
 module = types.ModuleType("moe_engine.engine.async_llm")
+KnobbedEngine.from_config = KnobbedEngine
 module.AsyncMoEEngine = KnobbedEngine
 sys.modules.update({package.__name__: package, module.__name__: module})
 sys.exit(serve.main(sys.argv[2:]))

@@ -1,7 +1,9 @@
 # `make serve` and `make test` need only Python and make: they install what they lack into .venv.
 PYTHON ?= python3
 VENV ?= .venv
-# Extra flags for the server: make serve ARGS="--port 9000"
+# What is installed where there is no NVIDIA driver.
+TORCH ?= torch==2.13.0
+# Extra flags for the server or for pytest: make serve ARGS="--port 9000"
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ serve: $(VENV)/.serve
 	$(BIN)/python -m moe_engine.serve $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -33,12 +35,12 @@ csrc: $(VENV)/.torch
 
 dev: $(VENV)/.dev
 
-# Without a GPU, PyTorch 2.13.0 is installed first, and the plain requirement is then satisfied.
+# Without a GPU, TORCH is installed first, and the plain requirement is then satisfied.
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"Python %d.%d is too old: moe_engine needs 3.11, set PYTHON" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi >/dev/null || $(PIP) torch==2.13.0
+	command -v nvidia-smi >/dev/null || $(PIP) '$(TORCH)'
 	touch $@
 
 $(VENV)/.serve: $(VENV)/.torch $(BUILD_FILES)

@@ -163,7 +163,7 @@ def test_other_architectures_are_refused_by_name(tmp_path):
     assert "qwen3_moe" in ended.stderr
 
 
-def test_torchrun_starts_the_ranks():
+def test_torchrun_starts_the_ranks_and_lets_open_requests_end():
     port = str(free_port())
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -180,7 +180,12 @@ def test_torchrun_starts_the_ranks():
         answer = httpx.post(f"{server.url}/v1/completions", json=BASE, timeout=30)
         assert answer.json()["usage"]["completion_tokens"] <= 4
         ranks = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
+        body = {**BASE, "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.terminate()
+            assert "data: [DONE]" in list(lines)
         process.wait(40)
         _, alive = psutil.wait_procs(ranks, timeout=10)
         assert not alive

@@ -76,8 +76,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[EngineConfig, Serv
     """The configuration that a command line asks for.
 
     Raises:
-        ConfigError: an unknown key in the YAML file, or values that do not work together.
-        SystemExit: as argparse does, for flags that do not exist.
+        ConfigError: an unknown flag or key of the YAML file, or values that do not work together.
+        SystemExit: as argparse does, after ``--help``, or for a flag that lacks its value.
     """
     from moe_engine.config.flat import build_config, flat_options
     from moe_engine.config.yaml import load_yaml

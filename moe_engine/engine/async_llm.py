@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -84,11 +84,12 @@ class AsyncMoEEngine:
         def on_death(error: EngineDeadError) -> None:
             loop.call_soon_threadsafe(self._die, error)
 
-        def start() -> FrontEnd:
+        def start() -> None:
             front_end = FrontEnd(self._config)
             self._front_end = front_end
+            if self.state == "dead":  # shut down while the model was looked up
+                raise EngineDeadError("the engine was shut down")
             front_end.start(on_death, on_progress)
-            return front_end
 
         try:
             await asyncio.to_thread(start)
@@ -144,7 +145,10 @@ class AsyncMoEEngine:
             EngineDeadError: the engine is dead or was not started.
         """
         front_end = self._started
-        token_ids = await asyncio.to_thread(front_end.token_ids, prompt)
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+            token_ids = await asyncio.to_thread(front_end.token_ids, prompt)  # may be long
+        else:
+            token_ids = front_end.token_ids(prompt)
         params = params or front_end.default_params
         request_id = request_id or f"request-{next(self._request_numbers)}"
         loop = asyncio.get_running_loop()

@@ -91,15 +91,9 @@ class SequenceTable:
     def append_sampled(
         self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
     ) -> None:
-        """Put sampled tokens (on the device) where the next step reads its inputs.
-
-        A token at the very end of the context is dropped: no step will read it.
-        """
-        keep = positions < self._tokens_SC.shape[1]
-        kept = self._to_device(np.flatnonzero(keep))
-        self._tokens_SC[self._to_device(slots[keep]), self._to_device(positions[keep])] = tokens[
-            kept
-        ].to(torch.int32)
+        """Put sampled tokens (on the device) where the next step reads its inputs."""
+        where = self._to_device(slots), self._to_device(positions)
+        self._tokens_SC[where] = tokens.to(torch.int32)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -28,7 +28,6 @@ logger = get_logger(__name__)
 News = tuple[int, RequestUpdate | MoEEngineError]
 """Completion index and what the engine says of it."""
 
-
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or chat messages such as ``[{"role": "user", "content": "Hi"}]``."""
 
@@ -152,7 +151,8 @@ class FrontEnd:
 class OpenRequest:
     """A user's request in the engine: ``n`` sequences and the assembly of their outputs.
 
-    `handle` must be called with everything that arrives at ``put``, from one thread.
+    `handle` must be called with everything that arrives at ``put``, from one thread. If a sequence
+    is refused while it is made, none of the others stays in the engine.
     """
 
     def __init__(
@@ -171,7 +171,13 @@ class OpenRequest:
             def listener(news: RequestUpdate | MoEEngineError, index: int = index) -> None:
                 put((index, news))
 
-            self._client.submit(sequence_id, token_ids, nth_params(params, index), listener)
+            try:
+                self._client.submit(sequence_id, token_ids, nth_params(params, index), listener)
+            except MoEEngineError:
+                for number in range(index, params.n):  # these were never submitted
+                    del self._open[number]
+                self.abort()
+                raise
 
     @property
     def finished(self) -> bool:

@@ -72,13 +72,11 @@ def test_logits_are_within_1e_4_of_transformers(references, tp, dp):
     run_on_ranks(LogitsOfAllPositions(references), tp, dp)
 
 
-@pytest.mark.parametrize("variant", [variant.name for variant in VARIANTS])
-@pytest.mark.parametrize(("tp", "dp"), LAYOUTS)
-def test_greedy_tokens_equal_those_of_transformers(references, variant, tp, dp):
-    reference = references[variant]
+def assert_greedy_tokens_equal(reference, tp, dp, **options):
+    """All prompts in one batch; log-probabilities of the chosen tokens agree too."""
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, logprobs=0)
-    options = {"attention_tp": tp, "attention_dp": dp, "device": "cpu", "block_size": 4}
-    with MoEEngine(str(reference.directory), load_format="auto", **options) as engine:
+    layout = {"attention_tp": tp, "attention_dp": dp, "block_size": 4, "dtype": "float32"}
+    with MoEEngine(str(reference.directory), **layout, **options) as engine:
         results = engine.generate(reference.prompts, params)
     for number, result in enumerate(results):
         [output] = result.outputs
@@ -88,3 +86,20 @@ def test_greedy_tokens_equal_those_of_transformers(references, variant, tp, dp):
         for position, entry in enumerate(output.logprobs):
             value = expected[position, output.token_ids[position]].item()
             assert entry.chosen.logprob == pytest.approx(value, abs=2e-4)
+
+
+@pytest.mark.parametrize("variant", [variant.name for variant in VARIANTS])
+@pytest.mark.parametrize(("tp", "dp"), LAYOUTS)
+def test_greedy_tokens_equal_those_of_transformers(references, variant, tp, dp):
+    assert_greedy_tokens_equal(references[variant], tp, dp, device="cpu")
+
+
+@pytest.mark.parametrize("variant", [variant.name for variant in VARIANTS])
+@pytest.mark.parametrize(
+    ("tp", "dp", "exchange"),
+    [(1, 1, "auto"), (2, 1, "replicated"), (2, 1, "collective"), (1, 2, "auto")],
+)
+def test_greedy_tokens_on_gpus_equal_those_of_transformers(references, variant, tp, dp, exchange):
+    if torch.cuda.device_count() < tp * dp:
+        pytest.skip(f"needs {tp * dp} NVIDIA GPU(s)")
+    assert_greedy_tokens_equal(references[variant], tp, dp, device="cuda", exchange=exchange)

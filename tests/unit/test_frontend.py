@@ -1,13 +1,15 @@
-"""How the front end tells one prompt from many, and what each of ``n`` completions is asked."""
+"""How the front end tells one prompt from many, and fans a request out into its completions."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_engine.engine.frontend import nth_params
+from moe_engine.engine.frontend import OpenRequest, nth_params
 from moe_engine.engine.llm import as_batch
+from moe_engine.errors import EngineDeadError
 from moe_engine.types.sampling import MAX_N, SamplingParams
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -62,3 +64,24 @@ def test_everything_else_is_the_same_for_every_completion():
         skip_special_tokens=False,
     )
     assert nth_params(params, 3) == replace(params, n=1)
+
+
+def test_refused_sequence_takes_back_those_of_the_request_that_were_sent() -> None:
+    class Client:
+        def __init__(self) -> None:
+            self.submitted: list[str] = []
+            self.aborted: list[str] = []
+
+        def submit(self, request_id: str, *_: object) -> None:
+            if len(self.submitted) == 2:
+                raise EngineDeadError("dead")
+            self.submitted.append(request_id)
+
+        def abort(self, request_id: str) -> None:
+            self.aborted.append(request_id)
+
+    client = Client()
+    front_end = SimpleNamespace(client=client, tokenizer=None)
+    with pytest.raises(EngineDeadError):
+        OpenRequest(front_end, "r", [1], SamplingParams(n=4), lambda _: None)
+    assert client.aborted == client.submitted == ["r-0", "r-1"]

@@ -6,6 +6,7 @@
 #include "expert_counts.h"
 #include "grouped_gemm.h"
 #include "streaming.h"
+#include "streaming_linear.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -107,6 +108,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("grouped_expert_ffn", &grouped_expert_ffn, py::kw_only(), "offsets"_a, "pairs"_a, "x"_a,
         "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "y"_a, "num_pairs"_a, "num_experts"_a,
         "top_k"_a, "hidden"_a, "intermediate"_a, "tokens_per_tile"_a, "stream"_a);
+  m.def("streaming_linear_fits", &moe_engine::streaming_linear_fits, "in_features"_a,
+        "out_features"_a);
   m.def("streaming_linear", &streaming_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a,
         "out"_a, "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
   m.def("streaming_expert_ffn", &streaming_expert_ffn, py::kw_only(), "expert_ids"_a,

@@ -14,10 +14,9 @@
 
 #include "expert_tiles.cuh"
 #include "grouped_gemm.h"
-#include "hopper.cuh"
 #include "launch.cuh"
+#include "ring.cuh"
 #include "tensor_map.h"
-#include "wgmma.cuh"
 
 // For other architectures than Hopper the kernel is empty, and nothing that it calls is used.
 #pragma nv_diag_suppress 177
@@ -25,52 +24,33 @@
 namespace moe_engine {
 namespace {
 
-constexpr int kAtom = 64;              // elements of a swizzled row of shared memory
-constexpr int kAtomBytes = kAtom * 2;  // 128
-constexpr int kTransposeBytes = 1024;  // per consumer warp: 32 pairs x 16 elements
+constexpr int kStoredAtOnce = 32;  // pairs
 
-// Compile-time shape of a tile and its pipeline.
 template <bool kGateUp_, int kWarpgroups_, int kBlocks_, int kTokens_, int kStepAtoms_,
           int kStages_, int kProducerWarps_, int kCluster_>
-struct Shape {
+struct Shape : RingShape<kWarpgroups_, kBlocks_, kTokens_, kStepAtoms_, kStages_, kCluster_,
+                         /*kTokensByThreads_=*/kGateUp_> {
   static constexpr bool kGateUp = kGateUp_;
-  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
-  static constexpr int kBlocks = kBlocks_;          // of 64 rows in a warpgroup
-  static constexpr int kTokens = kTokens_;          // pairs of a block
-  static constexpr int kStepAtoms = kStepAtoms_;    // elements of K in a stage / 64
-  static constexpr int kStages = kStages_;
   static constexpr int kProducerWarps = kProducerWarps_;
-  static constexpr int kCluster = kCluster_;
-
-  static constexpr int kRows = 64 * kBlocks * kWarpgroups;
-  static constexpr int kWeightAtomBytes = kRows * kAtomBytes;
-  static constexpr int kTokenAtomBytes = kTokens * kAtomBytes;
-  static constexpr int kWeightBytes = kWeightAtomBytes * kStepAtoms;
-  static constexpr int kTokenBytes = kTokenAtomBytes * kStepAtoms;
-  static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
-  static constexpr int kLoadedRows = kRows / kCluster;  // of the weights, by one block
-  static constexpr int kConsumerWarps = 4 * kWarpgroups;
-  static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
-  static constexpr int kAccumulators = kBlocks * kTokens / 2;  // registers of a thread
-  static constexpr bool kMovesRegisters = kAccumulators > 64;
+  static constexpr int kLoadedRows = Shape::kRows / kCluster_;  // of the weights, by one block
+  static constexpr int kThreads = 32 * (Shape::kConsumerWarps + kProducerWarps_);
+  static constexpr bool kMovesRegisters = Shape::kAccumulators > 64;
+  // What a warpgroup makes of one pair, in pieces of 16 bytes: 8 consecutive elements.
+  static constexpr int kPieces = kBlocks_ * (kGateUp_ ? 4 : 8);
+  static constexpr int kStoreBytes = kStoredAtOnce * kPieces * 16;  // of a warpgroup
+  static constexpr int kTokenBox =  // pairs that one copy of h takes
+      kTokens_ <= 64 ? kTokens_ : (kTokens_ % 64 == 0 ? 64 : 72);
 };
-
-// Pairs that one copy of h takes.
-template <typename S>
-constexpr int kTokenBox = S::kTokens <= 64       ? S::kTokens
-                          : S::kTokens % 64 == 0 ? 64
-                                                 : 72;
 
 template <typename S>
 struct SharedTail {
-  std::uint64_t full[S::kStages];
-  std::uint64_t empty[S::kStages];
+  RingBarriers<S::kStages> barriers;
   TileTable table;
 };
 
 template <typename S>
 constexpr int shared_bytes() {
-  return 1024 + S::kStages * S::kStageBytes + S::kConsumerWarps * kTransposeBytes +
+  return 1024 + S::kStages * S::kStageBytes + S::kWarpgroups * S::kStoreBytes +
          static_cast<int>(sizeof(SharedTail<S>));
 }
 
@@ -87,33 +67,6 @@ struct Parameters {
   int num_row_tiles;  // tiles over the rows of one expert's weight
 };
 
-// Where a stage of the ring is, and how often it has been used.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  int parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-template <typename S>
-struct Ring {
-  std::uint32_t base;  // shared address of stage 0
-  SharedTail<S>* tail;
-
-  __device__ __forceinline__ std::uint32_t weights(int stage) const {
-    return base + stage * S::kStageBytes;
-  }
-  __device__ __forceinline__ std::uint32_t tokens(int stage) const {
-    return weights(stage) + S::kWeightBytes;
-  }
-};
-
 // One thread. The blocks of a cluster each load their share of the rows, for all.
 template <typename S>
 __device__ __forceinline__ void load_weights(const Ring<S>& ring, const CUtensorMap* map,
@@ -124,7 +77,7 @@ __device__ __forceinline__ void load_weights(const Ring<S>& ring, const CUtensor
   for (int atom = 0; atom < S::kStepAtoms; ++atom) {
     std::uint32_t to = ring.weights(stage) + atom * S::kWeightAtomBytes;
     const int k = (step * S::kStepAtoms + atom) * kAtom;
-    std::uint64_t* full = &ring.tail->full[stage];
+    std::uint64_t* full = &ring.full[stage];
     if constexpr (S::kCluster > 1) {
       constexpr std::uint16_t kAll = (1 << S::kCluster) - 1;
       to += tile.rank * S::kLoadedRows * kAtomBytes;
@@ -152,7 +105,7 @@ __device__ void produce_down(const Parameters& p, const Ring<S>& ring, const CUt
   bool more_ahead = more;
   int ahead_step = 0;
   for (int stage = 0; stage < S::kStages && more_ahead; ++stage) {
-    barrier_arrive_expecting(&ring.tail->full[stage], S::kStageBytes);
+    barrier_arrive_expecting(&ring.full[stage], S::kStageBytes);
     load_weights(ring, weights, ahead, ahead_step, stage);
     if (++ahead_step == num_steps) {
       ahead_step = 0;
@@ -168,17 +121,17 @@ __device__ void produce_down(const Parameters& p, const Ring<S>& ring, const CUt
       if (used < S::kStages) {
         ++used;
       } else {
-        barrier_wait(&ring.tail->empty[at.stage], at.parity ^ 1);
-        barrier_arrive_expecting(&ring.tail->full[at.stage], S::kStageBytes);
+        barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+        barrier_arrive_expecting(&ring.full[at.stage], S::kStageBytes);
         load_weights(ring, weights, tile, step, at.stage);
       }
 #pragma unroll
       for (int atom = 0; atom < S::kStepAtoms; ++atom) {
         const int k = (step * S::kStepAtoms + atom) * kAtom;
 #pragma unroll
-        for (int token = 0; token < S::kTokens; token += kTokenBox<S>) {
+        for (int token = 0; token < S::kTokens; token += S::kTokenBox) {
           copy_box_2d(ring.tokens(at.stage) + atom * S::kTokenAtomBytes + token * kAtomBytes, h,
-                      &ring.tail->full[at.stage], k, tile.first_pair + token);
+                      &ring.full[at.stage], k, tile.first_pair + token);
         }
       }
       at.advance();
@@ -210,9 +163,9 @@ __device__ void produce_gate_up(const Parameters& p, const Ring<S>& ring,
     }
     const int num_rows = (tile.num_pairs + 7) / 8 * 8;
     for (int step = 0; step < num_steps; ++step) {
-      if (filled) barrier_wait(&ring.tail->empty[at.stage], at.parity ^ 1);
+      if (filled) barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
       if (thread == 0) {
-        barrier_arrive_expecting(&ring.tail->full[at.stage], S::kWeightBytes);
+        barrier_arrive_expecting(&ring.full[at.stage], S::kWeightBytes);
         load_weights(ring, weights, tile, step, at.stage);
       }
 #pragma unroll
@@ -228,149 +181,90 @@ __device__ void produce_gate_up(const Parameters& p, const Ring<S>& ring,
           }
         }
       }
-      barrier_arrive_after_copies(&ring.tail->full[at.stage]);
+      barrier_arrive_after_copies(&ring.full[at.stage]);
       at.advance();
       filled = filled || at.stage == 0;
     }
   }
 }
 
-// Tells the producers of all blocks of the cluster that this warp is done with the stage.
-template <typename S>
-__device__ __forceinline__ void release(const Ring<S>& ring, int stage, int lane) {
-  if constexpr (S::kCluster > 1) {
-    if (lane < S::kCluster) barrier_arrive_in_block(&ring.tail->empty[stage], lane);
-  } else {
-    if (lane == 0) barrier_arrive(&ring.tail->empty[stage]);
-  }
-}
-
-// Multiplies one tile for kN columns.
-template <typename S, int kN>
-__device__ __forceinline__ void multiply(const Ring<S>& ring, RingPosition<S::kStages>& at,
-                                         float* acc, int num_steps, int warpgroup, int lane) {
-  int previous = 0;
-  for (int step = 0; step < num_steps; ++step) {
-    barrier_wait(&ring.tail->full[at.stage], at.parity);
-    if constexpr (S::kGateUp) async_proxy_fence();
-    const std::uint64_t a =
-        matrix_descriptor(ring.weights(at.stage) + warpgroup * S::kBlocks * 64 * kAtomBytes);
-    const std::uint64_t b = matrix_descriptor(ring.tokens(at.stage));
-    wgmma_begin();
-#pragma unroll
-    for (int atom = 0; atom < S::kStepAtoms; ++atom) {
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-#pragma unroll
-        for (int block = 0; block < S::kBlocks; ++block) {
-          wgmma<kN>(acc + block * (S::kTokens / 2),
-                    a + (atom * S::kWeightAtomBytes + block * 64 * kAtomBytes) / 16 + 2 * part,
-                    b + atom * (S::kTokenAtomBytes / 16) + 2 * part,
-                    step > 0 || atom > 0 || part > 0);
-        }
-      }
-    }
-    wgmma_commit();
-    if (step > 0) {
-      wgmma_wait<1>();
-      release(ring, previous, lane);
-    }
-    previous = at.stage;
-    at.advance();
-  }
-  wgmma_wait<0>();
-  release(ring, previous, lane);
-}
-
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-// The rows of y that a lane's columns go to: column 32 * i + lane is number i.
+// The rows of the output that the pairs of a tile go to: pair 32 * i + lane is number i.
 template <typename S>
 struct Destinations {
-  static constexpr int kCount = (S::kTokens + 31) / 32;
-  int pairs[kCount];
+  static constexpr int kCount = (S::kTokens + kStoredAtOnce - 1) / kStoredAtOnce;
+  int rows[kCount];
 
   // Read before the product, which hides the time that takes.
   __device__ __forceinline__ void load(const Parameters& p, const TileWalk& tile, int lane) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      pairs[i] = 32 * i + lane < tile.num_pairs ? p.pairs[tile.first_pair + 32 * i + lane] : 0;
+      const int pair = tile.first_pair + kStoredAtOnce * i + lane;
+      rows[i] = pair;
+      if constexpr (!S::kGateUp) {
+        rows[i] = kStoredAtOnce * i + lane < tile.num_pairs ? p.pairs[pair] : 0;
+      }
     }
   }
 };
 
-// Stores 16 rows of a tile. 32 columns at a time are transposed through the warp's buffer, so that
-// a lane stores consecutive values of one pair.
+// Stores what a warpgroup has made of a tile. 32 pairs at a time go through its buffer, transposed,
+// so that neighbouring threads store neighbouring pieces of a pair's row. The pieces of a row are
+// swizzled to spread them over the banks.
 template <typename S>
-__device__ __forceinline__ void store_rows(const Parameters& p, const TileWalk& tile,
-                                           const float* acc, const Destinations<S>& destinations,
-                                           const char* buffer, int first_row, int lane) {
-  const std::uint32_t address = shared_address(buffer);
+__device__ __forceinline__ void store(const Parameters& p, const TileWalk& tile, const float* acc,
+                                      const Destinations<S>& destinations, const char* buffer) {
+  constexpr int kPieces = S::kPieces;
+  constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
+  const int warpgroup = threadIdx.x / 128;
+  const int warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t row_address = shared_address(buffer) + lane * kPieces * 16;
+  const auto transpose = [&](int piece, const std::uint32_t (&packed)[4]) {
+    store_transposed_x4(row_address + (piece ^ (lane & kMask)) * 16, packed[0], packed[1],
+                        packed[2], packed[3]);
+  };
+  const int first_element = (tile.row_tile * S::kWarpgroups + warpgroup) * kPieces * 8;
 #pragma unroll
   for (int i = 0; i < Destinations<S>::kCount; ++i) {
-    const int first = 32 * i;
-    if (first >= tile.num_pairs) break;
-    const bool stored = first + lane < tile.num_pairs;
-    if constexpr (S::kGateUp) {
-      std::uint32_t packed[4] = {};
+    constexpr int kPairs = kStoredAtOnce;
+    if (kPairs * i >= tile.num_pairs) break;
 #pragma unroll
-      for (int j = 0; j < 4 && first + 8 * j < S::kTokens; ++j) {
-        const float* d = acc + (first / 8 + j) * 4;
-        packed[j] = pack_bf16(silu(d[0]) * d[2], silu(d[1]) * d[3]);
-      }
-      store_transposed_x4(address + lane * 16, packed[0], packed[1], packed[2], packed[3]);
-      __syncwarp();
-      if (stored && first_row / 2 < p.out_width) {
-        const std::int64_t row = tile.first_pair + first + lane;
-        *reinterpret_cast<uint4*>(p.out + row * p.out_width + first_row / 2) =
-            reinterpret_cast<const uint4*>(buffer)[lane];
-      }
-    } else {
+    for (int block = 0; block < S::kBlocks; ++block) {
       std::uint32_t packed[2][4] = {};
 #pragma unroll
-      for (int j = 0; j < 4 && first + 8 * j < S::kTokens; ++j) {
-        const float* d = acc + (first / 8 + j) * 4;
-        packed[0][j] = pack_bf16(d[0], d[1]);
-        packed[1][j] = pack_bf16(d[2], d[3]);
+      for (int j = 0; j < 4 && kPairs * i + 8 * j < S::kTokens; ++j) {
+        const float* d = acc + block * (S::kTokens / 2) + (kPairs / 8 * i + j) * 4;
+        if constexpr (S::kGateUp) {
+          packed[0][j] = pack_bf16(silu(d[0]) * d[2], silu(d[1]) * d[3]);
+        } else {
+          packed[0][j] = pack_bf16(d[0], d[1]);
+          packed[1][j] = pack_bf16(d[2], d[3]);
+        }
       }
+      if constexpr (S::kGateUp) {
+        transpose(4 * block + warp, packed[0]);
+      } else {
+        transpose(8 * block + 2 * warp, packed[0]);
+        transpose(8 * block + 2 * warp + 1, packed[1]);
+      }
+    }
+    sync_warpgroup(warpgroup);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        store_transposed_x4(address + lane * 32 + half * 16, packed[half][0], packed[half][1],
-                            packed[half][2], packed[half][3]);
-      }
-      __syncwarp();
-      if (stored && first_row < p.out_width) {
-        const std::int64_t row = destinations.pairs[i];
-        uint4* out = reinterpret_cast<uint4*>(p.out + row * p.out_width + first_row);
-        out[0] = reinterpret_cast<const uint4*>(buffer)[2 * lane];
-        out[1] = reinterpret_cast<const uint4*>(buffer)[2 * lane + 1];
+    for (int k = 0; k < kPairs * kPieces / 128; ++k) {
+      const int index = k * 128 + static_cast<int>(threadIdx.x % 128);
+      const int pair = index / kPieces;
+      const int piece = index % kPieces;
+      const std::int64_t row = __shfl_sync(0xFFFFFFFF, destinations.rows[i], pair);
+      const int element = first_element + 8 * piece;
+      if (kPairs * i + pair < tile.num_pairs && element < p.out_width) {
+        *reinterpret_cast<uint4*>(p.out + row * p.out_width + element) =
+            reinterpret_cast<const uint4*>(buffer)[pair * kPieces + (piece ^ (pair & kMask))];
       }
     }
-    __syncwarp();
+    sync_warpgroup(warpgroup);
   }
-}
-
-// Multiplies with the narrowest product that covers the tile's pairs. All use the same registers.
-template <typename S>
-__device__ __forceinline__ void multiply_tile(const Ring<S>& ring, RingPosition<S::kStages>& at,
-                                              float* acc, const TileWalk& tile, int num_steps,
-                                              int warpgroup, int lane) {
-  if constexpr (S::kTokens > 64) {
-    if constexpr (S::kTokens > 128) {
-      if (tile.num_pairs > 128) return multiply<S, 144>(ring, at, acc, num_steps, warpgroup, lane);
-    }
-    if (tile.num_pairs > 112) return multiply<S, 128>(ring, at, acc, num_steps, warpgroup, lane);
-    if (tile.num_pairs > 96) return multiply<S, 112>(ring, at, acc, num_steps, warpgroup, lane);
-    if (tile.num_pairs > 64) return multiply<S, 96>(ring, at, acc, num_steps, warpgroup, lane);
-  }
-  if constexpr (S::kTokens > 32) {
-    if (tile.num_pairs > 32) return multiply<S, 64>(ring, at, acc, num_steps, warpgroup, lane);
-  }
-  if constexpr (S::kTokens > 16) {
-    if (tile.num_pairs > 16) return multiply<S, 32>(ring, at, acc, num_steps, warpgroup, lane);
-  }
-  if (tile.num_pairs > 8) return multiply<S, 16>(ring, at, acc, num_steps, warpgroup, lane);
-  multiply<S, 8>(ring, at, acc, num_steps, warpgroup, lane);
 }
 
 template <typename S>
@@ -382,14 +276,9 @@ __device__ __forceinline__ void consume(const Parameters& p, const Ring<S>& ring
   float acc[S::kAccumulators] = {};
   for (bool more = tile.find(); more; more = tile.next()) {
     Destinations<S> destinations;
-    if constexpr (!S::kGateUp) destinations.load(p, tile, lane);
-    multiply_tile<S>(ring, at, acc, tile, num_steps, warp / 4, lane);
-#pragma unroll
-    for (int block = 0; block < S::kBlocks; ++block) {
-      const int first_row =
-          tile.row_tile * S::kRows + (warp / 4 * S::kBlocks + block) * 64 + warp % 4 * 16;
-      store_rows<S>(p, tile, acc + block * (S::kTokens / 2), destinations, buffer, first_row, lane);
-    }
+    destinations.load(p, tile, lane);
+    multiply_narrowly<S>(ring, at, acc, tile.num_pairs, num_steps, warp / 4, lane);
+    store<S>(p, tile, acc, destinations, buffer);
   }
 }
 
@@ -399,21 +288,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                         const __grid_constant__ CUtensorMap h, const Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char shared[];
-  // Swizzled matrices need addresses that are multiples of 1024.
-  char* const stages = shared + (1024 - shared_address(shared) % 1024) % 1024;
+  char* const stages = align_stages(shared);
   char* const buffers = stages + S::kStages * S::kStageBytes;
-  auto& tail = *reinterpret_cast<SharedTail<S>*>(buffers + S::kConsumerWarps * kTransposeBytes);
-  const Ring<S> ring{shared_address(stages), &tail};
+  auto& tail = *reinterpret_cast<SharedTail<S>*>(buffers + S::kWarpgroups * S::kStoreBytes);
+  const Ring<S> ring{shared_address(stages), tail.barriers.full, tail.barriers.empty};
   const int warp = threadIdx.x / 32;
 
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&weights);
     if constexpr (!S::kGateUp) prefetch_tensor_map(&h);
-    for (int stage = 0; stage < S::kStages; ++stage) {
-      barrier_init(&tail.full[stage], S::kGateUp ? 1 + 32 * S::kProducerWarps : 1);
-      barrier_init(&tail.empty[stage], S::kConsumerWarps * S::kCluster);
-    }
-    barrier_init_fence();
+    init_ring<S>(tail.barriers, S::kGateUp ? 1 + 32 * S::kProducerWarps : 1);
   }
   if constexpr (S::kGateUp) {
     wait_for_previous_kernels();
@@ -449,7 +333,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       wait_for_previous_kernels();
       let_next_kernel_start();
     }
-    consume<S>(p, ring, buffers + warp * kTransposeBytes, walk, num_steps);
+    consume<S>(p, ring, buffers + warp / 4 * S::kStoreBytes, walk, num_steps);
   }
   if constexpr (S::kCluster > 1) {
     __syncwarp();
@@ -507,7 +391,7 @@ void launch_down(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream) {
                                   {std::uint64_t(args.num_experts), hidden * row_bytes, 1}});
   const CUtensorMap h =
       bf16_tensor_map(args.h, {{std::uint64_t(args.intermediate), 2, kAtom},
-                               {std::uint64_t(args.num_pairs), row_bytes, kTokenBox<S>}});
+                               {std::uint64_t(args.num_pairs), row_bytes, S::kTokenBox}});
   p.out = static_cast<__nv_bfloat16*>(args.y);
   p.depth = args.intermediate;
   p.out_width = args.hidden;
@@ -560,8 +444,6 @@ void grouped_expert_ffn(const ExpertFfnArgs& args, cudaStream_t stream) {
       return launch_wide<1, 64, 8, 1>(args, p, stream);
     case 128:
       return launch_wide<1, 128, 6, 1>(args, p, stream);
-    case 129:
-      return launch_wide<2, 64, 5, 2>(args, p, stream);
     case 256:
       return launch_wide<2, 144, 4, 2>(args, p, stream);
   }

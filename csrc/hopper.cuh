@@ -96,6 +96,11 @@ __device__ __forceinline__ int block_in_cluster() {
   return rank;
 }
 
+// A barrier for the 128 threads of a warpgroup of the block.
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+}
+
 // A barrier for all threads of the cluster.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -106,6 +111,16 @@ __device__ __forceinline__ void cluster_sync() {
 
 __device__ __forceinline__ void copy_16_bytes(std::uint32_t to_shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
+}
+
+// One row of a multiple of 16 bytes, at addresses that are multiples of 16, by the copy engine.
+__device__ __forceinline__ void copy_row(std::uint32_t to_shared, const void* from, int num_bytes,
+                                         std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to_shared),
+      "l"(from), "r"(num_bytes), "r"(shared_address(barrier))
+      : "memory");
 }
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
@@ -200,14 +215,8 @@ __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<const std::uint32_t*>(&pair);
 }
 
-// Stores two 8x8 matrices of 16-bit elements, transposed; lane l < 16 gives the address of a row.
-__device__ __forceinline__ void store_transposed_x2(std::uint32_t address, std::uint32_t a,
-                                                    std::uint32_t b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
-               "r"(a), "r"(b)
-               : "memory");
-}
-
+// Stores four 8x8 matrices of 16-bit elements, transposed: lane l gives the address of row l % 8 of
+// matrix l / 8, and holds elements 2 * (l % 4) and the next of column l / 4 of each.
 __device__ __forceinline__ void store_transposed_x4(std::uint32_t address, std::uint32_t a,
                                                     std::uint32_t b, std::uint32_t c,
                                                     std::uint32_t d) {

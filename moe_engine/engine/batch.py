@@ -1,6 +1,8 @@
-"""From a group's plan to the tensors of a step.
+"""From a group's steps to the tensors of a step of any kind.
 
-Shape legend: T tokens of the step, S slots of the sequence table, C context length, B blocks.
+A step that only decodes runs as a CUDA graph instead, where there is one (see `engine.decode`).
+
+Shape legend: T tokens of the step, S sequences, B blocks.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_engine.ops.attention import PagedBatch
-from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep
+from moe_engine.engine.staging import stage
+from moe_engine.engine.table import SequenceTable
+from moe_engine.ops.attention import PagedBatch, PrefillSpan
+from moe_engine.types.step import GroupPlan, SequenceStep
 
 
 @dataclass(frozen=True)
@@ -20,83 +24,54 @@ class StepBatch:
 
     Attributes:
         token_ids_T, positions_T: int64.
-        paged: where the tokens stand in the KV cache.
-        last_rows: per sequence step, the row of its last token.
-        slots: per sequence step, its slot in the table.
+        paged: where the tokens stand in the KV cache; sequences that compute one position first.
+        last_rows: per sequence step, in the plan's order, the row of its last token.
     """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     paged: PagedBatch
-    last_rows: np.ndarray
-    slots: np.ndarray
+    last_rows: list[int]
 
 
-class SequenceTable:
-    """Tokens and block tables of the sequences that a DP group holds, one slot each.
+def build_batch(table: SequenceTable, steps: list[SequenceStep], slots: list[int]) -> StepBatch:
+    """Lay out the step's tokens, one sequence after the other; nobody waits for the device.
 
-    Token ids live on the device, so that a token sampled in one step feeds the next one without
-    a visit to the host; block tables live on the host, where the scheduler's plans arrive.
+    Args:
+        slots: what `SequenceTable.advance` returned for ``steps``.
     """
+    slots_S = np.array(slots, dtype=np.int32)
+    starts_S = np.array([step.start for step in steps], dtype=np.int32)
+    counts_S = np.array([step.num_tokens for step in steps], dtype=np.int32)
+    order = np.argsort(counts_S > 1, kind="stable")
+    last_rows = np.empty_like(order)
+    last_rows[order] = counts_S[order].cumsum() - 1
+    slots_S, starts_S, counts_S = slots_S[order], starts_S[order], counts_S[order]
 
-    def __init__(
-        self, num_slots: int, max_model_len: int, block_size: int, device: torch.device
-    ) -> None:
-        self._block_size = block_size
-        self._device = device
-        self._tokens_SC = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
-        self._blocks_SB = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int64)
-        self._num_blocks_S = np.zeros(num_slots, dtype=np.int64)
-        self._slot_of: dict[int, int] = {}
-        self._free = list(range(num_slots - 1, -1, -1))
-
-    def admit(self, sequence: NewSequence) -> None:
-        """Give the sequence a slot with its tokens and an empty block table."""
-        slot = self._free.pop()
-        self._slot_of[sequence.seq_id] = slot
-        self._num_blocks_S[slot] = 0
-        tokens = torch.tensor(sequence.token_ids, dtype=torch.int32)
-        self._tokens_SC[slot, : len(tokens)] = tokens.to(self._device, non_blocking=True)
-
-    def retire(self, seq_id: int) -> None:
-        """Free the sequence's slot."""
-        self._free.append(self._slot_of.pop(seq_id))
-
-    def build(self, steps: list[SequenceStep]) -> StepBatch:
-        """Append the new blocks and lay out the step's tokens, sequence after sequence."""
-        slots = np.array([self._slot_of[step.seq_id] for step in steps], dtype=np.int64)
-        starts = np.array([step.start for step in steps], dtype=np.int64)
-        counts = np.array([step.num_tokens for step in steps], dtype=np.int64)
-        for slot, step in zip(slots, steps, strict=True):
-            first = self._num_blocks_S[slot]
-            self._num_blocks_S[slot] += len(step.new_blocks)
-            self._blocks_SB[slot, first : first + len(step.new_blocks)] = step.new_blocks
-        ends = counts.cumsum()
-        slots_T = np.repeat(slots, counts)
-        positions_T = np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
-        blocks_T = self._blocks_SB[slots_T, positions_T // self._block_size]
-        positions = self._to_device(positions_T)
-        token_ids_T = self._tokens_SC[self._to_device(slots_T), positions].to(torch.int64)
-        cache_slots_T = blocks_T * self._block_size + positions_T % self._block_size
-        paged = PagedBatch(
-            slots_T=self._to_device(cache_slots_T),
-            block_tables=[
-                self._to_device(self._blocks_SB[slot, : self._num_blocks_S[slot]]) for slot in slots
-            ],
-            query_lens=counts.tolist(),
-            context_lens=(starts + counts).tolist(),
-        )
-        return StepBatch(token_ids_T, positions, paged, ends - 1, slots)
-
-    def append_sampled(
-        self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
-    ) -> None:
-        """Put sampled tokens (on the device) where the next step reads its inputs."""
-        where = self._to_device(slots), self._to_device(positions)
-        self._tokens_SC[where] = tokens.to(torch.int32)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+    first_rows = np.concatenate(([0], counts_S.cumsum()))
+    num_tokens = int(first_rows[-1])
+    positions_T = np.arange(num_tokens) + np.repeat(starts_S - first_rows[:-1], counts_S)
+    contexts_S = starts_S + counts_S
+    where, positions, slots_of_rows, contexts, query_starts = stage(
+        [np.repeat(slots_S, counts_S), positions_T, slots_S, contexts_S, first_rows],
+        table.tokens_NC.device,
+    )
+    where_T, positions_T64 = where.to(torch.int64), positions.to(torch.int64)
+    block_size = table.block_size
+    blocks_T = table.blocks_NB[where_T, positions_T64 // block_size].to(torch.int64)
+    num_blocks = -(-int(contexts_S.max(initial=1)) // block_size)
+    num_decodes = int((counts_S == 1).sum())
+    spans = list(zip(first_rows.tolist(), counts_S.tolist(), contexts_S.tolist(), strict=False))
+    paged = PagedBatch(
+        slots_T=blocks_T * block_size + positions_T64 % block_size,
+        block_tables_SB=table.blocks_NB[:, :num_blocks].index_select(0, slots_of_rows),
+        context_lens_S=contexts,
+        query_starts_S=query_starts,
+        num_decodes=num_decodes,
+        prefills=tuple(PrefillSpan(*span) for span in spans[num_decodes:]),
+    )
+    token_ids_T = table.tokens_NC[where_T, positions_T64].to(torch.int64)
+    return StepBatch(token_ids_T, positions_T64, paged, last_rows.tolist())
 
 
 def largest_group(groups: list[GroupPlan]) -> int:

@@ -89,9 +89,7 @@ def _append_kernel(
     slots = tl.load(slots_ptr + rows, mask=inside, other=-1).to(tl.int64)
     positions = tl.load(positions_ptr + rows, mask=inside, other=0)
     sampled = tl.load(sampled_ptr + rows, mask=inside, other=0)
-    tl.store(
-        tokens_ptr + slots * tokens_stride + positions, sampled.to(tl.int32), mask=slots >= 0
-    )
+    tl.store(tokens_ptr + slots * tokens_stride + positions, sampled.to(tl.int32), mask=slots >= 0)
 
 
 def prepare_decode(

@@ -39,13 +39,20 @@ class LogprobRows:
 
 @dataclass(frozen=True)
 class PendingLogprobs:
-    """Log-probabilities of some positions, in parts; row i wants ``num_tops[i]`` alternatives."""
+    """Log-probabilities of some rows of a batch.
+
+    Attributes:
+        parts: the rows in order, some in each part.
+        rows: which rows of the batch they are.
+        num_tops: how many alternatives each of them wants.
+    """
 
     parts: list[LogprobRows]
+    rows: list[int]
     num_tops: list[int]
 
     def result(self) -> list[Logprobs]:
-        """One entry per position; the copies must have arrived."""
+        """One entry per row in ``rows``; the copies must have arrived."""
         entries: list[Logprobs] = []
         for part in self.parts:
             columns = (
@@ -69,8 +76,8 @@ class PendingStep:
         is_reported: whether this rank reports the step's result (see `result`).
         seq_ids: the sequences that sample, in the plan's order.
         tokens: int64 on the host, what they sampled.
-        logprobs: of the sampled tokens in the rows ``logprob_rows``.
-        prompt_logprobs: (sequence, first position, its log-probabilities from there on).
+        logprobs: of the sampled tokens that want them.
+        prompt_logprobs: (sequence, first position, log-probabilities from there on, in pieces).
         done: recorded behind everything; None on a CPU, where all is done already.
     """
 
@@ -80,8 +87,7 @@ class PendingStep:
     seq_ids: list[int] = field(default_factory=list)
     tokens: torch.Tensor | None = None
     logprobs: PendingLogprobs | None = None
-    logprob_rows: list[int] = field(default_factory=list)
-    prompt_logprobs: list[tuple[int, int, PendingLogprobs]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, int, list[PendingLogprobs]]] = field(default_factory=list)
     done: torch.cuda.Event | None = None
 
     def result(self) -> StepResult | None:
@@ -98,9 +104,10 @@ class PendingStep:
         if self.tokens is not None:
             entries: list[Logprobs | None] = [None] * len(self.seq_ids)
             if self.logprobs is not None:
-                for row, entry in zip(self.logprob_rows, self.logprobs.result(), strict=True):
+                for row, entry in zip(self.logprobs.rows, self.logprobs.result(), strict=True):
                     entries[row] = entry
             result.tokens.extend(map(SampledToken, self.seq_ids, self.tokens.tolist(), entries))
-        for seq_id, start, pending in self.prompt_logprobs:
-            result.prompt_logprobs.append(PromptLogprobs(seq_id, start, pending.result()))
+        for seq_id, start, pieces in self.prompt_logprobs:
+            scores = [entry for piece in pieces for entry in piece.result()]
+            result.prompt_logprobs.append(PromptLogprobs(seq_id, start, scores))
         return result

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Block ids that a program copies at once.
+# Block ids that a program copies.
 BLOCK_B = 256
 # Rows of a program that appends tokens.
 BLOCK_S = 128
@@ -35,7 +35,7 @@ def _prepare_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """One program makes the inputs of one row.
+    """Programs (row, c) copy c-th parts of the block tables; those with c = 0 do the rest too.
 
     Shapes: slots, positions int32 [S]; tokens int32 [N, C]; blocks int32 [N, B]; outputs token ids,
     positions and cache slots int64 [S], context lengths int32 [S], block tables int32 [S, B].
@@ -46,26 +46,25 @@ def _prepare_kernel(
     A row with slot -1 gets token id 0, position 0, cache slot -1, context length 0, no table.
     """
     row = tl.program_id(0)
+    part = tl.program_id(1)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    position = tl.load(positions_ptr + row)
-    if slot < 0:
-        tl.store(token_ids_ptr + row, 0)
-        tl.store(positions_out_ptr + row, 0)
-        tl.store(cache_slots_ptr + row, -1)
-        tl.store(context_lens_ptr + row, 0)
-    else:
-        token = tl.load(tokens_ptr + slot * tokens_stride + position)
-        block = tl.load(blocks_ptr + slot * blocks_stride + position // BLOCK_SIZE).to(tl.int64)
-        tl.store(token_ids_ptr + row, token.to(tl.int64))
-        tl.store(positions_out_ptr + row, position.to(tl.int64))
-        tl.store(cache_slots_ptr + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
-        tl.store(context_lens_ptr + row, position + 1)
-        num_blocks = position // BLOCK_SIZE + 1
-        for first in range(0, num_blocks, BLOCK_B):
-            columns = first + tl.arange(0, BLOCK_B)
-            used = columns < num_blocks
-            ids = tl.load(blocks_ptr + slot * blocks_stride + columns, mask=used)
-            tl.store(tables_ptr + row.to(tl.int64) * tables_stride + columns, ids, mask=used)
+    is_real = slot >= 0
+    position = tl.where(is_real, tl.load(positions_ptr + row), 0)
+    index = position // BLOCK_SIZE
+
+    token = tl.load(tokens_ptr + slot * tokens_stride + position, mask=is_real, other=0)
+    block = tl.load(blocks_ptr + slot * blocks_stride + index, mask=is_real, other=0)
+    cache_slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    is_first = part == 0
+    tl.store(token_ids_ptr + row, token.to(tl.int64), mask=is_first)
+    tl.store(positions_out_ptr + row, position.to(tl.int64), mask=is_first)
+    tl.store(cache_slots_ptr + row, tl.where(is_real, cache_slot, -1), mask=is_first)
+    tl.store(context_lens_ptr + row, tl.where(is_real, position + 1, 0), mask=is_first)
+
+    columns = part * BLOCK_B + tl.arange(0, BLOCK_B)
+    used = (columns <= index) & is_real
+    ids = tl.load(blocks_ptr + slot * blocks_stride + columns, mask=used, other=0)
+    tl.store(tables_ptr + row.to(tl.int64) * tables_stride + columns, ids, mask=used)
 
 
 @triton.jit
@@ -105,7 +104,8 @@ def prepare_decode(
     block_tables_SB: torch.Tensor,
 ) -> None:
     """Fill the five outputs; the arguments are checked by the caller."""
-    _prepare_kernel[(slots_S.shape[0],)](
+    grid = (slots_S.shape[0], triton.cdiv(blocks_NB.shape[1], BLOCK_B))
+    _prepare_kernel[grid](
         slots_S,
         positions_S,
         tokens_NC,

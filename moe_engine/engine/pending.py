@@ -17,8 +17,8 @@ from moe_engine.types.step import Logprobs, PromptLogprobs, SampledToken, StepRe
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in (pinned) host memory, valid once the device has got there; a CPU tensor itself."""
-    return tensor.to("cpu", non_blocking=True)
+    """A copy in (pinned) host memory, valid once the device has got there."""
+    return tensor.to("cpu", non_blocking=True, copy=True)
 
 
 @dataclass(frozen=True)

@@ -40,38 +40,53 @@ def build_batch(table: SequenceTable, steps: list[SequenceStep], slots: list[int
     Args:
         slots: what `SequenceTable.advance` returned for ``steps``.
     """
-    slots_S = np.array(slots, dtype=np.int32)
-    starts_S = np.array([step.start for step in steps], dtype=np.int32)
-    counts_S = np.array([step.num_tokens for step in steps], dtype=np.int32)
+    slots_S = np.array(slots, dtype=np.int64)
+    starts_S = np.array([step.start for step in steps], dtype=np.int64)
+    counts_S = np.array([step.num_tokens for step in steps], dtype=np.int64)
     order = np.argsort(counts_S > 1, kind="stable")
-    last_rows = np.empty_like(order)
-    last_rows[order] = counts_S[order].cumsum() - 1
     slots_S, starts_S, counts_S = slots_S[order], starts_S[order], counts_S[order]
-
-    first_rows = np.concatenate(([0], counts_S.cumsum()))
-    num_tokens = int(first_rows[-1])
-    positions_T = np.arange(num_tokens) + np.repeat(starts_S - first_rows[:-1], counts_S)
     contexts_S = starts_S + counts_S
-    where, positions, slots_of_rows, contexts, query_starts = stage(
-        [np.repeat(slots_S, counts_S), positions_T, slots_S, contexts_S, first_rows],
-        table.tokens_NC.device,
+    ends_S = counts_S.cumsum()
+    firsts_S = ends_S - counts_S
+    last_rows = np.empty_like(order)
+    last_rows[order] = ends_S - 1
+
+    num_tokens = int(counts_S.sum())
+    positions_T = np.arange(num_tokens) + np.repeat(starts_S - firsts_S, counts_S)
+    slots_T = np.repeat(slots_S, counts_S)
+    tokens_NC, blocks_NB, block_size = table.tokens_NC, table.blocks_NB, table.block_size
+    positions, token_places, block_places, offsets, slots_of_rows, contexts, query_starts = stage(
+        [
+            positions_T,
+            slots_T * tokens_NC.shape[1] + positions_T,
+            slots_T * blocks_NB.shape[1] + positions_T // block_size,
+            positions_T % block_size,
+            slots_S,
+            contexts_S,
+            np.append(firsts_S, num_tokens),
+        ],
+        tokens_NC.device,
+        torch.int64,
     )
-    where_T, positions_T64 = where.to(torch.int64), positions.to(torch.int64)
-    block_size = table.block_size
-    blocks_T = table.blocks_NB[where_T, positions_T64 // block_size].to(torch.int64)
+    blocks_T = blocks_NB.view(-1).index_select(0, block_places).to(torch.int64)
     num_blocks = -(-int(contexts_S.max(initial=1)) // block_size)
     num_decodes = int((counts_S == 1).sum())
-    spans = list(zip(first_rows.tolist(), counts_S.tolist(), contexts_S.tolist(), strict=False))
-    paged = PagedBatch(
-        slots_T=blocks_T * block_size + positions_T64 % block_size,
-        block_tables_SB=table.blocks_NB[:, :num_blocks].index_select(0, slots_of_rows),
-        context_lens_S=contexts,
-        query_starts_S=query_starts,
-        num_decodes=num_decodes,
-        prefills=tuple(PrefillSpan(*span) for span in spans[num_decodes:]),
+    spans = zip(
+        firsts_S[num_decodes:].tolist(),
+        counts_S[num_decodes:].tolist(),
+        contexts_S[num_decodes:].tolist(),
+        strict=True,
     )
-    token_ids_T = table.tokens_NC[where_T, positions_T64].to(torch.int64)
-    return StepBatch(token_ids_T, positions_T64, paged, last_rows.tolist())
+    paged = PagedBatch(
+        slots_T=torch.add(offsets, blocks_T, alpha=block_size),
+        block_tables_SB=blocks_NB[:, :num_blocks].index_select(0, slots_of_rows),
+        context_lens_S=contexts.to(torch.int32),
+        query_starts_S=query_starts.to(torch.int32),
+        num_decodes=num_decodes,
+        prefills=tuple(PrefillSpan(*span) for span in spans),
+    )
+    token_ids_T = tokens_NC.view(-1).index_select(0, token_places).to(torch.int64)
+    return StepBatch(token_ids_T, positions, paged, last_rows.tolist())
 
 
 def largest_group(groups: list[GroupPlan]) -> int:

@@ -24,7 +24,6 @@ from moe_engine.engine.staging import stage
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.decode import append_tokens
 from moe_engine.ops.sampling import greedy_tokens, to_float32_without_nan
 from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep, StepPlan
 
@@ -152,13 +151,10 @@ class ModelRunner:
         if not chosen:
             return
         steps = [group.steps[i] for i in chosen]
-        rows_B, slots_B, ends_B = stage(
-            [
-                [batch.last_rows[i] for i in chosen],
-                [slots[i] for i in chosen],
-                [step.start + step.num_tokens for step in steps],
-            ],
-            self._device,
+        longest = self._table.tokens_NC.shape[1]
+        places = [slots[i] * longest + group.steps[i].end for i in chosen]
+        rows_B, places_B = stage(
+            [[batch.last_rows[i] for i in chosen], places], self._device, torch.int64
         )
         logits_BV = self._model.logits(x_TH.index_select(0, rows_B))
         if logits_BV is None:
@@ -168,7 +164,7 @@ class ModelRunner:
         else:
             tokens_B = self._sampler.sample(logits_BV, self._sample_rows(steps))
         tokens_B = self._groups.tp.broadcast(tokens_B)
-        append_tokens(slots_B, ends_B, tokens_B, self._table.tokens_NC)
+        self._table.tokens_NC.view(-1).index_copy_(0, places_B, tokens_B.to(torch.int32))
         self._send_tokens(logits_BV, tokens_B, steps, pending)
 
     def _send_tokens(
@@ -188,9 +184,8 @@ class ModelRunner:
     def _sample_rows(self, steps: list[SequenceStep]) -> list[SampleRow]:
         rows = []
         for step in steps:
-            num_known = step.start + step.num_tokens
-            num_outputs = num_known - self._sequences[step.seq_id].num_prompt_tokens
             assert step.uniform is not None
+            num_outputs = step.end - self._sequences[step.seq_id].num_prompt_tokens
             rows.append(SampleRow(step.seq_id, step.uniform, num_outputs))
         return rows
 
@@ -201,7 +196,7 @@ class ModelRunner:
         for index, step in enumerate(group.steps):
             sequence = self._sequences[step.seq_id]
             num_top = sequence.params.prompt_logprobs
-            last = min(step.start + step.num_tokens, sequence.num_prompt_tokens - 1)
+            last = min(step.end, sequence.num_prompt_tokens - 1)
             if num_top is None or step.start >= last:
                 continue
             first_row = batch.last_rows[index] - step.num_tokens + 1

@@ -11,8 +11,12 @@ _ALIGNMENT = 4
 """Every array starts at a multiple of 16 bytes, for which kernels are specialised."""
 
 
-def stage(arrays: Sequence[np.ndarray | Sequence[int]], device: torch.device) -> list[torch.Tensor]:
-    """int32 copies of one-dimensional arrays on the device, in order; nobody waits for them.
+def stage(
+    arrays: Sequence[np.ndarray | Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype = torch.int32,
+) -> list[torch.Tensor]:
+    """Copies of one-dimensional arrays on the device, in order; nobody waits for them.
 
     The transfer starts from pinned memory of torch's caching allocator, which hands it out again
     only when the transfer is over.
@@ -21,7 +25,7 @@ def stage(arrays: Sequence[np.ndarray | Sequence[int]], device: torch.device) ->
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-    host = torch.empty(starts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    host = torch.empty(starts[-1], dtype=dtype, pin_memory=device.type == "cuda")
     values = host.numpy()
     for array, start, size in zip(arrays, starts, sizes, strict=False):
         values[start : start + size] = array

@@ -6,6 +6,7 @@ from collections import deque
 from moe_engine.config import EngineConfig
 from moe_engine.config.flat import build_config
 from moe_engine.dist.groups import single_rank_groups
+from moe_engine.dist.layout import RankLayout
 from moe_engine.engine.decode import DecodeStep
 from moe_engine.engine.graphs import graph_buckets, pick_bucket
 from moe_engine.engine.rank_main import _make_scheduler
@@ -52,10 +53,17 @@ class UncapturedGraphs:
 
 
 class RunnerWorld:
-    """Runs requests to their ends."""
+    """Runs requests to their ends.
 
-    def __init__(self, directory, *, with_decode_steps=False, **options):
-        (directory / "config.json").write_text(json.dumps(MODEL))
+    Args:
+        directory: where to put the model's config; the weights are random.
+        with_decode_steps: on a CPU, run decode steps in static memory, as graphs do on a GPU.
+        model: changes to `MODEL`.
+        options: of the engine, besides `LIMITS`.
+    """
+
+    def __init__(self, directory, *, with_decode_steps=False, model=None, **options):
+        (directory / "config.json").write_text(json.dumps(MODEL | (model or {})))
         values = {"model": str(directory), "load_format": "dummy", "device": "cpu"}
         config, _ = build_config(values | LIMITS | options)
         self.runtime = make_runtime(config)
@@ -89,8 +97,7 @@ class RunnerWorld:
 
 
 def make_runtime(config: EngineConfig) -> RankRuntime:
-    from moe_engine.dist.layout import RankLayout
-
+    """A rank that is the whole world."""
     runtime = RankRuntime(config, RankLayout(0, 1, 1), LocalPlace(0, 1))
     runtime.groups = single_rank_groups()
     return runtime

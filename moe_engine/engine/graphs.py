@@ -71,14 +71,19 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         self._decode.load([], [])
         for size in reversed(self.buckets):
-            exchange = self._exchange.select(size)
-            self._decode.compute(size, exchange)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads (NCCL's watchdog, senders of results) go on using the device meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._decode.compute(size, exchange)
-            self._graphs[size] = (graph, None if logits is None else _unowned(logits))
+            self._decode.compute(size, self._exchange.select(size))
+            self._graphs[size] = self._capture(size, pool)
+
+    def _capture(
+        self, size: int, pool: tuple[int, int]
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+        """The graph of one size, and where it leaves its logits."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog, senders of results) may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits = self._decode.compute(size, self._exchange.select(size))
+        graph.replay()  # the first replay brings the graph to the device
+        return graph, None if logits is None else _unowned(logits)
 
     def pick(self, num_rows: int) -> int | None:
         """The size for a batch, None if it must run without a graph."""

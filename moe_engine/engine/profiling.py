@@ -21,6 +21,7 @@ from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import split_evenly
 from moe_engine.engine.decode import DecodeStep
 from moe_engine.engine.graphs import capturable_buckets
+from moe_engine.engine.runner import PROMPT_ROWS_AT_ONCE
 from moe_engine.engine.sampler import Sampler, SampleRow
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
@@ -31,6 +32,9 @@ from moe_engine.types.step import NewSequence
 
 GRAPH_BYTES_PER_LAYER = 256 << 10
 """What the driver keeps for one layer of one captured graph, rounded up."""
+
+GRAPH_WORKSPACE_BYTES = 96 << 20
+"""What matrix libraries take anew for the stream on which graphs are captured."""
 
 _HARDEST_SAMPLING = SamplingParams(
     temperature=1.0,
@@ -86,16 +90,18 @@ class StepProfiler:
     @torch.inference_mode()
     def measure(self, *, with_graphs: bool) -> StepMemory:
         """Run the largest steps and see how much the device's allocator has to reserve."""
-        self._run_prefill()  # workspaces and compiled kernels come first, and stay
-        torch.cuda.synchronize()
-        activations = self._reserved_by(self._run_prefill)
-        graphs = 0
+        size = self._limits.max_num_batched_tokens
+        for num_tokens in (size, size // 4, size // 16, size // 64):
+            self._run_prefill(max(1, num_tokens))  # workspaces and compiled kernels stay
+        activations = self._reserved_by(lambda: self._run_prefill(size))
+        self._run_decode(self._limits.max_num_seqs)
         buckets = capturable_buckets(self._limits.max_num_seqs, self._exchange)
-        if with_graphs and buckets:
-            layers = self._model_config.num_hidden_layers
-            graphs = self._reserved_by(lambda: self._run_decode(buckets[-1]))
-            graphs += len(buckets) * layers * GRAPH_BYTES_PER_LAYER
-        return StepMemory(activations, graphs)
+        if not (with_graphs and buckets):
+            return StepMemory(activations, graphs=0)
+        pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
+        num_layers = self._model_config.num_hidden_layers
+        graphs = len(buckets) * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
+        return StepMemory(activations, pool + graphs)
 
     def _reserved_by(self, run: Callable[[], None]) -> int:
         """Bytes that the caching allocator has to reserve for ``run``."""
@@ -109,16 +115,19 @@ class StepProfiler:
         torch.cuda.empty_cache()
         return peak
 
-    def _run_prefill(self) -> None:
-        """Prompts that fill a step, then the hardest kind of sampling for all sequences."""
+    def _run_prefill(self, num_tokens: int) -> None:
+        """Prompts of so many tokens in all, then the hardest sampling and scoring there is."""
         table = self._new_table()  # the runner will have one
-        num_tokens = self._limits.max_num_batched_tokens
         batch, positions = prefill_batch(num_tokens, self._max_model_len, self._kv, self._device)
         x_TH = self._forward(batch, positions)
-        num_rows = min(self._limits.max_num_seqs, num_tokens)
-        logits_RV = self._model.logits(x_TH[:num_rows])
+        logits_RV = self._model.logits(x_TH[: self._limits.max_num_seqs])
         if logits_RV is not None:
             self._sample(logits_RV)
+            del logits_RV
+        logits_RV = self._model.logits(x_TH[:PROMPT_ROWS_AT_ONCE])
+        if logits_RV is not None:
+            targets_R = torch.zeros(len(logits_RV), dtype=torch.int64, device=self._device)
+            Sampler(logits_RV.shape[1], self._device).prompt_logprobs(logits_RV, targets_R, 20)
         del table
 
     def _sample(self, logits_RV: torch.Tensor) -> None:

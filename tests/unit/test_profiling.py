@@ -53,7 +53,7 @@ def test_largest_steps_run_on_a_cache_of_one_block_and_leave_it_alone(tmp_path):
         CPU,
     )
     with torch.inference_mode():
-        profiler._run_prefill()
+        profiler._run_prefill(runtime.config.scheduler.max_num_batched_tokens)
         buckets = capturable_buckets(runtime.config.scheduler.max_num_seqs, profiler._exchange)
         profiler._run_decode(buckets[-1])
     assert buckets[-1] == 9

@@ -10,6 +10,7 @@ is used up before the next one starts, by the order of the stream.
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import Any
 
 import torch
 
@@ -74,9 +75,7 @@ class DecodeGraphs:
             self._decode.compute(size, self._exchange.select(size))
             self._graphs[size] = self._capture(size, pool)
 
-    def _capture(
-        self, size: int, pool: tuple[int, int]
-    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
         """The graph of one size, and where it leaves its logits."""
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog, senders of results) may use the device meanwhile.

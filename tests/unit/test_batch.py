@@ -138,6 +138,15 @@ def test_last_token_of_a_full_context_is_kept():
     assert build(table, [SequenceStep(1, 3, 1)]).token_ids_T.tolist() == [9]
 
 
+def test_laying_out_needs_no_value_from_the_device():
+    # A meta tensor has no values: reading one, or a shape that depends on one, raises.
+    table = SequenceTable(3, 32, BLOCK_SIZE, torch.device("meta"))
+    table.admit([sequence(1, [5, 6, 7]), sequence(2, [8])])
+    batch = build(table, [SequenceStep(1, 0, 3, [4]), SequenceStep(2, 0, 1, [6])])
+    assert batch.token_ids_T.shape == (4,)
+    assert batch.paged.slots_T.device.type == "meta"
+
+
 def test_idle_step_is_empty():
     batch = build(SequenceTable(2, 8, BLOCK_SIZE, CPU), [])
     assert batch.token_ids_T.shape == batch.positions_T.shape == (0,)

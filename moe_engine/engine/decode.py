@@ -22,7 +22,7 @@ from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
 from moe_engine.ops.attention import PagedBatch
 from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
-from moe_engine.ops.sampling import greedy_tokens, to_float32_without_nan
+from moe_engine.ops.sampling import greedy_tokens
 
 _ROW_ALIGNMENT = 16
 
@@ -105,7 +105,7 @@ class DecodeStep:
         logits_SV = self._model.logits(self._model(inputs.token_ids_S, step))
         tokens_S = self._tokens_W[:num_rows]
         if logits_SV is not None:
-            tokens_S.copy_(greedy_tokens(to_float32_without_nan(logits_SV)))
+            tokens_S.copy_(greedy_tokens(logits_SV))
         self._append(num_rows, tokens_S)
         return logits_SV
 

@@ -7,7 +7,6 @@ rank 0 ends itself, so that no process is left behind.
 
 from __future__ import annotations
 
-import gc
 import os
 import queue
 import signal
@@ -125,7 +124,6 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
                 warmup_seconds=runtime.warmup_seconds,
             )
         )
-        _spare_garbage_collector()
         core.run()
     except Exception as error:
         hub.fail(_describe(0, error))
@@ -164,7 +162,6 @@ def _follow(spec: RankSpec, layout: RankLayout, place: LocalPlace) -> None:
             if isinstance(message, StartStepping):
                 runtime.start(message.num_blocks)
                 channel.send(RankStarted(layout.rank))
-                _spare_garbage_collector()
                 continue
             launched.put(runtime.runner.launch(message.plan))
         launched.put(None)
@@ -213,12 +210,6 @@ def _hear_leader(
         inbox.put(message)
         if isinstance(message, Shutdown):
             return
-
-
-def _spare_garbage_collector() -> None:
-    """What a start has made lives as long as the process: need not be looked through in steps."""
-    gc.collect()
-    gc.freeze()
 
 
 def _describe(rank: int, error: Exception) -> RankFailed:

@@ -24,7 +24,7 @@ from moe_engine.engine.staging import stage
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.sampling import greedy_tokens, to_float32_without_nan
+from moe_engine.ops.sampling import greedy_tokens
 from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep, StepPlan
 
 PROMPT_ROWS_AT_ONCE = 128
@@ -160,7 +160,7 @@ class ModelRunner:
         if logits_BV is None:
             tokens_B = torch.empty(len(steps), dtype=torch.int64, device=self._device)
         elif self._sampler.is_argmax(step.seq_id for step in steps):
-            tokens_B = greedy_tokens(to_float32_without_nan(logits_BV))
+            tokens_B = greedy_tokens(logits_BV)
         else:
             tokens_B = self._sampler.sample(logits_BV, self._sample_rows(steps))
         tokens_B = self._groups.tp.broadcast(tokens_B)

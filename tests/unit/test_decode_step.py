@@ -82,3 +82,19 @@ def test_chunk_of_one_prompt_token_is_no_decode(tmp_path):
     assert len(world.runner._graphs.sizes_run) == 4  # the last prompt token and three outputs
     [(expected, _, _)] = RunnerWorld(tmp_path).run([(prompt, params)])
     assert tokens == expected
+
+
+@pytest.mark.parametrize("with_decode_steps", [True, False])
+def test_logits_that_are_not_numbers_are_never_the_most_likely(tmp_path, with_decode_steps):
+    world = RunnerWorld(tmp_path, with_decode_steps=with_decode_steps)
+    model = world.runner._model
+
+    def broken(x_RH):
+        logits = torch.zeros(len(x_RH), 97)
+        logits[:, 7], logits[:, 3] = 5.0, torch.nan
+        return logits
+
+    model.logits = broken
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    [(tokens, _, _)] = world.run([([1, 2], params)])
+    assert tokens == [7, 7, 7]

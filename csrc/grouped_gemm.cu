@@ -1,15 +1,18 @@
 // Grouped matrix products for a mixture of experts.
 //
-// The weights are the M side of the tensor cores (64 rows per warpgroup) and the pairs, few of them
-// in decode, the N side, so that the tile fits any number of pairs from 8 up. Blocks are persistent
-// and walk over the tiles (expert, group of pairs, rows of the weight). In each, producer warps
-// keep a ring of stages in shared memory full, with the copy engine for weights and h and cp.async
-// for gathered rows of x, across the borders of tiles; consumer warpgroups multiply and store.
+// The weights are the M side of the tensor cores (64 rows per instruction) and the pairs, few of
+// them in decode, the N side, so that a tile fits any number of pairs from 8 up. Blocks are
+// persistent and walk over the tiles. In each, producer warps keep a ring of stages in shared
+// memory full, with the copy engine for weights and h and cp.async for gathered rows of x, across
+// the borders of tiles; consumer warpgroups multiply and store. For many pairs two blocks form a
+// cluster: they work on two halves of a group and the same rows of the weight, of which each loads
+// half for both.
 //
 // gate and up rows alternate in groups of 8 within a tile (the copy engine does that while it
 // loads), so that a thread holds the gate and the up value of the same element.
 #include <algorithm>
 
+#include "expert_tiles.cuh"
 #include "grouped_gemm.h"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -24,41 +27,45 @@ namespace {
 
 constexpr int kAtom = 64;              // elements of a swizzled row of shared memory
 constexpr int kAtomBytes = kAtom * 2;  // 128
-constexpr int kMaxExperts = 1024;
 constexpr int kTransposeBytes = 1024;  // per consumer warp: 32 pairs x 16 elements
 
 // Compile-time shape of a tile and its pipeline.
-template <bool kGateUp_, int kWarpgroups_, int kTokens_, int kStepAtoms_, int kStages_,
-          int kProducerWarps_>
+template <bool kGateUp_, int kWarpgroups_, int kBlocks_, int kTokens_, int kStepAtoms_,
+          int kStages_, int kProducerWarps_, int kCluster_>
 struct Shape {
   static constexpr bool kGateUp = kGateUp_;
-  static constexpr int kWarpgroups = kWarpgroups_;
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kStepAtoms = kStepAtoms_;  // K elements of a stage / 64
+  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
+  static constexpr int kBlocks = kBlocks_;          // of 64 rows in a warpgroup
+  static constexpr int kTokens = kTokens_;          // pairs of a block
+  static constexpr int kStepAtoms = kStepAtoms_;    // elements of K in a stage / 64
   static constexpr int kStages = kStages_;
   static constexpr int kProducerWarps = kProducerWarps_;
+  static constexpr int kCluster = kCluster_;
 
-  static constexpr int kRows = 64 * kWarpgroups;
+  static constexpr int kRows = 64 * kBlocks * kWarpgroups;
   static constexpr int kWeightAtomBytes = kRows * kAtomBytes;
   static constexpr int kTokenAtomBytes = kTokens * kAtomBytes;
   static constexpr int kWeightBytes = kWeightAtomBytes * kStepAtoms;
   static constexpr int kTokenBytes = kTokenAtomBytes * kStepAtoms;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
+  static constexpr int kLoadedRows = kRows / kCluster;  // of the weights, by one block
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
-  static constexpr bool kMovesRegisters = kTokens > 64;
+  static constexpr int kAccumulators = kBlocks * kTokens / 2;  // registers of a thread
+  static constexpr bool kMovesRegisters = kAccumulators > 64;
 };
 
 // Pairs that one copy of h takes.
 template <typename S>
-constexpr int kTokenBox = S::kTokens < 64 ? S::kTokens : 64;
+constexpr int kTokenBox = S::kTokens <= 64       ? S::kTokens
+                          : S::kTokens % 64 == 0 ? 64
+                                                 : 72;
 
 template <typename S>
 struct SharedTail {
   std::uint64_t full[S::kStages];
   std::uint64_t empty[S::kStages];
-  std::int32_t offsets[kMaxExperts + 1];
-  std::int32_t tiles[kMaxExperts + 1];  // groups of pairs before each expert
+  TileTable table;
 };
 
 template <typename S>
@@ -72,7 +79,6 @@ struct Parameters {
   const std::int32_t* pairs;
   const __nv_bfloat16* x;
   std::int64_t x_stride;
-  const float* pair_weights;
   __nv_bfloat16* out;
   int num_experts;
   int top_k;
@@ -95,70 +101,6 @@ struct RingPosition {
   }
 };
 
-// A block's tiles: number blockIdx.x, then every gridDim.x-th.
-struct TileWalk {
-  const std::int32_t* offsets;
-  const std::int32_t* tiles;
-  int num_row_tiles;
-  int tokens_per_tile;
-  int number;
-  int end;
-  int expert = 0;
-  // of the present tile
-  int row_tile = 0;
-  int first_pair = 0;
-  int num_pairs = 0;
-
-  __device__ __forceinline__ bool find() {
-    if (number >= end) return false;
-    const int group = number / num_row_tiles;
-    row_tile = number - group * num_row_tiles;
-    while (tiles[expert + 1] <= group) ++expert;
-    first_pair = offsets[expert] + (group - tiles[expert]) * tokens_per_tile;
-    num_pairs = min(tokens_per_tile, offsets[expert + 1] - first_pair);
-    return true;
-  }
-
-  __device__ __forceinline__ bool next() {
-    number += gridDim.x;
-    return find();
-  }
-};
-
-// Copies offsets and counts the groups of pairs of every expert; all threads of the block.
-template <typename S>
-__device__ TileWalk plan_tiles(const Parameters& p, SharedTail<S>& tail) {
-  const int lane = threadIdx.x % 32;
-  if (threadIdx.x < 32) {
-    int before = 0;
-    for (int first = 0; first < p.num_experts; first += 32) {
-      const int expert = first + lane;
-      const int begin = expert < p.num_experts ? p.offsets[expert] : 0;
-      const int end = expert < p.num_experts ? p.offsets[expert + 1] : 0;
-      int sum = (end - begin + S::kTokens - 1) / S::kTokens;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(0xFFFFFFFF, sum, distance);
-        if (lane >= distance) sum += other;
-      }
-      if (expert < p.num_experts) {
-        tail.offsets[expert] = begin;
-        tail.offsets[expert + 1] = end;
-        tail.tiles[expert + 1] = before + sum;
-      }
-      before += __shfl_sync(0xFFFFFFFF, sum, 31);
-    }
-    if (lane == 0) tail.tiles[0] = 0;
-  }
-  __syncthreads();
-  TileWalk walk{tail.offsets,
-                tail.tiles,
-                p.num_row_tiles,
-                S::kTokens,
-                static_cast<int>(blockIdx.x),
-                tail.tiles[p.num_experts] * p.num_row_tiles};
-  return walk;
-}
-
 template <typename S>
 struct Ring {
   std::uint32_t base;  // shared address of stage 0
@@ -172,19 +114,29 @@ struct Ring {
   }
 };
 
+// One thread. The blocks of a cluster each load their share of the rows, for all.
 template <typename S>
 __device__ __forceinline__ void load_weights(const Ring<S>& ring, const CUtensorMap* map,
                                              const TileWalk& tile, int step, int stage) {
+  const int first_row =
+      tile.row_tile * S::kRows + (S::kCluster > 1 ? tile.rank : 0) * S::kLoadedRows;
 #pragma unroll
   for (int atom = 0; atom < S::kStepAtoms; ++atom) {
-    const std::uint32_t to = ring.weights(stage) + atom * S::kWeightAtomBytes;
+    std::uint32_t to = ring.weights(stage) + atom * S::kWeightAtomBytes;
     const int k = (step * S::kStepAtoms + atom) * kAtom;
     std::uint64_t* full = &ring.tail->full[stage];
-    if constexpr (S::kGateUp) {
-      copy_box_5d(to, map, full, kEvictFirst, k, 0, 0, tile.row_tile * (S::kRows / 16),
-                  tile.expert);
+    if constexpr (S::kCluster > 1) {
+      constexpr std::uint16_t kAll = (1 << S::kCluster) - 1;
+      to += tile.rank * S::kLoadedRows * kAtomBytes;
+      if constexpr (S::kGateUp) {
+        multicast_box_5d(to, map, full, kAll, kEvictNormal, k, 0, 0, first_row / 16, tile.expert);
+      } else {
+        multicast_box_3d(to, map, full, kAll, kEvictNormal, k, first_row, tile.expert);
+      }
+    } else if constexpr (S::kGateUp) {
+      copy_box_5d(to, map, full, kEvictFirst, k, 0, 0, first_row / 16, tile.expert);
     } else {
-      copy_box_3d(to, map, full, kEvictFirst, k, tile.row_tile * S::kRows, tile.expert);
+      copy_box_3d(to, map, full, kEvictFirst, k, first_row, tile.expert);
     }
   }
 }
@@ -253,7 +205,7 @@ __device__ void produce_gate_up(const Parameters& p, const Ring<S>& ring,
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       // Columns past the last pair are computed and not stored.
-      const int pair = min(first_row + i * kRowsAtOnce, tile.num_pairs - 1);
+      const int pair = max(0, min(first_row + i * kRowsAtOnce, tile.num_pairs - 1));
       rows[i] = p.pairs[tile.first_pair + pair] / p.top_k * x_stride_chunks + chunk;
     }
     const int num_rows = (tile.num_pairs + 7) / 8 * 8;
@@ -283,7 +235,17 @@ __device__ void produce_gate_up(const Parameters& p, const Ring<S>& ring,
   }
 }
 
-// Multiplies one tile for kN columns: acc[N / 2] of this thread.
+// Tells the producers of all blocks of the cluster that this warp is done with the stage.
+template <typename S>
+__device__ __forceinline__ void release(const Ring<S>& ring, int stage, int lane) {
+  if constexpr (S::kCluster > 1) {
+    if (lane < S::kCluster) barrier_arrive_in_block(&ring.tail->empty[stage], lane);
+  } else {
+    if (lane == 0) barrier_arrive(&ring.tail->empty[stage]);
+  }
+}
+
+// Multiplies one tile for kN columns.
 template <typename S, int kN>
 __device__ __forceinline__ void multiply(const Ring<S>& ring, RingPosition<S::kStages>& at,
                                          float* acc, int num_steps, int warpgroup, int lane) {
@@ -291,90 +253,97 @@ __device__ __forceinline__ void multiply(const Ring<S>& ring, RingPosition<S::kS
   for (int step = 0; step < num_steps; ++step) {
     barrier_wait(&ring.tail->full[at.stage], at.parity);
     if constexpr (S::kGateUp) async_proxy_fence();
-    const std::uint64_t a = matrix_descriptor(ring.weights(at.stage) + warpgroup * 64 * kAtomBytes);
+    const std::uint64_t a =
+        matrix_descriptor(ring.weights(at.stage) + warpgroup * S::kBlocks * 64 * kAtomBytes);
     const std::uint64_t b = matrix_descriptor(ring.tokens(at.stage));
     wgmma_begin();
 #pragma unroll
     for (int atom = 0; atom < S::kStepAtoms; ++atom) {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        wgmma<kN>(acc, a + atom * (S::kWeightAtomBytes / 16) + 2 * part,
-                  b + atom * (S::kTokenAtomBytes / 16) + 2 * part,
-                  step > 0 || atom > 0 || part > 0);
+#pragma unroll
+        for (int block = 0; block < S::kBlocks; ++block) {
+          wgmma<kN>(acc + block * (S::kTokens / 2),
+                    a + (atom * S::kWeightAtomBytes + block * 64 * kAtomBytes) / 16 + 2 * part,
+                    b + atom * (S::kTokenAtomBytes / 16) + 2 * part,
+                    step > 0 || atom > 0 || part > 0);
+        }
       }
     }
     wgmma_commit();
     if (step > 0) {
       wgmma_wait<1>();
-      if (lane == 0) barrier_arrive(&ring.tail->empty[previous]);
+      release(ring, previous, lane);
     }
     previous = at.stage;
     at.advance();
   }
   wgmma_wait<0>();
-  if (lane == 0) barrier_arrive(&ring.tail->empty[previous]);
+  release(ring, previous, lane);
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-// Transposes 32 columns at a time through the warp's buffer, so that a lane stores a pair's values.
+// The rows of y that a lane's columns go to: column 32 * i + lane is number i.
 template <typename S>
-__device__ __forceinline__ void store(const Parameters& p, const TileWalk& tile, const float* acc,
-                                      char* buffer, int warp, int lane) {
-  const std::uint32_t buffer_address = shared_address(buffer);
+struct Destinations {
+  static constexpr int kCount = (S::kTokens + 31) / 32;
+  int pairs[kCount];
+
+  // Read before the product, which hides the time that takes.
+  __device__ __forceinline__ void load(const Parameters& p, const TileWalk& tile, int lane) {
 #pragma unroll
-  for (int first = 0; first < S::kTokens; first += 32) {
+    for (int i = 0; i < kCount; ++i) {
+      pairs[i] = 32 * i + lane < tile.num_pairs ? p.pairs[tile.first_pair + 32 * i + lane] : 0;
+    }
+  }
+};
+
+// Stores 16 rows of a tile. 32 columns at a time are transposed through the warp's buffer, so that
+// a lane stores consecutive values of one pair.
+template <typename S>
+__device__ __forceinline__ void store_rows(const Parameters& p, const TileWalk& tile,
+                                           const float* acc, const Destinations<S>& destinations,
+                                           const char* buffer, int first_row, int lane) {
+  const std::uint32_t address = shared_address(buffer);
+#pragma unroll
+  for (int i = 0; i < Destinations<S>::kCount; ++i) {
+    const int first = 32 * i;
     if (first >= tile.num_pairs) break;
-    const int column = first + lane;
-    const bool stored = column < tile.num_pairs;
+    const bool stored = first + lane < tile.num_pairs;
     if constexpr (S::kGateUp) {
-      std::uint32_t packed[4];
+      std::uint32_t packed[4] = {};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        packed[j] = 0;
-        if (first + 8 * j < S::kTokens) {
-          const float* d = acc + (first / 8 + j) * 4;
-          packed[j] = pack_bf16(silu(d[0]) * d[2], silu(d[1]) * d[3]);
-        }
+      for (int j = 0; j < 4 && first + 8 * j < S::kTokens; ++j) {
+        const float* d = acc + (first / 8 + j) * 4;
+        packed[j] = pack_bf16(silu(d[0]) * d[2], silu(d[1]) * d[3]);
       }
-      store_transposed_x4(buffer_address + lane * 16, packed[0], packed[1], packed[2], packed[3]);
+      store_transposed_x4(address + lane * 16, packed[0], packed[1], packed[2], packed[3]);
       __syncwarp();
-      const int out_column = tile.row_tile * (S::kRows / 2) + warp * 8;
-      if (stored && out_column < p.out_width) {
-        __nv_bfloat16* out =
-            p.out + static_cast<std::int64_t>(tile.first_pair + column) * p.out_width + out_column;
-        *reinterpret_cast<uint4*>(out) = reinterpret_cast<const uint4*>(buffer)[lane];
+      if (stored && first_row / 2 < p.out_width) {
+        const std::int64_t row = tile.first_pair + first + lane;
+        *reinterpret_cast<uint4*>(p.out + row * p.out_width + first_row / 2) =
+            reinterpret_cast<const uint4*>(buffer)[lane];
       }
     } else {
-      int pair = 0;
-      float weight = 0.0f;
-      if (stored) {
-        pair = p.pairs[tile.first_pair + column];
-        weight = p.pair_weights[pair];
-      }
-      std::uint32_t packed[2][4];
+      std::uint32_t packed[2][4] = {};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        packed[0][j] = packed[1][j] = 0;
-        const float even = __shfl_sync(0xFFFFFFFF, weight, 8 * j + 2 * (lane % 4));
-        const float odd = __shfl_sync(0xFFFFFFFF, weight, 8 * j + 2 * (lane % 4) + 1);
-        if (first + 8 * j < S::kTokens) {
-          const float* d = acc + (first / 8 + j) * 4;
-          packed[0][j] = pack_bf16(d[0] * even, d[1] * odd);
-          packed[1][j] = pack_bf16(d[2] * even, d[3] * odd);
-        }
+      for (int j = 0; j < 4 && first + 8 * j < S::kTokens; ++j) {
+        const float* d = acc + (first / 8 + j) * 4;
+        packed[0][j] = pack_bf16(d[0], d[1]);
+        packed[1][j] = pack_bf16(d[2], d[3]);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        store_transposed_x4(buffer_address + lane * 32 + half * 16, packed[half][0],
-                            packed[half][1], packed[half][2], packed[half][3]);
+        store_transposed_x4(address + lane * 32 + half * 16, packed[half][0], packed[half][1],
+                            packed[half][2], packed[half][3]);
       }
       __syncwarp();
-      const int out_column = tile.row_tile * S::kRows + warp * 16;
-      if (stored && out_column < p.out_width) {
-        __nv_bfloat16* out = p.out + static_cast<std::int64_t>(pair) * p.out_width + out_column;
-        reinterpret_cast<uint4*>(out)[0] = reinterpret_cast<const uint4*>(buffer)[2 * lane];
-        reinterpret_cast<uint4*>(out)[1] = reinterpret_cast<const uint4*>(buffer)[2 * lane + 1];
+      if (stored && first_row < p.out_width) {
+        const std::int64_t row = destinations.pairs[i];
+        uint4* out = reinterpret_cast<uint4*>(p.out + row * p.out_width + first_row);
+        out[0] = reinterpret_cast<const uint4*>(buffer)[2 * lane];
+        out[1] = reinterpret_cast<const uint4*>(buffer)[2 * lane + 1];
       }
     }
     __syncwarp();
@@ -386,12 +355,13 @@ template <typename S>
 __device__ __forceinline__ void multiply_tile(const Ring<S>& ring, RingPosition<S::kStages>& at,
                                               float* acc, const TileWalk& tile, int num_steps,
                                               int warpgroup, int lane) {
-  if constexpr (S::kTokens > 128) {
-    if (tile.num_pairs > 192) return multiply<S, 256>(ring, at, acc, num_steps, warpgroup, lane);
-    if (tile.num_pairs > 128) return multiply<S, 192>(ring, at, acc, num_steps, warpgroup, lane);
-  }
   if constexpr (S::kTokens > 64) {
-    if (tile.num_pairs > 64) return multiply<S, 128>(ring, at, acc, num_steps, warpgroup, lane);
+    if constexpr (S::kTokens > 128) {
+      if (tile.num_pairs > 128) return multiply<S, 144>(ring, at, acc, num_steps, warpgroup, lane);
+    }
+    if (tile.num_pairs > 112) return multiply<S, 128>(ring, at, acc, num_steps, warpgroup, lane);
+    if (tile.num_pairs > 96) return multiply<S, 112>(ring, at, acc, num_steps, warpgroup, lane);
+    if (tile.num_pairs > 64) return multiply<S, 96>(ring, at, acc, num_steps, warpgroup, lane);
   }
   if constexpr (S::kTokens > 32) {
     if (tile.num_pairs > 32) return multiply<S, 64>(ring, at, acc, num_steps, warpgroup, lane);
@@ -404,15 +374,22 @@ __device__ __forceinline__ void multiply_tile(const Ring<S>& ring, RingPosition<
 }
 
 template <typename S>
-__device__ __forceinline__ void consume(const Parameters& p, const Ring<S>& ring, char* buffer,
-                                        TileWalk tile, int num_steps) {
+__device__ __forceinline__ void consume(const Parameters& p, const Ring<S>& ring,
+                                        const char* buffer, TileWalk tile, int num_steps) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   RingPosition<S::kStages> at;
-  float acc[S::kTokens / 2] = {};
+  float acc[S::kAccumulators] = {};
   for (bool more = tile.find(); more; more = tile.next()) {
+    Destinations<S> destinations;
+    if constexpr (!S::kGateUp) destinations.load(p, tile, lane);
     multiply_tile<S>(ring, at, acc, tile, num_steps, warp / 4, lane);
-    store<S>(p, tile, acc, buffer, warp, lane);
+#pragma unroll
+    for (int block = 0; block < S::kBlocks; ++block) {
+      const int first_row =
+          tile.row_tile * S::kRows + (warp / 4 * S::kBlocks + block) * 64 + warp % 4 * 16;
+      store_rows<S>(p, tile, acc + block * (S::kTokens / 2), destinations, buffer, first_row, lane);
+    }
   }
 }
 
@@ -434,7 +411,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if constexpr (!S::kGateUp) prefetch_tensor_map(&h);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(&tail.full[stage], S::kGateUp ? 1 + 32 * S::kProducerWarps : 1);
-      barrier_init(&tail.empty[stage], S::kConsumerWarps);
+      barrier_init(&tail.empty[stage], S::kConsumerWarps * S::kCluster);
     }
     barrier_init_fence();
   }
@@ -443,7 +420,20 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     let_next_kernel_start();
   }
   // down: gate_up let this kernel start when it could read the groups itself.
-  const TileWalk walk = plan_tiles<S>(p, tail);
+  constexpr int kGroup = S::kTokens * S::kCluster;
+  fill_tile_table(tail.table, p.offsets, p.num_experts, kGroup);
+  int rank = 0;
+  if constexpr (S::kCluster > 1) {
+    cluster_sync();  // nobody writes to a block whose barriers are not ready
+    rank = block_in_cluster();
+  }
+  const TileWalk walk{&tail.table,
+                      p.num_row_tiles,
+                      S::kCluster,
+                      rank,
+                      static_cast<int>(blockIdx.x) / S::kCluster,
+                      static_cast<int>(gridDim.x) / S::kCluster,
+                      tail.table.groups[p.num_experts] * p.num_row_tiles};
   const int num_steps = p.depth / (kAtom * S::kStepAtoms);
 
   if (warp >= S::kConsumerWarps) {
@@ -460,6 +450,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       let_next_kernel_start();
     }
     consume<S>(p, ring, buffers + warp * kTransposeBytes, walk, num_steps);
+  }
+  if constexpr (S::kCluster > 1) {
+    __syncwarp();
+    cluster_sync();  // nobody ends while others still write to it
   }
 #else
   __trap();
@@ -479,10 +473,11 @@ void launch(const CUtensorMap& weights, const CUtensorMap& h, const Parameters& 
     return count;
   }();
   const std::int64_t most_tiles =
-      (num_pairs / S::kTokens + std::min<std::int64_t>(num_pairs, p.num_experts)) * p.num_row_tiles;
-  const int grid = static_cast<int>(std::min<std::int64_t>(most_tiles, num_sms));
-  launch_dependent("grouped_gemm_kernel", grouped_gemm_kernel<S>, dim3(grid), S::kThreads,
-                   shared_bytes<S>(), stream, weights, h, p);
+      (num_pairs / (S::kTokens * S::kCluster) + std::min<std::int64_t>(num_pairs, p.num_experts)) *
+      p.num_row_tiles;
+  const int clusters = static_cast<int>(std::min<std::int64_t>(most_tiles, num_sms / S::kCluster));
+  launch_dependent("grouped_gemm_kernel", grouped_gemm_kernel<S>, dim3(clusters * S::kCluster),
+                   S::kThreads, shared_bytes<S>(), stream, S::kCluster, weights, h, p);
 }
 
 template <typename S>
@@ -493,7 +488,7 @@ void launch_gate_up(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream
       args.gate_up, {{std::uint64_t(args.hidden), 2, kAtom},
                      {8, row_bytes, 8},
                      {2, intermediate * row_bytes, 2},
-                     {intermediate / 8, 8 * row_bytes, S::kRows / 16},
+                     {intermediate / 8, 8 * row_bytes, S::kLoadedRows / 16},
                      {std::uint64_t(args.num_experts), 2 * intermediate * row_bytes, 1}});
   p.out = static_cast<__nv_bfloat16*>(args.h);
   p.depth = args.hidden;
@@ -508,7 +503,7 @@ void launch_down(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream) {
   const std::uint64_t hidden = args.hidden;
   const CUtensorMap weights =
       bf16_tensor_map(args.down, {{std::uint64_t(args.intermediate), 2, kAtom},
-                                  {hidden, row_bytes, S::kRows},
+                                  {hidden, row_bytes, S::kLoadedRows},
                                   {std::uint64_t(args.num_experts), hidden * row_bytes, 1}});
   const CUtensorMap h =
       bf16_tensor_map(args.h, {{std::uint64_t(args.intermediate), 2, kAtom},
@@ -520,25 +515,25 @@ void launch_down(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream) {
   launch<S>(weights, h, p, args.num_pairs, stream);
 }
 
-// kStep64 and kStep128 are the stages of a ring whose stages hold 64 or 128 elements of K.
-template <int kTokens, int kStep64, int kStep128>
+// kStages is the number of stages of 128 elements of K; narrower ones are used where K needs it.
+template <int kTokens, int kStages>
 void launch_narrow(const ExpertFfnArgs& args, const Parameters& p, cudaStream_t stream) {
   if (args.hidden % 128 == 0) {
-    launch_gate_up<Shape<true, 1, kTokens, 2, kStep128, 1>>(args, p, stream);
+    launch_gate_up<Shape<true, 1, 1, kTokens, 2, kStages, 1, 1>>(args, p, stream);
   } else {
-    launch_gate_up<Shape<true, 1, kTokens, 1, kStep64, 1>>(args, p, stream);
+    launch_gate_up<Shape<true, 1, 1, kTokens, 1, 2 * kStages, 1, 1>>(args, p, stream);
   }
   if (args.intermediate % 128 == 0) {
-    launch_down<Shape<false, 1, kTokens, 2, kStep128, 1>>(args, p, stream);
+    launch_down<Shape<false, 1, 1, kTokens, 2, kStages, 1, 1>>(args, p, stream);
   } else {
-    launch_down<Shape<false, 1, kTokens, 1, kStep64, 1>>(args, p, stream);
+    launch_down<Shape<false, 1, 1, kTokens, 1, 2 * kStages, 1, 1>>(args, p, stream);
   }
 }
 
-template <int kTokens, int kStages>
+template <int kBlocks, int kTokens, int kStages, int kCluster>
 void launch_wide(const ExpertFfnArgs& args, const Parameters& p, cudaStream_t stream) {
-  launch_gate_up<Shape<true, 2, kTokens, 1, kStages, 4>>(args, p, stream);
-  launch_down<Shape<false, 2, kTokens, 1, kStages, 4>>(args, p, stream);
+  launch_gate_up<Shape<true, 2, kBlocks, kTokens, 1, kStages, 4, kCluster>>(args, p, stream);
+  launch_down<Shape<false, 2, kBlocks, kTokens, 1, kStages, 4, kCluster>>(args, p, stream);
 }
 
 }  // namespace
@@ -554,20 +549,21 @@ void grouped_expert_ffn(const ExpertFfnArgs& args, cudaStream_t stream) {
   p.pairs = args.pairs;
   p.x = static_cast<const __nv_bfloat16*>(args.x);
   p.x_stride = args.x_stride;
-  p.pair_weights = args.pair_weights;
   p.num_experts = args.num_experts;
   p.top_k = args.top_k;
   switch (args.tokens_per_tile) {
     case 16:
-      return launch_narrow<16, 20, 10>(args, p, stream);
+      return launch_narrow<16, 10>(args, p, stream);
     case 32:
-      return launch_narrow<32, 16, 8>(args, p, stream);
+      return launch_narrow<32, 8>(args, p, stream);
     case 64:
-      return launch_wide<64, 8>(args, p, stream);
+      return launch_wide<1, 64, 8, 1>(args, p, stream);
     case 128:
-      return launch_wide<128, 6>(args, p, stream);
+      return launch_wide<1, 128, 6, 1>(args, p, stream);
+    case 129:
+      return launch_wide<2, 64, 5, 2>(args, p, stream);
     case 256:
-      return launch_wide<256, 4>(args, p, stream);
+      return launch_wide<2, 144, 4, 2>(args, p, stream);
   }
   throw std::invalid_argument("tokens_per_tile is " + std::to_string(args.tokens_per_tile) +
                               "; it is 16, 32, 64, 128 or 256");

@@ -10,7 +10,6 @@ namespace moe_engine {
 struct ExpertFfnArgs {
   const std::int32_t* offsets;  // [num_experts + 1], first pair of each expert, then their number
   const std::int32_t* pairs;    // pair numbers row * top_k + choice, grouped by expert
-  const float* pair_weights;    // [num_pairs], by pair number
   const void* x;                // bfloat16 [rows, hidden], rows aligned to 16 bytes
   std::int64_t x_stride;        // elements from row to row
   const void* gate_up;          // bfloat16 [num_experts, 2 * intermediate, hidden], gate rows first
@@ -26,8 +25,8 @@ struct ExpertFfnArgs {
                         // weight
 };
 
-// y[pair] = pair_weights[pair] * down[e] (silu(gate[e] x) * (up[e] x)) for every pair of an expert
-// e and a row x; rows of y whose pair is in no group are not written.
+// y[pair] = down[e] (silu(gate[e] x) * (up[e] x)) for every pair of an expert e and a row x; rows
+// of y whose pair is in no group are not written.
 //
 // Enqueues two kernels on `stream` and returns; no count is needed on the host, and a CUDA graph
 // can capture them. Needs a GPU of compute capability 9.0; throws std::runtime_error otherwise.

@@ -78,6 +78,30 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, int parity)
       : "memory");
 }
 
+// Arrives at the barrier that lies at the same place in the shared memory of the cluster's block.
+__device__ __forceinline__ void barrier_arrive_in_block(std::uint64_t* barrier, int block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(block)
+      : "memory");
+}
+
+__device__ __forceinline__ int block_in_cluster() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// A barrier for all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // --- copies into shared memory -------------------------------------------------------------------
 
 __device__ __forceinline__ void copy_16_bytes(std::uint32_t to_shared, const void* from) {
@@ -119,6 +143,31 @@ __device__ __forceinline__ void copy_box_5d(std::uint32_t to_shared, const CUten
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".L2::cache_hint [%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(to_shared),
       "l"(map), "r"(shared_address(barrier)), "l"(policy), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
+      : "memory");
+}
+
+// The two above, into the same place of several blocks of the cluster, whose barriers are all told;
+// `blocks` has a bit for each.
+__device__ __forceinline__ void multicast_box_3d(std::uint32_t to_shared, const CUtensorMap* map,
+                                                 std::uint64_t* barrier, std::uint16_t blocks,
+                                                 std::uint64_t policy, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7}], [%2], %3, %4;" ::"r"(to_shared),
+      "l"(map), "r"(shared_address(barrier)), "h"(blocks), "l"(policy), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+__device__ __forceinline__ void multicast_box_5d(std::uint32_t to_shared, const CUtensorMap* map,
+                                                 std::uint64_t* barrier, std::uint16_t blocks,
+                                                 std::uint64_t policy, int x, int y, int z, int u,
+                                                 int v) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7, %8, %9}], [%2], %3, %4;" ::"r"(
+          to_shared),
+      "l"(map), "r"(shared_address(barrier)), "h"(blocks), "l"(policy), "r"(x), "r"(y), "r"(z),
+      "r"(u), "r"(v)
       : "memory");
 }
 

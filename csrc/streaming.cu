@@ -334,7 +334,7 @@ void streaming_linear(const StreamingLinearArgs& args, cudaStream_t stream) {
   const dim3 grid((args.out_features + kSlab - 1) / kSlab);
   const auto start = [&](auto kernel, int token_tiles) {
     const int shared = num_warps * token_tiles * 8 * kSlab * static_cast<int>(sizeof(float));
-    launch_dependent("streaming_linear_kernel", kernel, grid, 32 * num_warps, shared, stream,
+    launch_dependent("streaming_linear_kernel", kernel, grid, 32 * num_warps, shared, stream, 1,
                      static_cast<const __nv_bfloat16*>(args.x), args.x_stride,
                      static_cast<const __nv_bfloat16*>(args.weight),
                      static_cast<__nv_bfloat16*>(args.out), args.num_tokens, args.in_features,
@@ -356,14 +356,14 @@ void streaming_expert_ffn(const StreamingExpertFfnArgs& args, cudaStream_t strea
   auto* h = static_cast<__nv_bfloat16*>(args.h);
   launch_dependent("streaming_gate_up_kernel", streaming_gate_up_kernel,
                    dim3(args.intermediate / 8, args.num_tokens * args.top_k), 32 * kGateUpWarps,
-                   2 * args.hidden, stream, args.expert_ids, x, args.x_stride,
+                   2 * args.hidden, stream, 1, args.expert_ids, x, args.x_stride,
                    static_cast<const __nv_bfloat16*>(args.gate_up), h, args.top_k, args.hidden,
                    args.intermediate);
   const int splits = std::max(1, kDownWarps / args.top_k);
   launch_dependent("streaming_down_kernel", streaming_down_kernel,
                    dim3((args.hidden + kSlab - 1) / kSlab, args.num_tokens), 32 * kDownWarps,
-                   2 * args.top_k * args.intermediate, stream, args.expert_ids, args.expert_weights,
-                   h, static_cast<const __nv_bfloat16*>(args.down),
+                   2 * args.top_k * args.intermediate, stream, 1, args.expert_ids,
+                   args.expert_weights, h, static_cast<const __nv_bfloat16*>(args.down),
                    static_cast<__nv_bfloat16*>(args.out), args.top_k, args.hidden,
                    args.intermediate, splits);
 }

@@ -48,29 +48,28 @@ __device__ __forceinline__ void wgmma(float* d, std::uint64_t a, std::uint64_t b
   WGMMA_LIST_16                                                  \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27" \
   ", %28, %29, %30, %31"
-#define WGMMA_LIST_64                                            \
+#define WGMMA_LIST_48                                            \
   WGMMA_LIST_32                                                  \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43" \
-  ", %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55" \
+  ", %44, %45, %46, %47"
+#define WGMMA_LIST_56 \
+  WGMMA_LIST_48       \
+  ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_LIST_64 \
+  WGMMA_LIST_56       \
   ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_LIST_96                                            \
-  WGMMA_LIST_64                                                  \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75" \
-  ", %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87" \
-  ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define WGMMA_LIST_128                                                       \
-  WGMMA_LIST_96                                                              \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107"     \
-  ", %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119" \
-  ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_LIST_72 \
+  WGMMA_LIST_64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71"
 
 #define WGMMA_REGISTERS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_REGISTERS_8(i) WGMMA_REGISTERS_4(i), WGMMA_REGISTERS_4(i + 4)
 #define WGMMA_REGISTERS_16(i) WGMMA_REGISTERS_8(i), WGMMA_REGISTERS_8(i + 8)
 #define WGMMA_REGISTERS_32(i) WGMMA_REGISTERS_16(i), WGMMA_REGISTERS_16(i + 16)
+#define WGMMA_REGISTERS_48(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_16(i + 32)
+#define WGMMA_REGISTERS_56(i) WGMMA_REGISTERS_48(i), WGMMA_REGISTERS_8(i + 48)
 #define WGMMA_REGISTERS_64(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_32(i + 32)
-#define WGMMA_REGISTERS_96(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_32(i + 64)
-#define WGMMA_REGISTERS_128(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_64(i + 64)
+#define WGMMA_REGISTERS_72(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_8(i + 64)
 
 // kA, kB and kFlag are the numbers of the operands that follow the registers.
 #define WGMMA_SHAPE(kN, kRegisters, kA, kB, kFlag)                                      \
@@ -91,9 +90,10 @@ WGMMA_SHAPE(8, 4, 4, 5, 6)
 WGMMA_SHAPE(16, 8, 8, 9, 10)
 WGMMA_SHAPE(32, 16, 16, 17, 18)
 WGMMA_SHAPE(64, 32, 32, 33, 34)
+WGMMA_SHAPE(96, 48, 48, 49, 50)
+WGMMA_SHAPE(112, 56, 56, 57, 58)
 WGMMA_SHAPE(128, 64, 64, 65, 66)
-WGMMA_SHAPE(192, 96, 96, 97, 98)
-WGMMA_SHAPE(256, 128, 128, 129, 130)
+WGMMA_SHAPE(144, 72, 72, 73, 74)
 #endif
 
 }  // namespace moe_engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from moe_engine.config.hf import load_model_config
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.engine import memory
+from moe_engine.engine.profiling import StepMemory, StepProfiler
 from moe_engine.engine.runner import ModelRunner
 from moe_engine.errors import ConfigError
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import LayerContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
+from moe_engine.ops import native
+from moe_engine.types.messages import MemoryLedger
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much of it is done, and the whole."""
@@ -45,9 +49,14 @@ class RankRuntime:
 
     Construct, `load`, then `start` with the number of KV blocks that all ranks agreed on; after
     that, `runner` executes plans.
+
+    Attributes:
+        ledger: where the memory went, once started.
+        warmup_seconds: spent on measuring steps, compiling kernels and capturing graphs.
     """
 
     runner: ModelRunner
+    ledger: MemoryLedger
 
     def __init__(self, config: EngineConfig, layout: RankLayout, place: LocalPlace) -> None:
         assert config.model is not None
@@ -61,6 +70,8 @@ class RankRuntime:
         self.max_model_len = pick_max_model_len(config, self.model_config)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self.warmup_seconds = 0.0
+        self._steps = StepMemory(activations=0, graphs=0)
         # Before `join`, for which all ranks wait, none of them has taken memory for weights.
         self._free_at_start, _ = self._memory()
 
@@ -93,31 +104,89 @@ class RankRuntime:
                 lambda done, total: progress("loading weights", done, total),
                 show_progress=self.layout.rank == 0,
             )
+        if self.device.type == "cuda":
+            progress("warming up", 0, 1)
+            self._steps = self._measure_steps()
         free, total = self._memory()
         self.budget = memory.kv_budget(
-            self.model_config, self.config, self.dtype, free // ranks_here, total
+            self.model_config,
+            self.config,
+            self.dtype,
+            free // ranks_here,
+            total,
+            self._steps.activations + self._steps.graphs,
         )
         return memory.choose_num_blocks(self.budget, self.config, self.max_model_len)
 
     def start(self, num_blocks: int) -> None:
         """Allocate the KV cache and get ready to execute plans."""
+        self.runner = ModelRunner(
+            self.config,
+            self.model_config,
+            self._model,
+            self._kv_cache(num_blocks),
+            self.groups,
+            self.max_model_len,
+            self.device,
+        )
+        graphs = self._capture_graphs() if self.uses_graphs else 0
+        free, total = self._memory()
+        self.ledger = MemoryLedger(
+            total=total,
+            at_start=total - self._free_at_start if total else 0,
+            weights=memory.weight_bytes(self.model_config, self.config, self.dtype),
+            activations=self._steps.activations,
+            graphs_reserved=self._steps.graphs,
+            graphs=graphs,
+            kv_cache=num_blocks * self.budget.block_bytes,
+            free=free,
+        )
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Steps that may be launched before the oldest has answered."""
+        configured = self.config.scheduler.pipeline_depth
+        return configured or (2 if self.device.type == "cuda" else 1)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether decode steps are CUDA graphs; only compiled kernels can be captured."""
+        return self.config.cuda_graphs and self.device.type == "cuda" and native.has_triton()
+
+    def _measure_steps(self) -> StepMemory:
+        """Run the largest steps once, on a KV cache of one block."""
+        started = time.monotonic()
+        profiler = StepProfiler(
+            self.config,
+            self.model_config,
+            self._model,
+            self._kv_cache(1),
+            self.groups,
+            self.max_model_len,
+            self.device,
+        )
+        steps = profiler.measure(with_graphs=self.uses_graphs)
+        self.warmup_seconds += time.monotonic() - started
+        return steps
+
+    def _capture_graphs(self) -> int:
+        """Capture the decode steps; returns the bytes that it took."""
+        started = time.monotonic()
+        free, _ = self._memory()
+        self.runner.capture_graphs()
+        torch.cuda.empty_cache()
+        self.warmup_seconds += time.monotonic() - started
+        return free - self._memory()[0]
+
+    def _kv_cache(self, num_blocks: int) -> KVCache:
         heads = local_kv_heads(self.model_config, self.layout.attention_tp, self.layout.tp_rank)
-        kv = KVCache(
+        return KVCache(
             self.model_config.num_hidden_layers,
             num_blocks,
             self.config.cache.block_size,
             len(heads),
             self.model_config.head_dim,
             self.dtype,
-            self.device,
-        )
-        self.runner = ModelRunner(
-            self.config,
-            self.model_config,
-            self._model,
-            kv,
-            self.groups,
-            self.max_model_len,
             self.device,
         )
 

@@ -90,8 +90,35 @@ class LoadProgress(Message, frozen=True):
     total: int
 
 
+class MemoryLedger(Message, frozen=True):
+    """What the memory of rank 0's device went to, in bytes; measured on a GPU.
+
+    Attributes:
+        total: the device's; 0 on a CPU.
+        at_start: taken before the engine allocated anything, by others and by libraries.
+        weights: computed from the model's shape.
+        activations: the most that a step takes, measured with the largest one; 0 on a CPU.
+        graphs_reserved: kept free for the CUDA graphs when the KV cache was sized.
+        graphs: what capturing them took.
+        kv_cache: computed from the number of blocks.
+        free: once everything is up.
+    """
+
+    total: int = 0
+    at_start: int = 0
+    weights: int = 0
+    activations: int = 0
+    graphs_reserved: int = 0
+    graphs: int = 0
+    kv_cache: int = 0
+    free: int = 0
+
+
 class EngineReady(Message, frozen=True):
-    """Core -> front end: all ranks are up; the limits that requests are checked against."""
+    """Core -> front end: all ranks are up; the limits that requests are checked against.
+
+    ``warmup_seconds`` is what rank 0 spent on compiling, measuring and capturing after loading.
+    """
 
     max_model_len: int
     vocab_size: int
@@ -99,6 +126,8 @@ class EngineReady(Message, frozen=True):
     block_size: int
     eos_token_ids: list[int]
     summary: str
+    memory: MemoryLedger = MemoryLedger()
+    warmup_seconds: float = 0.0
 
 
 class RankHello(Message, frozen=True):

@@ -46,6 +46,43 @@ def test_sampling_does_not_change_the_logits():
     assert torch.equal(logits, original)
 
 
+def test_draws_in_pieces_are_the_same(monkeypatch):
+    rng = np.random.default_rng(8)
+    references = random_sequences(rng, 25, 50)
+    logits = torch.from_numpy(rng.standard_normal((25, 50)) * 3)
+    rows = rows_of(references, rng.random(25).tolist())
+    expected = sampler_of(50, *references).sample(logits, rows)
+    monkeypatch.setattr("moe_engine.engine.sampler._DRAW_ROWS_AT_ONCE", 4)
+    assert torch.equal(sampler_of(50, *references).sample(logits, rows), expected)
+
+
+# Who can do without the sampler.
+
+
+@pytest.mark.parametrize(
+    ("options", "is_argmax"),
+    [
+        ({}, True),
+        ({"temperature": 1e-6, "top_p": 0.5, "top_k": 3, "logprobs": 5, "min_tokens": 0}, True),
+        ({"temperature": 1e-4}, False),
+        ({"logit_bias": {1: 1.0}}, False),
+        ({"min_tokens": 2}, False),  # the stop token must not be taken too early
+        ({"repetition_penalty": 1.1}, False),
+        ({"frequency_penalty": 0.1}, False),
+        ({"presence_penalty": -0.1}, False),
+    ],
+)
+def test_only_plain_greedy_rows_are_an_argmax(options, is_argmax):
+    plain = Reference(GREEDY, [1], stop_ids=[4])
+    other = Reference(SamplingParams(**({"temperature": 0.0} | options)), [1], stop_ids=[4])
+    both = sampler_of(20, plain, other)
+    assert both.is_argmax([1]) == both.is_argmax([0, 1]) == is_argmax
+    assert both.is_argmax([0])
+    assert both.is_argmax([])
+    both.retire(1)
+    assert both.is_argmax([0, 1])  # nothing of a retired sequence stays behind
+
+
 # The host never waits.
 
 

@@ -16,15 +16,21 @@ former have 3, 3, 3 and 0 chunks; with at least 1024 tokens a program, the first
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from moe_engine.kernels.paged_decode_table import (
+    MAX_SPLIT_PAIRS,
+    DecodeLaunch,
+    DecodeTiles,
+    decode_launch,
+    decode_tiles,
+)
+
 LOG2_E = 1.4426950408889634
-# Partial results that a merging program has in flight.
-MERGE_UNROLL = 8
 
 
 @triton.jit
@@ -34,7 +40,8 @@ def _fold(m_R, l_R, acc_RD, chunk_m_R, chunk_l_R, chunk_acc_RD):
     old_R = tl.exp2(m_R - new_m_R)
     new_R = tl.exp2(chunk_m_R - new_m_R)
     l_R = tl.fma(l_R, old_R, chunk_l_R * new_R)
-    acc_RD = tl.fma(acc_RD, old_R[:, None] + tl.zeros_like(acc_RD), chunk_acc_RD * new_R[:, None])
+    old_RD = tl.broadcast_to(old_R[:, None], acc_RD.shape)
+    acc_RD = tl.fma(acc_RD, old_RD, chunk_acc_RD * new_R[:, None])
     return new_m_R, l_R, acc_RD
 
 
@@ -94,7 +101,7 @@ def _store_output(
 
 
 @triton.jit
-def _num_tiles_and_chunks(context, TILE: tl.constexpr, MAX_CHUNKS: tl.constexpr):
+def _cut(context, TILE: tl.constexpr, MAX_CHUNKS: tl.constexpr):
     """Tiles of a context, tiles a chunk, and chunks: the cut that depends on the length alone."""
     num_tiles = tl.cdiv(context, TILE)
     tiles_per_chunk = tl.maximum(tl.cdiv(num_tiles, MAX_CHUNKS), 1)
@@ -157,27 +164,30 @@ def _decode_kernel(
 
     # Step inputs: complete before the step's first kernel began, so there is no wait for them.
     context = tl.load(context_ptr + sequence)
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-    num_tiles, tiles_per_chunk, num_chunks = _num_tiles_and_chunks(context, TILE, MAX_CHUNKS)
+    num_tiles, tiles_per_chunk, num_chunks = _cut(context, TILE, MAX_CHUNKS)
     chunks_per_program = num_chunks
     if SPLIT:
         chunks_per_program = _chunks_per_program(context, num_chunks, num_splits, min_tokens)
-        if (split > 0) & (split * chunks_per_program >= num_chunks):
-            return
+    first_tile = split * chunks_per_program * tiles_per_chunk
+    last_tile = tl.minimum(first_tile + chunks_per_program * tiles_per_chunk, num_tiles)
+    table_ptr = block_table_ptr + sequence.to(tl.int64) * block_table_stride
+    tokens_K = tl.arange(0, TILE)
+    position_K = first_tile * TILE + tokens_K
+    block_K = tl.load(table_ptr + position_K // L, mask=position_K < context, other=0)
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if (split > 0) & (first_tile >= num_tiles):
+        return
 
     rows_M = tl.arange(0, M)
     dims_D = tl.arange(0, BLOCK_D)
-    tokens_K = tl.arange(0, TILE)
     q_row = sequence.to(tl.int64) * N + head * GROUP
     q_MD = tl.load(
         q_ptr + q_row * D + rows_M[:, None] * D + dims_D[None, :],
         mask=(rows_M[:, None] < GROUP) & (dims_D[None, :] < D),
         other=0.0,
     )
-    table_ptr = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     head_D = head * D + dims_D
     whole = chunks_per_program >= num_chunks
 
@@ -187,10 +197,6 @@ def _decode_kernel(
     chunk_m_M = tl.full([M], float("-inf"), tl.float32)
     chunk_l_M = tl.zeros([M], tl.float32)
     chunk_acc_MD = tl.zeros([M, BLOCK_D], tl.float32)
-    first_tile = split * chunks_per_program * tiles_per_chunk
-    last_tile = tl.minimum(first_tile + chunks_per_program * tiles_per_chunk, num_tiles)
-    position_K = first_tile * TILE + tokens_K
-    block_K = tl.load(table_ptr + position_K // L, mask=position_K < context, other=0)
     for tile in range(first_tile, last_tile):
         position_K = tile * TILE + tokens_K
         there_K = position_K < context
@@ -218,9 +224,11 @@ def _decode_kernel(
             input_precision="ieee",
         )
         if ((tile + 1) % tiles_per_chunk == 0) | (tile + 1 == num_tiles):
-            if SPLIT:
+            # Nested, because one condition is the compiler's and the other the device's.
+            if SPLIT:  # noqa: SIM102
                 if not whole:
-                    chunk = (sequence * G + head).to(tl.int64) * MAX_CHUNKS + tile // tiles_per_chunk
+                    pair = (sequence * G + head).to(tl.int64)
+                    chunk = pair * MAX_CHUNKS + tile // tiles_per_chunk
                     tl.store(
                         partial_ptr + chunk * (R * D) + rows_M[:, None] * D + dims_D[None, :],
                         chunk_acc_MD,
@@ -232,9 +240,7 @@ def _decode_kernel(
             m_M, l_M, acc_MD = _fold(m_M, l_M, acc_MD, chunk_m_M, chunk_l_M, chunk_acc_MD)
 
     if whole:
-        _store_output(
-            out_ptr, sequence, head, l_M, acc_MD, v_scale, N, GROUP, D, M, BLOCK_D
-        )
+        _store_output(out_ptr, sequence, head, l_M, acc_MD, v_scale, N, GROUP, D, M, BLOCK_D)
     elif SPLIT and LAST_ARRIVER:
         # All threads' stores come before the one thread's atomic; its release covers them.
         tl.debug_barrier()
@@ -247,3 +253,148 @@ def _decode_kernel(
                 partial_ptr, stats_ptr, pair, num_chunks, D, R, BLOCK_D, MAX_CHUNKS, UNROLL
             )
             _store_output(out_ptr, sequence, head, l_R, acc_RD, v_scale, N, GROUP, D, R, BLOCK_D)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,
+    stats_ptr,
+    context_ptr,
+    out_ptr,
+    num_splits,
+    min_tokens,
+    v_scale,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Fold the chunks that several programs of `_decode_kernel` left; shapes as there.
+
+    Grid: (G, S).
+    """
+    head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    context = tl.load(context_ptr + sequence)
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    _, _, num_chunks = _cut(context, TILE, MAX_CHUNKS)
+    if _chunks_per_program(context, num_chunks, num_splits, min_tokens) >= num_chunks:
+        return
+    pair = sequence * G + head
+    l_R, acc_RD = _merge(
+        partial_ptr, stats_ptr, pair, num_chunks, D, R, BLOCK_D, MAX_CHUNKS, UNROLL
+    )
+    _store_output(out_ptr, sequence, head, l_R, acc_RD, v_scale, N, N // G, D, R, BLOCK_D)
+
+
+def paged_decode(
+    q_SND: torch.Tensor,
+    k_cache_BLGD: torch.Tensor,
+    v_cache_BLGD: torch.Tensor,
+    block_tables_SB: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    scale: float,
+    out_SND: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    tiles: DecodeTiles | None = None,
+    launch: DecodeLaunch | None = None,
+    last_arriver: bool = True,
+    use_pdl: bool = False,
+) -> None:
+    """Attend each sequence's one query to its context, into ``out_SND``.
+
+    The arguments are checked by the caller: q and out contiguous, of one dtype; caches contiguous,
+    of that dtype or float8_e4m3fn; tables int32 with columns side by side; contexts int32, where 0
+    gives zeros. Cache entries outside the contexts are not used, whatever they hold.
+
+    Args:
+        scale: factor on the scores.
+        k_scale, v_scale: what the cached keys and values are multiplied by.
+        tiles, launch: None: the committed ones.
+        last_arriver: merge in the last program that finishes (for which the first call must come
+            before any capture of a CUDA graph), else in a second kernel.
+        use_pdl: launch before the preceding kernel has ended (compute capability 9 and above);
+            tables and contexts are then read without waiting.
+    """
+    num_sequences, num_heads, head_dim = q_SND.shape
+    block_size, num_kv_heads = k_cache_BLGD.shape[1:3]
+    if num_sequences == 0:
+        return
+    num_pairs = num_sequences * num_kv_heads
+    tiles = tiles or decode_tiles(head_dim, k_cache_BLGD.dtype)
+    launch = launch or decode_launch(num_pairs)
+    split = launch.num_splits > 1
+    rows = triton.next_power_of_2(num_heads // num_kv_heads)
+    shape = {
+        "N": num_heads,
+        "G": num_kv_heads,
+        "D": head_dim,
+        "R": rows,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "TILE": tiles.tile,
+        "MAX_CHUNKS": tiles.max_chunks,
+        "UNROLL": launch.merge_unroll,
+        "USE_PDL": use_pdl,
+        "num_warps": tiles.num_warps,
+        "launch_pdl": use_pdl,
+    }
+    # Not used where nothing is split; a kernel's pointer has to point somewhere.
+    partials = stats = arrivals = out_SND
+    if split:
+        chunks = num_pairs * tiles.max_chunks
+        partials, stats = torch.empty(
+            chunks * rows * (head_dim + 2), dtype=torch.float32, device=q_SND.device
+        ).split([chunks * rows * head_dim, chunks * rows * 2])
+        if last_arriver:
+            arrivals = _arrivals(q_SND.device)
+    _decode_kernel[(num_kv_heads, num_sequences, launch.num_splits)](
+        q_SND,
+        k_cache_BLGD,
+        v_cache_BLGD,
+        block_tables_SB,
+        context_lens_S,
+        out_SND,
+        partials,
+        stats,
+        arrivals,
+        block_tables_SB.stride(0),
+        launch.num_splits,
+        launch.min_tokens,
+        scale * k_scale * LOG2_E,
+        v_scale,
+        L=block_size,
+        SPLIT=split,
+        LAST_ARRIVER=last_arriver,
+        num_stages=launch.num_stages,
+        **shape,
+    )
+    if split and not last_arriver:
+        _merge_kernel[(num_kv_heads, num_sequences)](
+            partials,
+            stats,
+            context_lens_S,
+            out_SND,
+            launch.num_splits,
+            launch.min_tokens,
+            v_scale,
+            **shape,
+        )
+
+
+@functools.cache
+def _arrivals(device: torch.device) -> torch.Tensor:
+    """Zeroed counters, one for each pair; launches of one device share them, one after the other.
+
+    Each launch leaves them zeroed, so that a CUDA graph needs no node for it.
+    """
+    assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+    return torch.zeros(MAX_SPLIT_PAIRS, dtype=torch.int32, device=device)

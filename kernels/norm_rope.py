@@ -19,7 +19,7 @@ import triton.language as tl
 LAUNCHES = ((16, 8, 1, 2), (512, 16, 1, 4), (1 << 62, 8, 4, 4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _norm_rope_kernel(
     qkv_ptr,
     q_weight_ptr,

@@ -115,7 +115,7 @@ def _chunks_per_program(context, num_chunks, num_splits, min_tokens):
     return tl.cdiv(num_chunks, tl.maximum(num_programs, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "num_splits", "min_tokens"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -255,7 +255,7 @@ def _decode_kernel(
             _store_output(out_ptr, sequence, head, l_R, acc_RD, v_scale, N, GROUP, D, R, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "min_tokens"])
 def _merge_kernel(
     partial_ptr,
     stats_ptr,

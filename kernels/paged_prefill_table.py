@@ -24,11 +24,11 @@ class PrefillTiles:
     num_stages: int
 
 
-def prefill_tiles(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> PrefillTiles:
+def prefill_tiles(head_dim: int, dtype: torch.dtype) -> PrefillTiles:
     """The committed tiles: of half-precision heads of 128, else what fits into shared memory."""
-    width = triton.next_power_of_2(head_dim)
+    wide = triton.next_power_of_2(head_dim) > 128
     if dtype.itemsize == 4:
-        return PrefillTiles(rows=32, keys=16 if width > 128 else 32, num_warps=4, num_stages=2)
-    if cache_dtype.itemsize == 1 or width > 128:
-        return PrefillTiles(rows=64, keys=32 if width > 128 else 64, num_warps=4, num_stages=2)
+        return PrefillTiles(rows=16 if wide else 32, keys=16, num_warps=4, num_stages=2)
+    if wide:
+        return PrefillTiles(rows=64, keys=32, num_warps=8, num_stages=2)
     return PrefillTiles(rows=128, keys=64, num_warps=8, num_stages=3)

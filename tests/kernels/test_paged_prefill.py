@@ -37,6 +37,14 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FP8 = torch.float8_e4m3fn
 # Whole prompts and chunks; around the ends of blocks of 16, of tiles of 16 keys and of 8 tokens.
 LENS = [(2, 2), (3, 33), (16, 16), (17, 64), (40, 40), (33, 100)]
+# Every dtype and every shape of heads (query heads, KV heads, head_dim).
+KINDS = [
+    (torch.bfloat16, (2, 2, 64)),
+    (torch.bfloat16, (16, 1, 16)),
+    (torch.float16, (6, 2, 32)),
+    (torch.float16, (8, 1, 80)),
+    (torch.float32, (4, 1, 128)),
+]
 # (rows, keys, warps, stages)
 SMALL_TILES = (16, 16, 4, 2)
 
@@ -75,15 +83,11 @@ def test_matches_the_reference_however_it_is_tiled(tiles: tuple[int, int, int, i
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim"),
-    [(2, 2, 64), (4, 1, 128), (8, 1, 80), (16, 1, 16), (6, 2, 32)],
-)
+@pytest.mark.parametrize(("dtype", "heads"), KINDS)
 def test_matches_the_reference_with_the_committed_tiles(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    dtype: torch.dtype, heads: tuple[int, int, int]
 ) -> None:
-    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    shape = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=True))
     check(make_case([(5, 5), (18, 70)], device=DEVICE, dtype=dtype, **shape))
 
 

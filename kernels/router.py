@@ -214,20 +214,15 @@ def _split_kernel(
             tl.store(counters_ptr + tile, 0)
             all_experts_1E = tl.arange(0, PADDED_E)[None, :]
             all_partial_TE = partial_ptr + rows_T[:, None] * PADDED_E + all_experts_1E
-            # Past the L1 cache, which may hold what was there before; all loads before any sum.
-            partials = ()
+            logits_TE = tl.zeros([BLOCK_T, PADDED_E], tl.float32)
             for s in tl.static_range(NUM_CHUNKS):
-                partials += (
-                    tl.load(
-                        all_partial_TE + s * num_rows * PADDED_E,
-                        mask=(rows_T < num_rows)[:, None],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    ),
+                # Past the L1 cache, which may hold what was there before.
+                logits_TE += tl.load(
+                    all_partial_TE + s * num_rows * PADDED_E,
+                    mask=(rows_T < num_rows)[:, None],
+                    other=0.0,
+                    cache_modifier=".cg",
                 )
-            logits_TE = partials[0]
-            for s in tl.static_range(1, NUM_CHUNKS):
-                logits_TE += partials[s]
             _select(
                 logits_TE,
                 rows_T,

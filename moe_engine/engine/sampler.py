@@ -83,6 +83,16 @@ class _SequenceState:
     def is_greedy(self) -> bool:
         return self.params.temperature < _GREEDY_BELOW_TEMPERATURE
 
+    @property
+    def takes_raw_logits(self) -> bool:
+        """Whether nothing comes before the greedy choice."""
+        return (
+            self.is_greedy
+            and self.bias is None
+            and self.early_stop_ids is None
+            and self.output_counts_V is None
+        )
+
 
 class Sampler:
     """Samples the sequences of one DP group and remembers what their penalties need."""
@@ -138,6 +148,8 @@ class Sampler:
         """
         assert logits_BV.shape == (len(rows), self._vocab_size)
         states = [self._states[row.seq_id] for row in rows]
+        if all(state.takes_raw_logits for state in states):
+            return greedy_tokens(logits_BV)
         adjusted_BV = self._adjust(to_float32_without_nan(logits_BV), rows, states)
         drawn = [i for i, state in enumerate(states) if not state.is_greedy]
         if not drawn:

@@ -8,6 +8,9 @@ what an earlier kernel wrote or still reads, so that its own end implies the end
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -42,28 +45,27 @@ def arrival_counters(device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _stream_counters(device: torch.device, stream: int) -> torch.Tensor:
-    pool = _counter_pool(device)
-    return pool[_next_slice(device) % NUM_STREAMS]
+    pool, is_zero = _counter_pool(device)
+    # A capture cannot wait for an event from before it, and need not: it starts on an idle device.
+    if is_zero is not None and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).wait_event(is_zero)
+    return pool[next(_slices[device]) % NUM_STREAMS]
 
 
-_slices_taken: dict[torch.device, int] = {}
-
-
-def _next_slice(device: torch.device) -> int:
-    taken = _slices_taken.get(device, 0)
-    _slices_taken[device] = taken + 1
-    return taken
+_slices: defaultdict[torch.device, Iterator[int]] = defaultdict(itertools.count)
 
 
 @functools.cache
-def _counter_pool(device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _counter_pool(device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Counters for every stream, and the event after which they are zero (None on a CPU)."""
+    if device.type != "cuda":
+        return torch.zeros(NUM_STREAMS, COUNTERS_PER_STREAM, dtype=torch.int32), None
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the first use of the arrival counters is inside a CUDA graph capture, which would "
             "only record that they are set to zero; run the kernel once before capturing"
         )
     pool = torch.zeros(NUM_STREAMS, COUNTERS_PER_STREAM, dtype=torch.int32, device=device)
-    if device.type == "cuda":
-        # Other streams use their slice without waiting for this one.
-        torch.cuda.current_stream(device).synchronize()
-    return pool
+    is_zero = torch.cuda.Event()
+    is_zero.record(torch.cuda.current_stream(device))
+    return pool, is_zero

@@ -97,7 +97,7 @@ def expert_outputs(
 def sum_choices(y_PH: torch.Tensor, slot_ids_RK: torch.Tensor) -> torch.Tensor:
     """Sum of each row's K terms in float32, those with an id below 0 left out; [R, H]."""
     num_rows, num_choices = slot_ids_RK.shape
-    y_RKH = y_PH.view(num_rows, num_choices, -1).to(torch.float32)
+    y_RKH = y_PH.view(num_rows, num_choices, y_PH.shape[1]).to(torch.float32)
     return y_RKH.masked_fill((slot_ids_RK < 0)[:, :, None], 0.0).sum(dim=1).to(y_PH.dtype)
 
 

@@ -15,7 +15,8 @@ from tests.kernels.triton_device import DEVICE, INTERPRETED, needs_gpu, needs_tr
 # (R, K, H): nothing, one, one choice, a row longer than a block, the widest choice.
 SHAPES = [(0, 8, 64), (1, 8, 1), (3, 1, 100), (5, 8, 1500), (2, 32, 64)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Half a unit in the last place, more where terms cancel; Triton's interpreter cuts off to bfloat16 where a GPU rounds.
+# Half a unit in the last place, more where terms cancel; Triton's interpreter cuts off to bfloat16
+# where a GPU rounds.
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.float16: 1e-3,

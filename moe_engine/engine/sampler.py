@@ -164,6 +164,8 @@ class Sampler:
         """
         assert logits_BV.shape == (len(rows), self._vocab_size)
         states = [self._states[row.seq_id] for row in rows]
+        if all(state.is_argmax for state in states):
+            return greedy_tokens(logits_BV)
         adjusted_BV = self._adjust(to_float32_without_nan(logits_BV), rows, states)
         drawn = [i for i, state in enumerate(states) if not state.is_greedy]
         if not drawn:

@@ -1,10 +1,15 @@
-"""Repairs Triton's interpreter: loop bounds under NumPy 2.4, products of bfloat16 tensors."""
+"""Repairs Triton's interpreter (loop bounds under NumPy 2.4, products of bfloat16 tensors), and
+memory that is not what it happens to be."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
+
+import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     import numpy as np
@@ -31,3 +36,18 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
     interpreter._patch_lang_tensor = patch_lang_tensor_and_index
     interpreter.InterpreterBuilder.create_dot = create_dot_of_values
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every uninitialised tensor holds NaN, or -77, so that what a kernel leaves out shows."""
+
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
+
+        return make_poisoned
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))

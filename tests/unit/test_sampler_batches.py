@@ -83,6 +83,24 @@ def test_only_plain_greedy_rows_are_an_argmax(options, is_argmax):
     assert both.is_argmax([0, 1])  # nothing of a retired sequence stays behind
 
 
+def test_a_batch_that_is_only_greedy_copies_no_logits(monkeypatch):
+    def refuse(logits):
+        raise AssertionError("the logits were copied")
+
+    monkeypatch.setattr("moe_engine.engine.sampler.to_float32_without_nan", refuse)
+    logits = torch.randn(3, 500).bfloat16()
+    logits[1, 7] = torch.inf
+    logits[1, 3] = torch.nan
+    logits[2] = torch.nan
+    references = [Reference(GREEDY, [1]), Reference(GREEDY, [2], [3]), Reference(GREEDY, [4])]
+    tokens = sampler_of(500, *references).sample(logits, rows_of(references, [0.5] * 3))
+    assert tokens.tolist() == [int(logits[0].argmax()), 7, 0]
+
+    biased = [*references, Reference(SamplingParams(temperature=0.0, logit_bias={2: 1.0}), [1])]
+    with pytest.raises(AssertionError, match="copied"):
+        sampler_of(500, *biased).sample(torch.randn(4, 500).bfloat16(), rows_of(biased, [0.5] * 4))
+
+
 # The host never waits.
 
 

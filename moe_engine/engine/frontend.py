@@ -11,12 +11,12 @@ from typing import Any
 from moe_engine.config import EngineConfig
 from moe_engine.config.flat import build_config, flat_options
 from moe_engine.config.hf import default_sampling, load_model_config
-from moe_engine.demo.build import ensure_demo_checkpoint
 from moe_engine.dist.layout import check_layout
 from moe_engine.engine.client import EngineClient
 from moe_engine.engine.model_directory import resolve_model
 from moe_engine.errors import ConfigError, EngineDeadError, InvalidRequestError, MoEEngineError
 from moe_engine.log import get_logger
+from moe_engine.text.no_tokenizer import NoTokenizer
 from moe_engine.text.output import RequestAssembler
 from moe_engine.text.tokenizer import Tokenizer
 from moe_engine.types.messages import EngineReady, LoadProgress, RequestUpdate
@@ -104,6 +104,12 @@ class FrontEnd:
             InvalidRequestError: a token id, here or in ``params``, is outside the vocabulary.
             EngineDeadError: the engine is dead.
         """
+        if params.stop and self.config.skip_tokenizer_init:
+            raise InvalidRequestError(
+                "stop strings need a tokenizer, which skip_tokenizer_init leaves out; use "
+                "stop_token_ids",
+                param="stop",
+            )
         vocab_size = self.client.info.vocab_size
         params.check_vocabulary(vocab_size)
         for position, token_id in enumerate(token_ids):
@@ -138,14 +144,16 @@ class FrontEnd:
         return self.tokenizer.apply_chat_template(messages) if messages else token_ids
 
     def _load_tokenizer(self, directory: Path) -> Tokenizer:
-        """The checkpoint's tokenizer; dummy weights can do with the demo's."""
+        """The checkpoint's tokenizer; dummy weights can do with the demo's, or with none."""
+        if self.config.skip_tokenizer_init:
+            return NoTokenizer()
         try:
             return Tokenizer.from_directory(directory)
         except ConfigError as error:
             if self.config.load_format != "dummy":
                 raise
             logger.warning("%s; with dummy weights the demo's tokenizer serves instead", error)
-            return Tokenizer.from_directory(ensure_demo_checkpoint())
+            return Tokenizer.from_directory(resolve_model(None))
 
 
 class OpenRequest:

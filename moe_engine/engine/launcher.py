@@ -62,7 +62,10 @@ class RankProcesses:
             ranks: Sequence[int] = [0]
         else:
             spec = RankSpec(
-                config, str(self._directory / "store"), str(self._directory / "control.sock")
+                config,
+                str(self._directory / "store"),
+                str(self._directory / "control.sock"),
+                time.perf_counter(),
             )
             spec.write(spec_path)
             ranks = range(config.parallel.world_size)
@@ -143,4 +146,4 @@ def torchrun_spec(config: EngineConfig, environment: env.Environment) -> RankSpe
             f"{parallel.attention_tp} x attention_dp {parallel.attention_dp} needs "
             f"{parallel.world_size}"
         )
-    return RankSpec(config, None, (environment.master_addr, 0))
+    return RankSpec(config, None, (environment.master_addr, 0), time.perf_counter())

@@ -29,6 +29,7 @@ from moe_engine.engine.model_directory import resolve_model
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.engine.spec import RankSpec
+from moe_engine.engine.startup import StartupClock
 from moe_engine.engine.summary import start_summary
 from moe_engine.errors import CheckpointError, ConfigError
 from moe_engine.types.messages import (
@@ -83,23 +84,27 @@ def run_torchrun_rank(config: EngineConfig, environment: env.Environment) -> Non
 
 
 def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: int) -> None:
+    clock = StartupClock(spec.asked_at)
+    clock.mark("process and imports")
     hub = ControlHub(Channel(Connection(front_end_fd), ToCore))
     hub.hear_front_end()
     try:
         store = open_store(spec.store_file, 0, layout.world_size)
         if layout.world_size > 1:
             hub.accept_ranks(publish_control(store, spec.control_address), layout.world_size)
-        runtime = RankRuntime(spec.config, layout, place)
+        runtime = RankRuntime(spec.config, layout, place, clock)
         runtime.join(store)
         num_blocks = runtime.load(
             lambda stage, done, total: hub.tell_front_end(LoadProgress(stage, done, total))
         )
         for _ in range(layout.world_size - 1):
             num_blocks = min(num_blocks, hub.ready.get().num_blocks)
+        clock.mark("other ranks")
         hub.tell_ranks(StartStepping(num_blocks))
         runtime.start(num_blocks)
         for _ in range(layout.world_size - 1):
             hub.started.get()
+        clock.mark("other ranks")
         scheduler = _make_scheduler(runtime, num_blocks)
         core = EngineCore(scheduler, runtime.runner, hub, spec.config)
         hub.tell_front_end(
@@ -110,6 +115,7 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
                 block_size=spec.config.cache.block_size,
                 eos_token_ids=list(runtime.model_config.eos_token_ids),
                 summary=start_summary(runtime, num_blocks),
+                startup_s=clock.seconds,
             )
         )
         core.run()
@@ -138,7 +144,7 @@ def _follow(spec: RankSpec, layout: RankLayout, place: LocalPlace) -> None:
     inbox: queue.SimpleQueue[StartStepping | RunStep | Shutdown] = queue.SimpleQueue()
     threading.Thread(target=_hear_leader, args=(channel, inbox), daemon=True).start()
     try:
-        runtime = RankRuntime(spec.config, layout, place)
+        runtime = RankRuntime(spec.config, layout, place, StartupClock(spec.asked_at))
         runtime.join(store)
         channel.send(RankReady(layout.rank, runtime.load(lambda *_: None)))
         while not isinstance(message := inbox.get(), Shutdown):

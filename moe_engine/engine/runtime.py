@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from moe_engine.cache.kv import KVCache
 from moe_engine.checkpoint.dummy import fill_dummy
 from moe_engine.checkpoint.load import load_weights
 from moe_engine.checkpoint.reader import Checkpoint
+from moe_engine.checkpoint.skew import skew_routers
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.hf import load_model_config
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.engine import memory
 from moe_engine.engine.runner import ModelRunner
+from moe_engine.engine.startup import StartupClock
 from moe_engine.errors import ConfigError
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import LayerContext
@@ -44,15 +47,22 @@ class RankRuntime:
     """Owns everything that a rank allocates.
 
     Construct, `load`, then `start` with the number of KV blocks that all ranks agreed on; after
-    that, `runner` executes plans.
+    that, `runner` executes plans. ``clock`` is told of every phase.
     """
 
     runner: ModelRunner
 
-    def __init__(self, config: EngineConfig, layout: RankLayout, place: LocalPlace) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        layout: RankLayout,
+        place: LocalPlace,
+        clock: StartupClock | None = None,
+    ) -> None:
         assert config.model is not None
         self.config = config
         self.layout = layout
+        self.clock = clock or StartupClock(time.perf_counter())
         self._place = place
         self.model_config: ModelConfig = load_model_config(Path(config.model))
         check_layout(self.model_config, config.parallel)
@@ -63,12 +73,14 @@ class RankRuntime:
             torch.cuda.set_device(self.device)
         # Before `join`, for which all ranks wait, none of them has taken memory for weights.
         self._free_at_start, _ = self._memory()
+        self.clock.mark("device")
 
     def join(self, store: dist.Store) -> None:
         """Make the process groups (a collective over all ranks)."""
         self.groups: ParallelGroups = create_groups(
             self.layout, store, self.device, self.config.step_timeout
         )
+        self.clock.mark("groups")
 
     def load(self, progress: Progress) -> int:
         """Build the model, fill its weights, and return how many KV blocks fit this rank.
@@ -83,8 +95,12 @@ class RankRuntime:
         context = LayerContext(self.model_config, self.groups, self.dtype, self.device)
         self._model = Qwen3MoeForCausalLM(context)
         specs = list(self._model.weight_specs())
+        self.clock.mark("model")
         if self.config.load_format == "dummy":
             fill_dummy(specs, self.config.seed)
+            if self.config.dummy_expert_skew:
+                top_k = self.model_config.num_experts_per_tok
+                skew_routers(specs, top_k, self.config.dummy_expert_skew, self.config.seed)
         else:
             assert self.config.model is not None
             load_weights(
@@ -93,6 +109,9 @@ class RankRuntime:
                 lambda done, total: progress("loading weights", done, total),
                 show_progress=self.layout.rank == 0,
             )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.clock.mark("weights")
         free, total = self._memory()
         self.budget = memory.kv_budget(
             self.model_config, self.config, self.dtype, free // ranks_here, total
@@ -111,6 +130,7 @@ class RankRuntime:
             self.dtype,
             self.device,
         )
+        self.clock.mark("KV cache")
         self.runner = ModelRunner(
             self.config,
             self.model_config,
@@ -120,6 +140,7 @@ class RankRuntime:
             self.max_model_len,
             self.device,
         )
+        self.clock.mark("runner")
 
     def _memory(self) -> tuple[int, int]:
         """(free bytes for this machine's ranks, total bytes of the GPU or 0 on a CPU)."""

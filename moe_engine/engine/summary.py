@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from moe_engine.engine.memory import size, weight_bytes
 from moe_engine.engine.runtime import RankRuntime
+from moe_engine.engine.startup import describe_startup
 
 
 def start_summary(runtime: RankRuntime, num_blocks: int) -> str:
-    """Layout, weights and KV cache per rank."""
+    """Layout, weights and KV cache per rank, and where the start's time went."""
     model, config = runtime.model_config, runtime.config
     parallel = config.parallel
     tokens = num_blocks * config.cache.block_size
@@ -24,5 +25,6 @@ def start_summary(runtime: RankRuntime, num_blocks: int) -> str:
             f"memory    per rank: weights {size(weights)}, KV cache {size(kv)}",
             f"KV cache  {num_blocks} blocks of {config.cache.block_size} = {tokens} tokens per "
             f"DP group; context {runtime.max_model_len} tokens",
+            f"start     {describe_startup(runtime.clock.seconds)}",
         )
     )

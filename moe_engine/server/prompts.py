@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,8 @@ class PromptEncoder:
                 len(self._tokenizer.token_bytes(token_id) or b"")
                 for token_id in range(self._info.vocab_size)
             )
-            self._max_chars = self._info.max_model_len * longest
+            # No token has a text where there is no tokenizer, whose stand-in refuses any text.
+            self._max_chars = self._info.max_model_len * longest or sys.maxsize
         if num_chars > self._max_chars:
             raise InvalidRequestError(
                 f"{param} has {num_chars} characters; the context of {self._info.max_model_len} "

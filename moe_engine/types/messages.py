@@ -91,7 +91,10 @@ class LoadProgress(Message, frozen=True):
 
 
 class EngineReady(Message, frozen=True):
-    """Core -> front end: all ranks are up; the limits that requests are checked against."""
+    """Core -> front end: all ranks are up; the limits that requests are checked against.
+
+    ``startup_s`` splits rank 0's start into phases, in seconds and in order.
+    """
 
     max_model_len: int
     vocab_size: int
@@ -99,6 +102,7 @@ class EngineReady(Message, frozen=True):
     block_size: int
     eos_token_ids: list[int]
     summary: str
+    startup_s: dict[str, float] = {}
 
 
 class RankHello(Message, frozen=True):

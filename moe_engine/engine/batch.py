@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops.attention import PagedBatch, PrefillSpan
 from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep
 
 
@@ -20,8 +20,8 @@ class StepBatch:
 
     Attributes:
         token_ids_T, positions_T: int64.
-        paged: where the tokens stand in the KV cache.
-        last_rows: per sequence step, the row of its last token.
+        paged: where the tokens stand in the KV cache; sequences that compute one position first.
+        last_rows: per sequence step, in the plan's order, the row of its last token.
         slots: per sequence step, its slot in the table.
     """
 
@@ -45,7 +45,7 @@ class SequenceTable:
         self._block_size = block_size
         self._device = device
         self._tokens_SC = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
-        self._blocks_SB = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int64)
+        self._blocks_SB = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int32)
         self._num_blocks_S = np.zeros(num_slots, dtype=np.int64)
         self._slot_of: dict[int, int] = {}
         self._free = list(range(num_slots - 1, -1, -1))
@@ -63,30 +63,45 @@ class SequenceTable:
         self._free.append(self._slot_of.pop(seq_id))
 
     def build(self, steps: list[SequenceStep]) -> StepBatch:
-        """Append the new blocks and lay out the step's tokens, sequence after sequence."""
+        """Append the new blocks and lay out the step's tokens, one sequence after the other."""
         slots = np.array([self._slot_of[step.seq_id] for step in steps], dtype=np.int64)
-        starts = np.array([step.start for step in steps], dtype=np.int64)
-        counts = np.array([step.num_tokens for step in steps], dtype=np.int64)
         for slot, step in zip(slots, steps, strict=True):
             first = self._num_blocks_S[slot]
             self._num_blocks_S[slot] += len(step.new_blocks)
             self._blocks_SB[slot, first : first + len(step.new_blocks)] = step.new_blocks
-        ends = counts.cumsum()
+        starts = np.array([step.start for step in steps], dtype=np.int64)
+        counts = np.array([step.num_tokens for step in steps], dtype=np.int64)
+        order = np.argsort(counts > 1, kind="stable")
+        paged, token_ids_T, positions_T = self._lay_out(slots[order], starts[order], counts[order])
+        last_rows = np.empty_like(order)
+        last_rows[order] = counts[order].cumsum() - 1
+        return StepBatch(token_ids_T, positions_T, paged, last_rows, slots)
+
+    def _lay_out(
+        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray
+    ) -> tuple[PagedBatch, torch.Tensor, torch.Tensor]:
+        """The batch, the token ids and the positions of sequences in the order of their rows."""
+        first_rows = np.concatenate(([0], counts.cumsum()))
         slots_T = np.repeat(slots, counts)
-        positions_T = np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
+        positions_T = np.arange(counts.sum()) + np.repeat(starts - first_rows[:-1], counts)
         blocks_T = self._blocks_SB[slots_T, positions_T // self._block_size]
-        positions = self._to_device(positions_T)
-        token_ids_T = self._tokens_SC[self._to_device(slots_T), positions].to(torch.int64)
-        cache_slots_T = blocks_T * self._block_size + positions_T % self._block_size
+        offsets_T = positions_T % self._block_size
+        cache_slots_T = blocks_T.astype(np.int64) * self._block_size + offsets_T
+        contexts = starts + counts
+        num_decodes = int((counts == 1).sum())
+        num_blocks = int(self._num_blocks_S[slots].max(initial=1))
+        spans = zip(first_rows[:-1].tolist(), counts.tolist(), contexts.tolist(), strict=True)
         paged = PagedBatch(
             slots_T=self._to_device(cache_slots_T),
-            block_tables=[
-                self._to_device(self._blocks_SB[slot, : self._num_blocks_S[slot]]) for slot in slots
-            ],
-            query_lens=counts.tolist(),
-            context_lens=(starts + counts).tolist(),
+            block_tables_SB=self._to_device(self._blocks_SB[slots, :num_blocks]),
+            context_lens_S=self._to_device(contexts.astype(np.int32)),
+            query_starts_S=self._to_device(first_rows.astype(np.int32)),
+            num_decodes=num_decodes,
+            prefills=tuple(PrefillSpan(*span) for span in list(spans)[num_decodes:]),
         )
-        return StepBatch(token_ids_T, positions, paged, ends - 1, slots)
+        positions = self._to_device(positions_T)
+        token_ids_T = self._tokens_SC[self._to_device(slots_T), positions].to(torch.int64)
+        return paged, token_ids_T, positions
 
     def append_sampled(
         self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor

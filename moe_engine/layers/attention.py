@@ -1,6 +1,6 @@
 """Grouped-query attention with query and key norms, heads cut over the attention-TP group.
 
-Shape legend: T tokens, H hidden size, N query heads here, G KV heads here, D head dimension.
+Shape legend: T tokens, H hidden size, N query heads here, D head dimension.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.config import ModelConfig
-from moe_engine.layers.context import ForwardContext, LayerContext, RopeTable
+from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.ops.attention import paged_attention
-from moe_engine.ops.rope import apply_rope
+from moe_engine.ops.rope import RopeTable, norm_rope_write
 
 
 def local_kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> range:
@@ -39,13 +39,10 @@ class Attention(nn.Module):
         model, tp = context.model, context.groups.tp
         self._layer = layer
         self._head_dim = model.head_dim
-        self._num_heads = model.num_attention_heads // tp.size
+        self._eps = model.rms_norm_eps
+        q_width = model.num_attention_heads // tp.size * model.head_dim
+        q_rows = slice(tp.rank * q_width, (tp.rank + 1) * q_width)
         kv_heads = local_kv_heads(model, tp.size, tp.rank)
-        self._num_kv_heads = len(kv_heads)
-        q_rows = slice(
-            tp.rank * self._num_heads * model.head_dim,
-            (tp.rank + 1) * self._num_heads * model.head_dim,
-        )
         kv_rows = slice(kv_heads.start * model.head_dim, kv_heads.stop * model.head_dim)
         self.qkv_proj = ColumnParallelLinear(
             context,
@@ -61,13 +58,18 @@ class Attention(nn.Module):
 
     def forward(self, x_TH: torch.Tensor, rope: RopeTable, step: ForwardContext) -> torch.Tensor:
         """Attention output [T, H], the same on every rank of the TP group."""
-        heads, kv_heads = self._num_heads, self._num_kv_heads
-        qkv = self.qkv_proj(x_TH).view(-1, heads + 2 * kv_heads, self._head_dim)
-        q_TND, k_TGD, v_TGD = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        q_TND = apply_rope(self.q_norm(q_TND), rope.cos_TF, rope.sin_TF)
-        k_TGD = apply_rope(self.k_norm(k_TGD), rope.cos_TF, rope.sin_TF)
         cache = step.kv.layer(self._layer)
-        out_TND = paged_attention(q_TND, k_TGD, v_TGD, cache, step.batch, self._head_dim**-0.5)
+        q_TND = norm_rope_write(
+            self.qkv_proj(x_TH),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self._eps,
+            rope,
+            step.positions_T,
+            cache,
+            step.batch.slots_T,
+        )
+        out_TND = paged_attention(q_TND, cache, step.batch, self._head_dim**-0.5)
         return self.o_proj(out_TND.flatten(1))
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:

@@ -1,6 +1,6 @@
 """What layers are built with, and what they are run with.
 
-Shape legend: T tokens, F half of the head dimension.
+Shape legend: T tokens.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class ForwardContext:
         exchange: the MoE exchange backend of this step.
         tp_token_counts: how the T tokens are shared out over the attention-TP group when the
             exchange wants disjoint shares.
+        num_tokens_1: int32 [1] on the device, how many of the T rows are tokens; the others, at
+            the end, are padding, which no expert works on. None: all of them are tokens.
     """
 
     positions_T: torch.Tensor
@@ -49,11 +51,4 @@ class ForwardContext:
     kv: KVCache
     exchange: Exchange
     tp_token_counts: list[int]
-
-
-@dataclass(frozen=True)
-class RopeTable:
-    """cos and sin of the step's positions, each [T, F]."""
-
-    cos_TF: torch.Tensor
-    sin_TF: torch.Tensor
+    num_tokens_1: torch.Tensor | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
@@ -43,7 +42,9 @@ class SparseMoE(nn.Module):
 
     def _forward_share(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor:
         """The experts' output for the tokens that this rank brings to the exchange."""
-        ids_TK, weights_TK = route(F.linear(x_TH, self.router), self._top_k, self._normalize)
+        ids_TK, weights_TK = route(
+            x_TH, self.router, self._top_k, self._normalize, step.num_tokens_1
+        )
         received = step.exchange.dispatch(x_TH, ids_TK, weights_TK)
         y_RH = expert_ffn(
             received.x_RH, received.slot_ids_RK, received.weights_RK, self.gate_up, self.down

@@ -9,7 +9,7 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
-from moe_engine.ops.norm import rms_norm
+from moe_engine.ops.norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -23,6 +23,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``x`` [..., width]."""
         return rms_norm(x, self.weight, self._eps)
+
+    def after_adding(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(normalised residual + x, residual + x)``, each [..., width]."""
+        return add_rms_norm(x, residual, self.weight, self._eps)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""

@@ -12,12 +12,13 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.attention import Attention
-from moe_engine.layers.context import ForwardContext, LayerContext, RopeTable
+from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.embedding import OutputHead, VocabEmbedding
 from moe_engine.layers.mlp import DenseMLP
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.layers.norm import RMSNorm
-from moe_engine.layers.rotary import Rotary
+from moe_engine.layers.rotary import make_rope_table
+from moe_engine.ops.rope import RopeTable
 
 
 class DecoderLayer(nn.Module):
@@ -32,10 +33,28 @@ class DecoderLayer(nn.Module):
         is_moe = context.model.is_moe_layer(layer)
         self.mlp = SparseMoE(context) if is_moe else DenseMLP(context)
 
-    def forward(self, x_TH: torch.Tensor, rope: RopeTable, step: ForwardContext) -> torch.Tensor:
-        """The residual stream after this layer."""
-        x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), rope, step)
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH), step)
+    def forward(
+        self,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor | None,
+        rope: RopeTable,
+        step: ForwardContext,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The feed-forward's output, not yet added, and the residual stream it belongs to.
+
+        Args:
+            x_TH: what the previous layer returned first; before the first layer the embeddings.
+            residual_TH: what it returned second; None before the first layer.
+        """
+        if residual_TH is None:
+            normed_TH, residual_TH = self.input_layernorm(x_TH), x_TH
+        else:
+            normed_TH, residual_TH = self.input_layernorm.after_adding(x_TH, residual_TH)
+        attended_TH = self.self_attn(normed_TH, rope, step)
+        normed_TH, residual_TH = self.post_attention_layernorm.after_adding(
+            attended_TH, residual_TH
+        )
+        return self.mlp(normed_TH, step), residual_TH
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""
@@ -54,15 +73,16 @@ class Qwen3MoeForCausalLM(nn.Module):
         )
         self.norm = RMSNorm(context, context.model.hidden_size)
         self.lm_head = OutputHead(context, self.embed_tokens)
-        self._rotary = Rotary(context)
+        self._rope = make_rope_table(context)
 
     def forward(self, token_ids_T: torch.Tensor, step: ForwardContext) -> torch.Tensor:
         """Final hidden states [T, H]; a collective over the world, T may be 0."""
-        rope = self._rotary(step.positions_T)
-        x_TH = self.embed_tokens(token_ids_T)
+        x_TH, residual_TH = self.embed_tokens(token_ids_T), None
         for layer in self.layers:
-            x_TH = layer(x_TH, rope, step)
-        return self.norm(x_TH)
+            x_TH, residual_TH = layer(x_TH, residual_TH, self._rope, step)
+        assert residual_TH is not None
+        normed_TH, _ = self.norm.after_adding(x_TH, residual_TH)
+        return normed_TH
 
     def logits(self, x_RH: torch.Tensor) -> torch.Tensor | None:
         """Logits [R, V] on the TP group's rank 0, None elsewhere (a collective over TP)."""

@@ -13,50 +13,76 @@ import torch
 from moe_engine.ops.reference import attention as reference
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """A sequence that computes several positions in a step.
+
+    Attributes:
+        first_row: its first row among the T tokens of the step.
+        query_len: rows of this step; they are the last positions of its context.
+        context_len: tokens in the cache once this step's are written.
+    """
+
+    first_row: int
+    query_len: int
+    context_len: int
+
+
 @dataclass(frozen=True)
 class PagedBatch:
     """Where the tokens of one step stand in the paged KV cache.
 
+    The first ``num_decodes`` of the S sequences compute one position each, in rows
+    0 .. num_decodes - 1; the others are ``prefills``, whose rows follow in the same order. A CUDA
+    graph runs with padding rows behind the last real decode: slot -1, context length 0.
+
     Attributes:
-        slots_T: int64, cache slot (block × L + offset) that each token's key and value go to.
-        block_tables: per sequence int64 block ids.
-        query_lens: tokens of this step per sequence, summing to T.
-        context_lens: tokens in the cache per sequence once this step's are written.
+        slots_T: int64, cache slot (block × L + offset) of each token's key and value; -1: nowhere.
+        block_tables_SB: int32 [S, B], each row the blocks of a sequence; what lies past its
+            context is arbitrary.
+        context_lens_S: int32 [S], tokens in the cache once this step's are written.
+        query_starts_S: int32 [S + 1], first row of each sequence, then T.
+        num_decodes: sequences that compute one position, padding rows included.
+        prefills: the spans of the other sequences, known on the host.
     """
 
     slots_T: torch.Tensor
-    block_tables: list[torch.Tensor]
-    query_lens: list[int]
-    context_lens: list[int]
+    block_tables_SB: torch.Tensor
+    context_lens_S: torch.Tensor
+    query_starts_S: torch.Tensor
+    num_decodes: int
+    prefills: tuple[PrefillSpan, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.num_decodes + sum(span.query_len for span in self.prefills)
 
 
 def paged_attention(
     q_TND: torch.Tensor,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     batch: PagedBatch,
     scale: float,
 ) -> torch.Tensor:
-    """Write this step's keys and values, then attend causally; returns [T, N, D].
-
-    The writes of the whole batch come before any read, so a sequence may share a block with
-    another one that fills it in the same step.
+    """Attend causally to the cache, which already holds this step's keys and values; [T, N, D].
 
     Args:
         cache: keys and values of one layer, each [B, L, G, D].
+        scale: factor on the scores, usually D ** -0.5.
     """
     k_cache_BLGD, v_cache_BLGD = cache
-    assert k_TGD.shape[1:] == k_cache_BLGD.shape[2:], (k_TGD.shape, k_cache_BLGD.shape)
-    assert q_TND.shape[1] % k_TGD.shape[1] == 0, (q_TND.shape, k_TGD.shape)
-    assert sum(batch.query_lens) == q_TND.shape[0], (batch.query_lens, q_TND.shape)
-    reference.write_kv(k_TGD, v_TGD, k_cache_BLGD, v_cache_BLGD, batch.slots_T)
+    assert q_TND.shape[1] % k_cache_BLGD.shape[2] == 0, (q_TND.shape, k_cache_BLGD.shape)
+    assert q_TND.shape[2] == k_cache_BLGD.shape[3], (q_TND.shape, k_cache_BLGD.shape)
+    assert batch.num_tokens == q_TND.shape[0], (batch.num_tokens, q_TND.shape)
+    spans = [(row, 1) for row in range(batch.num_decodes)]
+    spans += [(span.first_row, span.query_len) for span in batch.prefills]
     return reference.paged_attention(
         q_TND,
         k_cache_BLGD,
         v_cache_BLGD,
-        batch.block_tables,
-        batch.query_lens,
-        batch.context_lens,
+        batch.block_tables_SB,
+        batch.context_lens_S,
+        spans,
         scale,
     )

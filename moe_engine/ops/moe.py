@@ -1,22 +1,55 @@
 """Router and expert feed-forward operators.
 
-Shape legend: T tokens, R rows, H hidden size, E local expert slots, K experts per token,
-I intermediate size, J = 2 × I.
+Shape legend: T tokens, R rows, H hidden size, E experts or local expert slots, K experts per token,
+P = R × K pairs of a row and one of its experts, I intermediate size, J = 2 × I.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from moe_engine.ops.reference import moe as reference
 
 
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Pairs (row, choice), numbered row × K + choice, sorted by expert.
+
+    Attributes:
+        offsets_E1: int32 [E + 1], where each expert's pairs begin, then how many there are.
+        pairs_P: int32 [P], pair numbers in increasing order within an expert; what lies past the
+            last offset is arbitrary.
+    """
+
+    offsets_E1: torch.Tensor
+    pairs_P: torch.Tensor
+
+
 def route(
-    router_logits_TE: torch.Tensor, num_experts_per_tok: int, normalize: bool
+    x_TH: torch.Tensor,
+    router_EH: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    num_tokens_1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K experts of every token: ids int32 [T, K] and weights float32 [T, K]."""
-    assert router_logits_TE.shape[1] >= num_experts_per_tok, router_logits_TE.shape
-    return reference.route(router_logits_TE, num_experts_per_tok, normalize)
+    """The K experts of every token: ids int32 [T, K], best first, and weights float32 [T, K].
+
+    Args:
+        router_EH: the gate's weight.
+        normalize: whether the weights of a token are scaled to sum to 1.
+        num_tokens_1: int32 [1] on the device; the rows from there on are padding, with ids -1 and
+            weights 0. None: there is no padding.
+    """
+    assert x_TH.shape[1] == router_EH.shape[1], (x_TH.shape, router_EH.shape)
+    assert 1 <= top_k <= router_EH.shape[0], (top_k, router_EH.shape)
+    return reference.route(x_TH, router_EH, top_k, normalize, num_tokens_1)
+
+
+def group_by_expert(slot_ids_RK: torch.Tensor, num_experts: int) -> ExpertGroups:
+    """Sort the pairs by expert slot, leaving out ids below 0; nothing waits for the device."""
+    return ExpertGroups(*reference.group_by_expert(slot_ids_RK, num_experts))
 
 
 def expert_ffn(

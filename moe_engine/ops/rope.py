@@ -1,5 +1,65 @@
-"""Rotary position embedding; every device runs the torch reference."""
+"""Query and key preparation: head norms, rotary position embedding, and the write to the KV cache.
 
-from moe_engine.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies
+Shape legend: T tokens, N query heads, G KV heads, D head dimension, P positions, F = D / 2,
+X = (N + 2 × G) × D.
+"""
 
-__all__ = ["apply_rope", "rope_cos_sin", "rope_frequencies"]
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_engine.ops.reference import rope as reference
+from moe_engine.ops.reference.rope import rope_cos_sin, rope_frequencies
+
+__all__ = ["RopeTable", "norm_rope_write", "rope_cos_sin", "rope_frequencies"]
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """cos and sin of every position that the model knows, float32 [P, F]."""
+
+    cos_PF: torch.Tensor
+    sin_PF: torch.Tensor
+
+
+def norm_rope_write(
+    qkv_TX: torch.Tensor,
+    q_weight_D: torch.Tensor,
+    k_weight_D: torch.Tensor,
+    eps: float,
+    rope: RopeTable,
+    positions_T: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    slots_T: torch.Tensor,
+) -> torch.Tensor:
+    """Make queries, keys and values of the fused projection's output; returns q [T, N, D].
+
+    Query and key heads go through their RMS norms and are rotated by their positions; keys and
+    values are written to the cache.
+
+    Args:
+        qkv_TX: query heads, then key heads, then value heads.
+        q_weight_D, k_weight_D: weights of the head norms.
+        eps: added to the mean of the squares.
+        positions_T: int64 position of each token in its sequence.
+        cache: keys and values of one layer, each [B, L, G, D].
+        slots_T: int64 cache slot (block × L + offset) of each token; -1: not written.
+    """
+    k_cache_BLGD, v_cache_BLGD = cache
+    head_dim = k_cache_BLGD.shape[3]
+    assert q_weight_D.shape == k_weight_D.shape == (head_dim,), (q_weight_D.shape, head_dim)
+    assert qkv_TX.shape[0] == positions_T.shape[0] == slots_T.shape[0], qkv_TX.shape
+    assert qkv_TX.shape[1] % head_dim == 0, (qkv_TX.shape, head_dim)
+    return reference.norm_rope_write(
+        qkv_TX,
+        q_weight_D,
+        k_weight_D,
+        eps,
+        (rope.cos_PF, rope.sin_PF),
+        positions_T,
+        k_cache_BLGD,
+        v_cache_BLGD,
+        slots_T,
+    )

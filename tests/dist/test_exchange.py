@@ -13,6 +13,7 @@ from moe_engine.ops.reference import exchange as reference
 from tests.dist.ranks import run_on_ranks
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 16, 8, 8, 3
+ROUTINGS = ("random", "first experts", "last rank", "some to no expert")
 
 
 def weights_and_tokens(seed, num_tokens, routing):
@@ -26,6 +27,8 @@ def weights_and_tokens(seed, num_tokens, routing):
         ids = torch.arange(TOP_K).expand(num_tokens, TOP_K)
     elif routing == "last rank":
         ids = torch.tensor([EXPERTS - 1, EXPERTS - 2, 0]).expand(num_tokens, TOP_K)
+    elif routing == "some to no expert":
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=random) < 0.5, -1)
     weights = torch.rand(num_tokens, TOP_K, generator=random)
     return gate_up, down, x, ids.to(torch.int32).contiguous(), weights
 
@@ -61,14 +64,14 @@ def check_against_one_rank(groups, backend, num_tokens_by_group, routing, dtype)
 def pure_tp_cases(groups):
     for backend in ("collective", "replicated", "auto"):
         for num_tokens in (0, 1, 3, 64, 65):
-            for routing in ("random", "first experts", "last rank"):
+            for routing in ROUTINGS:
                 for dtype in (torch.float32, torch.bfloat16):
                     check_against_one_rank(groups, backend, [num_tokens], routing, dtype)
 
 
 def mixed_cases(groups):
     for counts in ([0, 0], [5, 0], [0, 1], [7, 33], [2, 1]):
-        for routing in ("random", "first experts", "last rank"):
+        for routing in ROUTINGS:
             check_against_one_rank(groups, "auto", counts, routing, torch.float32)
 
 
@@ -77,7 +80,7 @@ def reference_cases(groups):
     world, rank = groups.layout.world_size, groups.layout.rank
     exchange = ExchangeSelector(ExchangeConfig(exchange="collective"), groups, EXPERTS).select(1)
     for counts in ([0] * world, [1] * world, list(range(world)), [9, 0, 17, 4][:world]):
-        for routing in ("random", "first experts", "last rank"):
+        for routing in ROUTINGS:
             brought = [weights_and_tokens(3 + r, n, routing)[2:] for r, n in enumerate(counts)]
             x, ids, weights = (list(column) for column in zip(*brought, strict=True))
             expected = reference.dispatch(x, ids, weights, EXPERTS)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from moe_engine.engine.batch import SequenceTable
+from moe_engine.ops.attention import PrefillSpan
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import NewSequence, SequenceStep
 
@@ -23,13 +24,18 @@ def test_mixed_step_lays_out_each_sequences_tokens_positions_and_slots():
     table.append_sampled(np.array([1]), np.array([1]), torch.tensor([77]))
     steps = [SequenceStep(9, 4, 5, [9, 1, 30]), SequenceStep(8, 1, 1), SequenceStep(7, 6, 3, [0])]
     batch = table.build(steps)
-    assert batch.token_ids_T.tolist() == [*range(204, 209), 77, *range(106, 109)]
-    assert batch.positions_T.tolist() == [4, 5, 6, 7, 8, 1, 6, 7, 8]
-    assert batch.paged.slots_T.tolist() == [4, 5, 6, 7, 30 * 4, 4 * 4 + 1, 3 * 4 + 2, 3 * 4 + 3, 0]
-    assert batch.paged.query_lens == [5, 1, 3]
-    assert batch.paged.context_lens == [9, 2, 9]
-    assert [blocks.tolist() for blocks in batch.paged.block_tables] == [[9, 1, 30], [4], [20, 3, 0]]
-    assert batch.last_rows.tolist() == [4, 5, 8]
+    paged = batch.paged
+    assert batch.token_ids_T.tolist() == [77, *range(204, 209), *range(106, 109)]
+    assert batch.positions_T.tolist() == [1, 4, 5, 6, 7, 8, 6, 7, 8]
+    assert paged.slots_T.tolist() == [4 * 4 + 1, 4, 5, 6, 7, 30 * 4, 3 * 4 + 2, 3 * 4 + 3, 0]
+    assert paged.num_decodes == 1
+    assert paged.prefills == (PrefillSpan(1, 5, 9), PrefillSpan(6, 3, 9))
+    assert paged.context_lens_S.tolist() == [2, 9, 9]
+    assert paged.query_starts_S.tolist() == [0, 1, 6, 9]
+    assert paged.block_tables_SB[0, :1].tolist() == [4]
+    assert paged.block_tables_SB[1:].tolist() == [[9, 1, 30], [20, 3, 0]]
+    assert batch.last_rows.tolist() == [5, 0, 8]
+    assert batch.slots.tolist() == [2, 1, 0]
 
 
 def test_slot_of_a_retired_sequence_starts_afresh():
@@ -41,7 +47,7 @@ def test_slot_of_a_retired_sequence_starts_afresh():
     batch = table.build([SequenceStep(2, 0, 2, [5])])
     assert batch.token_ids_T.tolist() == [50, 51]
     assert batch.paged.slots_T.tolist() == [20, 21]
-    assert batch.paged.block_tables[0].tolist() == [5]
+    assert batch.paged.block_tables_SB.tolist() == [[5]]
 
 
 def test_last_token_of_a_full_context_is_kept():
@@ -55,4 +61,6 @@ def test_last_token_of_a_full_context_is_kept():
 def test_idle_step_is_empty():
     batch = SequenceTable(2, 8, BLOCK_SIZE, torch.device("cpu")).build([])
     assert batch.token_ids_T.shape == batch.positions_T.shape == (0,)
-    assert batch.paged.query_lens == []
+    assert batch.paged.num_decodes == 0
+    assert batch.paged.prefills == ()
+    assert batch.paged.query_starts_S.tolist() == [0]

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from moe_engine.config import RopeConfig
-from moe_engine.ops.attention import PagedBatch, paged_attention
-from moe_engine.ops.moe import expert_ffn, route
+from moe_engine.ops.attention import PagedBatch, PrefillSpan, paged_attention
+from moe_engine.ops.moe import expert_ffn, group_by_expert, route
 from moe_engine.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies
+from moe_engine.ops.rope import RopeTable, norm_rope_write
 
 
 def test_rope_rotates_each_pair_by_position_times_frequency():
     positions = torch.randint(0, 5000, (7,))
     x = torch.randn(7, 3, 8, dtype=torch.float64)
     frequencies, scale = rope_frequencies(RopeConfig(theta=1e4), 8)
-    cos, sin = rope_cos_sin(positions, frequencies, scale, torch.float64)
+    tables = rope_cos_sin(5000, frequencies, scale)
+    cos, sin = (table[positions].double() for table in tables)
     rotated = torch.view_as_complex(torch.stack(apply_rope(x, cos, sin).chunk(2, dim=-1), dim=-1))
     for t, position in enumerate(positions.tolist()):
         for i in range(4):
@@ -77,58 +79,126 @@ def naive_attention(q, k, v, context_len, scale):
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize(
-    "lens", [[(1, 1)], [(5, 5)], [(1, 17), (4, 4), (3, 9), (1, 16)], [(2, 33), (16, 16)]]
+    "lens", [[(1, 1)], [(5, 5)], [(1, 17), (1, 16), (4, 4), (3, 9)], [(2, 33), (16, 16)]]
 )
 def test_paged_attention_reads_own_blocks_causally(block_size, lens):
     heads, kv_heads, dim = 4, 2, 8
     num_blocks = sum(-(-context // block_size) for _, context in lens)
-    order = torch.randperm(num_blocks)
+    order = torch.randperm(num_blocks).to(torch.int32)
     k_cache = torch.full((num_blocks, block_size, kv_heads, dim), math.nan)
     v_cache = torch.full_like(k_cache, math.nan)
     q = torch.randn(sum(n for n, _ in lens), heads, dim)
-    tables, slots, new_k, new_v, expected = [], [], [], [], []
+    tables = torch.full((len(lens), num_blocks), 10**9, dtype=torch.int32)
+    spans, expected = [], []
     first_block = first_query = 0
-    for query_len, context_len in lens:
+    for index, (query_len, context_len) in enumerate(lens):
         blocks = order[first_block : first_block + -(-context_len // block_size)]
         first_block += len(blocks)
         k, v = torch.randn(2, context_len, kv_heads, dim)
-        for position in range(context_len - query_len):
+        for position in range(context_len):
             where = blocks[position // block_size], position % block_size
             k_cache[where], v_cache[where] = k[position], v[position]
-        for position in range(context_len - query_len, context_len):
-            slots.append(int(blocks[position // block_size]) * block_size + position % block_size)
-        new_k.append(k[context_len - query_len :])
-        new_v.append(v[context_len - query_len :])
         own_q = q[first_query : first_query + query_len]
         expected.append(naive_attention(own_q, k, v, context_len, dim**-0.5))
+        spans.append(PrefillSpan(first_query, query_len, context_len))
         first_query += query_len
-        tables.append(blocks)
-    batch = PagedBatch(torch.tensor(slots), tables, [n for n, _ in lens], [c for _, c in lens])
-    out = paged_attention(
-        q, torch.cat(new_k), torch.cat(new_v), (k_cache, v_cache), batch, dim**-0.5
+        tables[index, : len(blocks)] = blocks
+    num_decodes = sum(n == 1 for n, _ in lens)
+    batch = PagedBatch(
+        slots_T=torch.zeros(len(q), dtype=torch.int64),
+        block_tables_SB=tables,
+        context_lens_S=torch.tensor([context for _, context in lens], dtype=torch.int32),
+        query_starts_S=torch.tensor([span.first_row for span in spans] + [len(q)]),
+        num_decodes=num_decodes,
+        prefills=tuple(spans[num_decodes:]),
     )
+    out = paged_attention(q, (k_cache, v_cache), batch, dim**-0.5)
     torch.testing.assert_close(out.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_paged_attention_of_no_tokens_is_empty():
-    cache = (torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8))
-    batch = PagedBatch(torch.empty(0, dtype=torch.int64), [], [], [])
-    empty = torch.empty(0, 2, 8)
-    assert paged_attention(empty, empty[:, :1], empty[:, :1], cache, batch, 1.0).shape == (0, 2, 8)
+def test_paged_attention_of_no_tokens_is_empty_and_of_padding_is_zero():
+    cache = (torch.full((2, 4, 1, 8), math.nan), torch.full((2, 4, 1, 8), math.nan))
+    for num_rows in (0, 2):
+        batch = PagedBatch(
+            slots_T=torch.full((num_rows,), -1),
+            block_tables_SB=torch.zeros(num_rows, 2, dtype=torch.int32),
+            context_lens_S=torch.zeros(num_rows, dtype=torch.int32),
+            query_starts_S=torch.arange(num_rows + 1, dtype=torch.int32),
+            num_decodes=num_rows,
+            prefills=(),
+        )
+        out = paged_attention(torch.randn(num_rows, 2, 8), cache, batch, 1.0)
+        assert torch.equal(out, torch.zeros(num_rows, 2, 8))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_norm_rope_write_prepares_queries_and_fills_the_cache(num_tokens):
+    heads, kv_heads, dim, block_size, eps = 3, 2, 8, 4, 1e-6
+    frequencies, scale = rope_frequencies(RopeConfig(theta=1e4), dim)
+    rope = RopeTable(*rope_cos_sin(50, frequencies, scale))
+    qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * dim)
+    q_weight, k_weight = torch.randn(2, dim)
+    positions = torch.randint(0, 50, (num_tokens,))
+    slots = torch.randperm(5 * block_size)[:num_tokens]
+    slots[3:4] = -1
+    cache = (torch.zeros(5, block_size, kv_heads, dim), torch.zeros(5, block_size, kv_heads, dim))
+    q = norm_rope_write(qkv, q_weight, k_weight, eps, rope, positions, cache, slots)
+    written_k, written_v = (part.flatten(0, 1) for part in cache)
+    parts = qkv.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], dim=1)
+    for t in range(num_tokens):
+        turned = []
+        for x, weight in ((parts[0][t], q_weight), (parts[1][t], k_weight)):
+            normed = torch.nn.functional.rms_norm(x, (dim,), weight, eps)
+            pairs = torch.complex(*normed.chunk(2, dim=-1))
+            angles = positions[t] * frequencies
+            pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+            turned.append(torch.cat((pairs.real, pairs.imag), dim=-1))
+        torch.testing.assert_close(q[t], turned[0], rtol=1e-5, atol=1e-5)
+        if slots[t] >= 0:
+            torch.testing.assert_close(written_k[slots[t]], turned[1], rtol=1e-5, atol=1e-5)
+            assert torch.equal(written_v[slots[t]], parts[2][t])
+    untouched = [slot for slot in range(20) if slot not in slots.tolist()]
+    assert not written_k[untouched].any()
+    assert not written_v[untouched].any()
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_router_weights_are_the_largest_softmax_probabilities(normalize):
-    logits = torch.randn(9, 16) * 3
-    ids, weights = route(logits, 4, normalize)
+    x, router = torch.randn(9, 12), torch.randn(16, 12)
+    logits = x.double() @ router.double().t()
+    ids, weights = route(x, router, 4, normalize)
     assert ids.dtype == torch.int32
     for t in range(9):
-        exps = [math.exp(x) for x in logits[t].double().tolist()]
+        exps = [math.exp(x) for x in logits[t].tolist()]
         best = sorted(range(16), key=lambda e: -exps[e])[:4]
         assert ids[t].tolist() == best
         whole = sum(exps[e] for e in best) if normalize else sum(exps)
         for k, e in enumerate(best):
             assert weights[t, k].item() == pytest.approx(exps[e] / whole, rel=1e-5)
+
+
+def test_router_gives_padding_rows_no_expert():
+    x, router = torch.randn(5, 12), torch.randn(16, 12)
+    all_ids, all_weights = route(x, router, 4, True)
+    ids, weights = route(x, router, 4, True, torch.tensor([3], dtype=torch.int32))
+    assert torch.equal(ids[:3], all_ids[:3])
+    assert torch.equal(weights[:3], all_weights[:3])
+    assert (ids[3:] == -1).all()
+    assert not weights[3:].any()
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 50])
+def test_group_by_expert_sorts_the_pairs_and_drops_negative_ids(num_rows):
+    ids = torch.randint(-1, 6, (num_rows, 3), dtype=torch.int32)
+    groups = group_by_expert(ids, 7)
+    flat = ids.flatten().tolist()
+    assert groups.offsets_E1.shape == (8,)
+    for expert in range(7):
+        first, last = groups.offsets_E1[expert : expert + 2].tolist()
+        assert groups.pairs_P[first:last].tolist() == [
+            pair for pair, chosen in enumerate(flat) if chosen == expert
+        ]
+    assert groups.offsets_E1[-1] == sum(chosen >= 0 for chosen in flat)
 
 
 def naive_ffn(x, ids, weights, gate_up, down):

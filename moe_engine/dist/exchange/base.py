@@ -66,7 +66,7 @@ class Exchange(Protocol):
 
         Args:
             x_TH: this rank's tokens; T may be 0 and may differ between ranks.
-            expert_ids_TK: int32 in [0, num_experts).
+            expert_ids_TK: int32 in [0, num_experts), or -1 for no expert.
             weights_TK: float32.
         """
         ...

@@ -44,8 +44,10 @@ class CollectiveExchange:
         """See `Exchange.dispatch`."""
         num_tokens, top_k = expert_ids_TK.shape
         rank_of_choice_TK = expert_ids_TK.to(torch.int64) // self._shard.num_local
-        goes_TW = torch.zeros(num_tokens, self._ep.size, dtype=torch.bool, device=x_TH.device)
-        goes_TW.scatter_(1, rank_of_choice_TK, True)
+        # A column more takes the choices that are no expert (id -1).
+        goes = torch.zeros(num_tokens, self._ep.size + 1, dtype=torch.bool, device=x_TH.device)
+        goes.scatter_(1, rank_of_choice_TK.remainder(self._ep.size + 1), True)
+        goes_TW = goes[:, : self._ep.size]
         token_of_row = goes_TW.t().nonzero()[:, 1]
         sent, received = self._exchange_counts(goes_TW.sum(dim=0))
         row_bytes = torch.cat(

@@ -38,7 +38,7 @@ def dispatch(
 
     Args:
         x: per rank [T, H]; T may differ and may be 0.
-        expert_ids: per rank integer [T, K] in [0, num_experts).
+        expert_ids: per rank integer [T, K] in [0, num_experts), or -1 for no expert.
         weights: per rank float32 [T, K].
         num_experts: rank r of W holds experts ``[r * num_experts / W, (r + 1) * num_experts / W)``.
 

@@ -6,23 +6,50 @@ token, I intermediate size of an expert.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
 
 def route(
-    router_logits_TE: torch.Tensor, num_experts_per_tok: int, normalize: bool
+    x_TH: torch.Tensor,
+    router_EH: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    num_tokens_1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the experts in float32, then the K best of every token.
 
     Returns ids int32 [T, K], best first, and weights float32 [T, K]; with ``normalize`` the
-    weights of a token sum to 1 (``norm_topk_prob`` of the checkpoint).
+    weights of a token sum to 1 (``norm_topk_prob`` of the checkpoint). Rows from
+    ``num_tokens_1[0]`` on are padding: ids -1, weights 0.
     """
-    probabilities_TE = router_logits_TE.softmax(dim=-1, dtype=torch.float32)
-    weights_TK, ids_TK = probabilities_TE.topk(num_experts_per_tok, dim=-1)
+    probabilities_TE = F.linear(x_TH, router_EH).softmax(dim=-1, dtype=torch.float32)
+    weights_TK, ids_TK = probabilities_TE.topk(top_k, dim=-1)
     if normalize:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    return ids_TK.to(torch.int32), weights_TK
+    ids_TK = ids_TK.to(torch.int32)
+    if num_tokens_1 is not None:
+        padding_T1 = (torch.arange(len(x_TH), device=x_TH.device) >= num_tokens_1)[:, None]
+        ids_TK = ids_TK.masked_fill(padding_T1, -1)
+        weights_TK = weights_TK.masked_fill(padding_T1, 0.0)
+    return ids_TK, weights_TK
+
+
+def group_by_expert(
+    slot_ids_RK: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pair numbers sorted by expert (int32 [P]) after where each begins (int32 [E + 1]).
+
+    Example: ids [[1, 0], [-1, 1]] of 2 experts: offsets [0, 1, 3], pairs [1, 0, 3, arbitrary].
+    """
+    ids_P = slot_ids_RK.reshape(-1).to(torch.int64)
+    elsewhere_last_P = ids_P.masked_fill(ids_P < 0, num_experts)
+    pairs_P = elsewhere_last_P.argsort(stable=True).to(torch.int32)
+    experts_E1 = torch.arange(num_experts + 1, device=ids_P.device)
+    offsets_E1 = torch.searchsorted(elsewhere_last_P.sort().values, experts_E1).to(torch.int32)
+    return offsets_E1, pairs_P
 
 
 def expert_ffn(
@@ -48,18 +75,14 @@ def expert_ffn(
     """
     num_rows, num_choices = slot_ids_RK.shape
     out_RH = torch.zeros(num_rows, x_RH.shape[1], dtype=torch.float32, device=x_RH.device)
-    flat_ids = slot_ids_RK.reshape(-1).to(torch.int64)
-    order = flat_ids.argsort(stable=True)
-    counts = torch.bincount(flat_ids + 1, minlength=gate_up_EJH.shape[0] + 1).tolist()
-    first = counts[0]
-    for slot, count in enumerate(counts[1:]):
-        if count == 0:
+    offsets_E1, pairs_P = group_by_expert(slot_ids_RK, gate_up_EJH.shape[0])
+    for slot, (first, last) in enumerate(pairwise(offsets_E1.tolist())):
+        if first == last:
             continue
-        chosen = order[first : first + count]
+        chosen = pairs_P[first:last]
         rows = chosen // num_choices
         gate, up = F.linear(x_RH[rows], gate_up_EJH[slot]).chunk(2, dim=-1)
         y = F.linear(F.silu(gate) * up, down_EHI[slot])
         weighted = y.to(torch.float32) * weights_RK.reshape(-1)[chosen, None]
         out_RH.index_add_(0, rows, weighted)
-        first += count
     return out_RH.to(x_RH.dtype)

@@ -1,6 +1,7 @@
-"""Rotary position embedding in plain torch.
+"""Rotary position embedding, and all that happens to queries and keys, in plain torch.
 
-Shape legend: T tokens, N heads, D head dimension.
+Shape legend: T tokens, N query heads, G KV heads, D head dimension, P positions, F = D / 2,
+X = (N + 2 × G) × D.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import torch
 
 from moe_engine.config import RopeConfig
+from moe_engine.ops.reference.attention import write_kv
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
@@ -59,11 +61,12 @@ def _attention_factor(rope: RopeConfig, factor: float) -> float:
 
 
 def rope_cos_sin(
-    positions_T: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype
+    num_positions: int, frequencies: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position, [T, D / 2] in ``dtype``, computed in float32."""
-    angles = positions_T.to(torch.float32)[:, None] * frequencies[None, :]
-    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+    """cos and sin of the positions 0 .. num_positions - 1, float32 [P, F] each, times ``scale``."""
+    positions = torch.arange(num_positions, dtype=torch.float32, device=frequencies.device)
+    angles = positions[:, None] * frequencies[None, :]
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def apply_rope(x_TND: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:
@@ -74,3 +77,36 @@ def apply_rope(x_TND: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) 
     first, second = x_TND.chunk(2, dim=-1)
     cos, sin = cos_TF[:, None, :], sin_TF[:, None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def norm_rope_write(
+    qkv_TX: torch.Tensor,
+    q_weight_D: torch.Tensor,
+    k_weight_D: torch.Tensor,
+    eps: float,
+    cos_sin_PF: tuple[torch.Tensor, torch.Tensor],
+    positions_T: torch.Tensor,
+    k_cache_BLGD: torch.Tensor,
+    v_cache_BLGD: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> torch.Tensor:
+    """Norm and rotate query and key heads in float32, store keys and values, return q [T, N, D].
+
+    Everything is rounded to the dtype once, at the end.
+    """
+    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
+    num_heads = qkv_TX.shape[1] // head_dim - 2 * num_kv_heads
+    heads = qkv_TX.unflatten(1, (-1, head_dim))
+    q_TND, k_TGD, v_TGD = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    cos_TF, sin_TF = (table[positions_T] for table in cos_sin_PF)
+    q_TND = apply_rope(_norm(q_TND, q_weight_D, eps), cos_TF, sin_TF).to(qkv_TX.dtype)
+    k_TGD = apply_rope(_norm(k_TGD, k_weight_D, eps), cos_TF, sin_TF).to(k_cache_BLGD.dtype)
+    write_kv(k_TGD, v_TGD.to(v_cache_BLGD.dtype), k_cache_BLGD, v_cache_BLGD, slots_T)
+    return q_TND
+
+
+def _norm(x_TND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of every head, float32."""
+    x_TND = x_TND.float()
+    mean_square = x_TND.pow(2).mean(-1, keepdim=True)
+    return x_TND * torch.rsqrt(mean_square + eps) * weight_D.float()

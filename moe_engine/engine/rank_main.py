@@ -30,7 +30,7 @@ from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.engine.spec import RankSpec
 from moe_engine.engine.startup import StartupClock
-from moe_engine.engine.summary import start_summary
+from moe_engine.engine.summary import memory_ledger, start_summary
 from moe_engine.errors import CheckpointError, ConfigError
 from moe_engine.types.messages import (
     EngineReady,
@@ -116,6 +116,7 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
                 eos_token_ids=list(runtime.model_config.eos_token_ids),
                 summary=start_summary(runtime, num_blocks),
                 startup_s=clock.seconds,
+                memory=memory_ledger(runtime, num_blocks),
             )
         )
         core.run()

@@ -93,7 +93,8 @@ class LoadProgress(Message, frozen=True):
 class EngineReady(Message, frozen=True):
     """Core -> front end: all ranks are up; the limits that requests are checked against.
 
-    ``startup_s`` splits rank 0's start into phases, in seconds and in order.
+    ``startup_s`` splits rank 0's start into phases, in seconds and in order; ``memory`` holds
+    rank 0's bytes by name (`engine.summary.memory_ledger`).
     """
 
     max_model_len: int
@@ -103,6 +104,7 @@ class EngineReady(Message, frozen=True):
     eos_token_ids: list[int]
     summary: str
     startup_s: dict[str, float] = {}
+    memory: dict[str, int] = {}
 
 
 class RankHello(Message, frozen=True):

@@ -22,6 +22,7 @@ from moe_engine.dist.channel import Channel, ChannelClosed
 from moe_engine.dist.communicator import PeerLostError
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import connect_control, open_store, publish_control
+from moe_engine.engine import garbage
 from moe_engine.engine.control import ControlHub
 from moe_engine.engine.core import EngineCore
 from moe_engine.engine.launcher import torchrun_spec
@@ -107,6 +108,7 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
         clock.mark("other ranks")
         scheduler = _make_scheduler(runtime, num_blocks)
         core = EngineCore(scheduler, runtime.runner, hub, spec.config)
+        garbage.settle()
         hub.tell_front_end(
             EngineReady(
                 max_model_len=runtime.max_model_len,
@@ -151,6 +153,7 @@ def _follow(spec: RankSpec, layout: RankLayout, place: LocalPlace) -> None:
         while not isinstance(message := inbox.get(), Shutdown):
             if isinstance(message, StartStepping):
                 runtime.start(message.num_blocks)
+                garbage.settle()
                 channel.send(RankStarted(layout.rank))
                 continue
             result = runtime.runner.execute(message.plan)

@@ -25,6 +25,9 @@ from moe_engine.engine.spec import RankSpec
 from moe_engine.errors import ConfigError
 from moe_engine.types.messages import ToFrontEnd
 
+RANK_MODULE = "moe_engine.engine.rank_main"
+"""What a rank process runs; a benchmark of the front end puts something else there."""
+
 EXIT_GRACE = 5.0
 """Seconds that ranks have to leave by themselves before they are killed."""
 
@@ -70,7 +73,7 @@ class RankProcesses:
             spec.write(spec_path)
             ranks = range(config.parallel.world_size)
         for rank in ranks:
-            command = [sys.executable, "-m", "moe_engine.engine.rank_main", str(spec_path)]
+            command = [sys.executable, "-m", RANK_MODULE, str(spec_path)]
             inherited = [front_end.fileno()] if rank == 0 else []
             self._processes[rank] = subprocess.Popen(
                 [*command, *map(str, inherited)],

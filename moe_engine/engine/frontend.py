@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moe_engine.config import EngineConfig
 from moe_engine.config.flat import build_config, flat_options
@@ -112,13 +112,15 @@ class FrontEnd:
             )
         vocab_size = self.client.info.vocab_size
         params.check_vocabulary(vocab_size)
-        for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    f"prompt token id {token_id} at position {position} is outside the "
-                    f"vocabulary of ids 0 to {vocab_size - 1}",
-                    param="prompt",
-                )
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+            position, token_id = next(
+                (i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocab_size
+            )
+            raise InvalidRequestError(
+                f"prompt token id {token_id} at position {position} is outside the "
+                f"vocabulary of ids 0 to {vocab_size - 1}",
+                param="prompt",
+            )
         return OpenRequest(self, request_id, token_ids, params, put)
 
     @property
@@ -130,6 +132,8 @@ class FrontEnd:
         """Token ids of any kind of prompt; `InvalidRequestError` if it is none."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
+        if set(map(type, prompt)) == {int}:  # the usual case, without a look at each in Python
+            return list(cast("Sequence[int]", prompt))
         token_ids, messages = [], []
         for item in prompt:
             if isinstance(item, Mapping):
@@ -227,3 +231,30 @@ def nth_params(params: SamplingParams, index: int) -> SamplingParams:
         seed = (seed + index + 2**63) % 2**64 - 2**63
     prompt_logprobs = params.prompt_logprobs if index == 0 else None
     return replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
+
+
+def merge_news(items: list[News]) -> list[News]:
+    """The same news with consecutive updates of one completion made one."""
+    merged: list[News] = []
+    for index, update in items:
+        if merged and merged[-1][0] == index:
+            before = merged[-1][1]
+            if isinstance(before, RequestUpdate) and isinstance(update, RequestUpdate):
+                merged[-1] = (index, _join(before, update))
+                continue
+        merged.append((index, update))
+    return merged
+
+
+def _join(first: RequestUpdate, second: RequestUpdate) -> RequestUpdate:
+    """Two consecutive updates of a request as one; only the second can be the last."""
+    assert first.finish_reason is None, "nothing comes after the last update"
+    return RequestUpdate(
+        second.request_id,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
+        finish_reason=second.finish_reason,
+        stop_token_id=second.stop_token_id,
+        num_cached_tokens=second.num_cached_tokens,
+    )

@@ -16,13 +16,12 @@ import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-from moe_engine import env, log
+from moe_engine import env, garbage, log
 from moe_engine.config import EngineConfig
 from moe_engine.dist.channel import Channel, ChannelClosed
 from moe_engine.dist.communicator import PeerLostError
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import connect_control, open_store, publish_control
-from moe_engine.engine import garbage
 from moe_engine.engine.control import ControlHub
 from moe_engine.engine.core import EngineCore
 from moe_engine.engine.launcher import torchrun_spec

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
+from moe_engine import garbage
 from moe_engine.config import ServerConfig
-from moe_engine.engine import garbage
 from moe_engine.errors import EngineDeadError
 from moe_engine.server.app import create_app
 

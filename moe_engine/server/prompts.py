@@ -96,13 +96,13 @@ class PromptEncoder:
 
     def _check_ids(self, token_ids: list[int]) -> Prompt:
         limit = self._info.vocab_size
-        for position, token_id in enumerate(token_ids):
-            if token_id >= limit:
-                raise InvalidRequestError(
-                    f"prompt has token id {token_id} at position {position}; the vocabulary has "
-                    f"ids 0 to {limit - 1}",
-                    param="prompt",
-                )
+        if token_ids and max(token_ids) >= limit:
+            position = next(i for i, token_id in enumerate(token_ids) if token_id >= limit)
+            raise InvalidRequestError(
+                f"prompt has token id {token_ids[position]} at position {position}; the "
+                f"vocabulary has ids 0 to {limit - 1}",
+                param="prompt",
+            )
         return Prompt(token_ids)
 
     def _check_length(self, num_chars: int, param: str) -> None:

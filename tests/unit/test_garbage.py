@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import gc
-from moe_engine.engine import garbage
+from moe_engine import garbage
 
 class Node:
     pass

@@ -49,14 +49,17 @@ class PromptEncoder:
         Raises:
             InvalidRequestError: a text or list of ids is too long, or an id out of range.
         """
-        return await asyncio.to_thread(
-            lambda: [
+
+        def encode() -> list[Prompt]:
+            return [
                 self._encode_text(prompt, add_special_tokens)
                 if isinstance(prompt, str)
                 else self._check_ids(prompt)
                 for prompt in prompts
             ]
-        )
+
+        has_text = any(isinstance(prompt, str) for prompt in prompts)
+        return await asyncio.to_thread(encode) if has_text else encode()
 
     async def render_chat(self, request: ChatCompletionRequest) -> Prompt:
         """Token ids of a conversation in the model's chat template.

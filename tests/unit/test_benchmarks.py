@@ -7,14 +7,19 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_engine
+from benchmarks import bench_engine, bench_serving, fake_core
 from benchmarks.bench_engine import MODELS, engine_options, find_model, parse_arguments
+from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
 from benchmarks.peer import from_lines, read_peer
+from benchmarks.stream_client import Stream
+from benchmarks.synthetic_tokenizer import write_tokenizer
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.flat import build_config
+from moe_engine.engine import launcher
 from moe_engine.engine.memory import weight_bytes
+from moe_engine.text.tokenizer import Tokenizer
 
 QWEN3_30B = ModelConfig.from_directory(MODELS / "qwen3-30b-a3b")
 RESULTS = MODELS.parent / "results"
@@ -138,3 +143,34 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     assert result["check"]["num_equal_together"] == result["check"]["num_equal_mixed"] == 8
     assert result["memory"]["weights"] > 0
     assert sum(result["start"]["phases_s"].values()) <= result["start"]["total_s"]
+
+
+def test_every_token_of_the_synthetic_tokenizer_is_a_text_of_its_own(tmp_path):
+    write_tokenizer(tmp_path, 1000)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    texts = {tokenizer.token_bytes(token_id) for token_id in range(1000)}
+    assert len(texts) == tokenizer.vocab_size == 1000
+    assert tokenizer.decode(tokenizer.encode("Grüße, 世界")) == "Grüße, 世界"
+    assert tokenizer.decode([999, 500]) == " abml aatg"
+
+
+def test_stream_latencies_are_taken_between_events():
+    streams = [Stream(1.0, [1.5, 1.6, 1.8], 3), Stream(1.25, [2.0], 1)]
+    assert round_seconds(streams) == 1.0
+    found = latencies([streams])
+    assert found["time_to_first_token_ms"]["p50"] == pytest.approx(625)
+    assert found["inter_token_ms"]["p50"] == pytest.approx(150)
+
+
+def test_the_serving_benchmark_runs_against_a_core_without_a_model(monkeypatch, tmp_path):
+    output = tmp_path / "serving.json"
+    command = "bench --model qwen3-30b-a3b --streams 6 --input 8 --output 12 --repetitions 1"
+    command += f" --clients 2 --fake-step-ms 5 --set device=cpu --json {output}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(launcher, "RANK_MODULE", launcher.RANK_MODULE)
+    monkeypatch.setenv(fake_core.STEP_MS_VARIABLE, "")
+    bench_serving.main()
+    summary = json.loads(output.read_text())["summary"]
+    # 6 streams of 12 tokens take 12 steps of 5 ms at least.
+    assert 0 < summary["online_tok_per_s"] <= summary["offline_tok_per_s"] <= 6 * 12 / 0.060
+    assert summary["inter_token_ms"]["p50"] > 0

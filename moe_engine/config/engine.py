@@ -12,6 +12,7 @@ from typing import Any
 from moe_engine.errors import ConfigError
 
 GIB = 1 << 30
+MAX_EXPERT_SKEW = 4.0
 DEMO_MODEL_NAME = "moe-engine-demo"
 """What clients call the embedded checkpoint."""
 
@@ -150,6 +151,12 @@ class EngineConfig:
     load_format: str = option(
         "auto", "auto reads safetensors; dummy draws random weights", choices=("auto", "dummy")
     )
+    dummy_expert_skew: float = option(
+        0.0, "dummy weights: exponent of the Zipf law that the experts' popularity follows"
+    )
+    skip_tokenizer_init: bool = option(
+        False, "do without a tokenizer: prompts are token ids, outputs have no text"
+    )
     dtype: str = option(
         "auto",
         "data type of weights and activations; auto: the checkpoint's, float32 on a CPU",
@@ -177,6 +184,12 @@ class EngineConfig:
         for name in ("startup_timeout", "step_timeout"):
             if not getattr(self, name) > 0:  # so nan is refused as well
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0.0 <= self.dummy_expert_skew <= MAX_EXPERT_SKEW:
+            raise ConfigError(
+                f"dummy_expert_skew is {self.dummy_expert_skew}; it is in [0, {MAX_EXPERT_SKEW:g}]"
+            )
+        if self.dummy_expert_skew and self.load_format != "dummy":
+            raise ConfigError("dummy_expert_skew is for load_format dummy")
         self._check_exchange()
         gpus = self.cluster.gpus_per_node
         needed = self.parallel.world_size * self.parallel.replicas

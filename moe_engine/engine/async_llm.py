@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 
 from moe_engine.config import EngineConfig
 from moe_engine.engine.client import EngineClient
-from moe_engine.engine.frontend import FrontEnd, News, Prompt, make_config
+from moe_engine.engine.frontend import FrontEnd, News, Prompt, make_config, merge_news
+from moe_engine.engine.postbox import Postbox
 from moe_engine.errors import EngineDeadError
 from moe_engine.text.tokenizer import Tokenizer
 from moe_engine.types.messages import EngineReady, EngineStats, LoadProgress
@@ -80,6 +81,7 @@ class AsyncMoEEngine:
             EngineDeadError: a rank failed while starting.
         """
         loop = asyncio.get_running_loop()
+        self._postbox = Postbox(loop)
 
         def on_death(error: EngineDeadError) -> None:
             loop.call_soon_threadsafe(self._die, error)
@@ -151,18 +153,21 @@ class AsyncMoEEngine:
             token_ids = front_end.token_ids(prompt)
         params = params or front_end.default_params
         request_id = request_id or f"request-{next(self._request_numbers)}"
-        loop = asyncio.get_running_loop()
         news: asyncio.Queue[News] = asyncio.Queue()
 
         def put(item: News) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, item)
+            self._postbox.put(news, item)
 
         request = front_end.open(request_id, token_ids, params, put)
         try:
             while not request.finished:
-                output = request.handle(await news.get())
-                if output is not None:
-                    yield output
+                items = [await news.get()]
+                while not news.empty():  # the consumer is behind: fewer, larger outputs
+                    items.append(news.get_nowait())
+                for item in merge_news(items):
+                    output = request.handle(item)
+                    if output is not None:
+                        yield output
         finally:
             request.abort()
 

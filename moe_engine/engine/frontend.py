@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moe_engine.config import EngineConfig
 from moe_engine.config.flat import build_config, flat_options
 from moe_engine.config.hf import default_sampling, load_model_config
-from moe_engine.demo.build import ensure_demo_checkpoint
 from moe_engine.dist.layout import check_layout
 from moe_engine.engine.client import EngineClient
 from moe_engine.engine.model_directory import resolve_model
 from moe_engine.errors import ConfigError, EngineDeadError, InvalidRequestError, MoEEngineError
 from moe_engine.log import get_logger
+from moe_engine.text.no_tokenizer import NoTokenizer
 from moe_engine.text.output import RequestAssembler
 from moe_engine.text.tokenizer import Tokenizer
 from moe_engine.types.messages import EngineReady, LoadProgress, RequestUpdate
@@ -104,15 +104,23 @@ class FrontEnd:
             InvalidRequestError: a token id, here or in ``params``, is outside the vocabulary.
             EngineDeadError: the engine is dead.
         """
+        if params.stop and self.config.skip_tokenizer_init:
+            raise InvalidRequestError(
+                "stop strings need a tokenizer, which skip_tokenizer_init leaves out; use "
+                "stop_token_ids",
+                param="stop",
+            )
         vocab_size = self.client.info.vocab_size
         params.check_vocabulary(vocab_size)
-        for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    f"prompt token id {token_id} at position {position} is outside the "
-                    f"vocabulary of ids 0 to {vocab_size - 1}",
-                    param="prompt",
-                )
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+            position, token_id = next(
+                (i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocab_size
+            )
+            raise InvalidRequestError(
+                f"prompt token id {token_id} at position {position} is outside the "
+                f"vocabulary of ids 0 to {vocab_size - 1}",
+                param="prompt",
+            )
         return OpenRequest(self, request_id, token_ids, params, put)
 
     @property
@@ -124,6 +132,8 @@ class FrontEnd:
         """Token ids of any kind of prompt; `InvalidRequestError` if it is none."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
+        if set(map(type, prompt)) == {int}:  # the usual case, without a look at each in Python
+            return list(cast("Sequence[int]", prompt))
         token_ids, messages = [], []
         for item in prompt:
             if isinstance(item, Mapping):
@@ -138,14 +148,16 @@ class FrontEnd:
         return self.tokenizer.apply_chat_template(messages) if messages else token_ids
 
     def _load_tokenizer(self, directory: Path) -> Tokenizer:
-        """The checkpoint's tokenizer; dummy weights can do with the demo's."""
+        """The checkpoint's tokenizer; dummy weights can do with the demo's, or with none."""
+        if self.config.skip_tokenizer_init:
+            return NoTokenizer()
         try:
             return Tokenizer.from_directory(directory)
         except ConfigError as error:
             if self.config.load_format != "dummy":
                 raise
             logger.warning("%s; with dummy weights the demo's tokenizer serves instead", error)
-            return Tokenizer.from_directory(ensure_demo_checkpoint())
+            return Tokenizer.from_directory(resolve_model(None))
 
 
 class OpenRequest:
@@ -219,3 +231,30 @@ def nth_params(params: SamplingParams, index: int) -> SamplingParams:
         seed = (seed + index + 2**63) % 2**64 - 2**63
     prompt_logprobs = params.prompt_logprobs if index == 0 else None
     return replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
+
+
+def merge_news(items: list[News]) -> list[News]:
+    """The same news with consecutive updates of one completion made one."""
+    merged: list[News] = []
+    for index, update in items:
+        if merged and merged[-1][0] == index:
+            before = merged[-1][1]
+            if isinstance(before, RequestUpdate) and isinstance(update, RequestUpdate):
+                merged[-1] = (index, _join(before, update))
+                continue
+        merged.append((index, update))
+    return merged
+
+
+def _join(first: RequestUpdate, second: RequestUpdate) -> RequestUpdate:
+    """Two consecutive updates of a request as one; only the second can be the last."""
+    assert first.finish_reason is None, "nothing comes after the last update"
+    return RequestUpdate(
+        second.request_id,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
+        finish_reason=second.finish_reason,
+        stop_token_id=second.stop_token_id,
+        num_cached_tokens=second.num_cached_tokens,
+    )

@@ -23,6 +23,7 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 from moe_engine.cache.block_pool import BlockPool
 from moe_engine.cache.prefix import extend_digests, find_prefix
@@ -58,8 +59,7 @@ class Offer:
     cost: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedStep:
+class PlannedStep(NamedTuple):
     """A sequence's share of a planned step, kept until the result arrives.
 
     ``seq_id`` is the one it had then: it may be preempted and admitted again meanwhile.
@@ -100,17 +100,24 @@ class Group:
     def plan_running(self) -> list[Sequence]:
         """Plan decoding, then chunks; returns the sequences that had to be preempted."""
         preempted: list[Sequence] = []
+        prefilling: list[Sequence] = []
         for sequence in self.running.copy():
-            if sequence.state is State.RUNNING and sequence.num_pending == 1:
+            num_pending = sequence.num_pending
+            if num_pending > 1:
+                prefilling.append(sequence)
+            elif num_pending == 1 and sequence.state is State.RUNNING:
                 self._plan_decode(sequence, preempted)
-        for sequence in self.running:
+        for sequence in prefilling:
             num_tokens = min(sequence.num_pending, self._max_chunk, self._budget)
-            if sequence.seq_id not in self._planned and num_tokens > 0:
+            if sequence.state is State.RUNNING and num_tokens > 0:
                 self._add_step(sequence, num_tokens, [])
         return preempted
 
     def _plan_decode(self, sequence: Sequence, preempted: list[Sequence]) -> None:
         num_missing = self._num_blocks_for(sequence.num_computed + 1) - len(sequence.block_table)
+        if num_missing == 0:  # all steps but one in ``block_size``
+            self._add_step(sequence, 1, [])
+            return
         while (new_blocks := self.pool.allocate(num_missing)) is None:
             victim = self.running[-1]
             self._drop(victim, victim.preempt())

@@ -25,6 +25,9 @@ from moe_engine.engine.spec import RankSpec
 from moe_engine.errors import ConfigError
 from moe_engine.types.messages import ToFrontEnd
 
+RANK_MODULE = "moe_engine.engine.rank_main"
+"""What a rank process runs; a benchmark of the front end puts something else there."""
+
 EXIT_GRACE = 5.0
 """Seconds that ranks have to leave by themselves before they are killed."""
 
@@ -62,12 +65,15 @@ class RankProcesses:
             ranks: Sequence[int] = [0]
         else:
             spec = RankSpec(
-                config, str(self._directory / "store"), str(self._directory / "control.sock")
+                config,
+                str(self._directory / "store"),
+                str(self._directory / "control.sock"),
+                time.perf_counter(),
             )
             spec.write(spec_path)
             ranks = range(config.parallel.world_size)
         for rank in ranks:
-            command = [sys.executable, "-m", "moe_engine.engine.rank_main", str(spec_path)]
+            command = [sys.executable, "-m", RANK_MODULE, str(spec_path)]
             inherited = [front_end.fileno()] if rank == 0 else []
             self._processes[rank] = subprocess.Popen(
                 [*command, *map(str, inherited)],
@@ -143,4 +149,4 @@ def torchrun_spec(config: EngineConfig, environment: env.Environment) -> RankSpe
             f"{parallel.attention_tp} x attention_dp {parallel.attention_dp} needs "
             f"{parallel.world_size}"
         )
-    return RankSpec(config, None, (environment.master_addr, 0))
+    return RankSpec(config, None, (environment.master_addr, 0), time.perf_counter())

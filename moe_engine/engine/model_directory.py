@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from moe_engine.demo.build import ensure_demo_checkpoint
 from moe_engine.errors import ConfigError
 
 REPOSITORY_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -19,6 +18,9 @@ def resolve_model(model: str | None) -> Path:
         ConfigError: neither a directory nor a repository that can be had.
     """
     if model is None:
+        # Imported here, because it brings torch, which the front end does without otherwise.
+        from moe_engine.demo.build import ensure_demo_checkpoint
+
         return ensure_demo_checkpoint()
     directory = Path(model)
     if directory.is_dir():

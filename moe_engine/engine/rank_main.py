@@ -18,7 +18,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
-from moe_engine import env, log
+from moe_engine import env, garbage, log
 from moe_engine.config import EngineConfig
 from moe_engine.dist.channel import Channel, ChannelClosed
 from moe_engine.dist.communicator import PeerLostError
@@ -32,6 +32,7 @@ from moe_engine.engine.pending import PendingStep
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.engine.spec import RankSpec
+from moe_engine.engine.startup import StartupClock
 from moe_engine.engine.summary import start_summary
 from moe_engine.errors import CheckpointError, ConfigError
 from moe_engine.types.messages import (
@@ -86,23 +87,27 @@ def run_torchrun_rank(config: EngineConfig, environment: env.Environment) -> Non
 
 
 def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: int) -> None:
+    clock = StartupClock(spec.asked_at)
+    clock.mark("process and imports")
     hub = ControlHub(Channel(Connection(front_end_fd), ToCore))
     hub.hear_front_end()
     try:
         store = open_store(spec.store_file, 0, layout.world_size)
         if layout.world_size > 1:
             hub.accept_ranks(publish_control(store, spec.control_address), layout.world_size)
-        runtime = RankRuntime(spec.config, layout, place)
+        runtime = RankRuntime(spec.config, layout, place, clock)
         runtime.join(store)
         num_blocks = runtime.load(
             lambda stage, done, total: hub.tell_front_end(LoadProgress(stage, done, total))
         )
         for _ in range(layout.world_size - 1):
             num_blocks = min(num_blocks, hub.ready.get().num_blocks)
+        clock.mark("other ranks")
         hub.tell_ranks(StartStepping(num_blocks))
         runtime.start(num_blocks)
         for _ in range(layout.world_size - 1):
             hub.started.get()
+        clock.mark("other ranks")
         scheduler = _make_scheduler(runtime, num_blocks)
         core = EngineCore(
             scheduler,
@@ -112,6 +117,7 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
             launches_ahead=runtime.device.type == "cuda",
             step_timeout=spec.config.step_timeout,
         )
+        garbage.settle()
         hub.tell_front_end(
             EngineReady(
                 max_model_len=runtime.max_model_len,
@@ -120,8 +126,8 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
                 block_size=spec.config.cache.block_size,
                 eos_token_ids=list(runtime.model_config.eos_token_ids),
                 summary=start_summary(runtime, num_blocks),
+                startup_s=clock.seconds,
                 memory=runtime.ledger,
-                warmup_seconds=runtime.warmup_seconds,
             )
         )
         core.run()
@@ -155,12 +161,13 @@ def _follow(spec: RankSpec, layout: RankLayout, place: LocalPlace) -> None:
     )
     sender.start()
     try:
-        runtime = RankRuntime(spec.config, layout, place)
+        runtime = RankRuntime(spec.config, layout, place, StartupClock(spec.asked_at))
         runtime.join(store)
         channel.send(RankReady(layout.rank, runtime.load(lambda *_: None)))
         while not isinstance(message := inbox.get(), Shutdown):
             if isinstance(message, StartStepping):
                 runtime.start(message.num_blocks)
+                garbage.settle()
                 channel.send(RankStarted(layout.rank))
                 continue
             launched.put(runtime.runner.launch(message.plan))

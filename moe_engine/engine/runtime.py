@@ -15,6 +15,7 @@ from moe_engine.cache.kv import KVCache
 from moe_engine.checkpoint.dummy import fill_dummy
 from moe_engine.checkpoint.load import load_weights
 from moe_engine.checkpoint.reader import Checkpoint
+from moe_engine.checkpoint.skew import skew_routers
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.hf import load_model_config
 from moe_engine.dist.groups import ParallelGroups, create_groups
@@ -22,6 +23,7 @@ from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.engine import memory
 from moe_engine.engine.profiling import StepMemory, StepProfiler
 from moe_engine.engine.runner import ModelRunner
+from moe_engine.engine.startup import StartupClock
 from moe_engine.errors import ConfigError
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import LayerContext
@@ -48,20 +50,26 @@ class RankRuntime:
     """Owns everything that a rank allocates.
 
     Construct, `load`, then `start` with the number of KV blocks that all ranks agreed on; after
-    that, `runner` executes plans.
+    that, `runner` executes plans. ``clock`` is told of every phase.
 
     Attributes:
         ledger: where the memory went, once started.
-        warmup_seconds: spent on measuring steps, compiling kernels and capturing graphs.
     """
 
     runner: ModelRunner
     ledger: MemoryLedger
 
-    def __init__(self, config: EngineConfig, layout: RankLayout, place: LocalPlace) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        layout: RankLayout,
+        place: LocalPlace,
+        clock: StartupClock | None = None,
+    ) -> None:
         assert config.model is not None
         self.config = config
         self.layout = layout
+        self.clock = clock or StartupClock(time.perf_counter())
         self._place = place
         self.model_config: ModelConfig = load_model_config(Path(config.model))
         check_layout(self.model_config, config.parallel)
@@ -70,16 +78,17 @@ class RankRuntime:
         self.max_model_len = pick_max_model_len(config, self.model_config)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.warmup_seconds = 0.0
         self._steps = StepMemory(activations=0, graphs=0)
         # Before `join`, for which all ranks wait, none of them has taken memory for weights.
         self._free_at_start, _ = self._memory()
+        self.clock.mark("device")
 
     def join(self, store: dist.Store) -> None:
         """Make the process groups (a collective over all ranks)."""
         self.groups: ParallelGroups = create_groups(
             self.layout, store, self.device, self.config.step_timeout
         )
+        self.clock.mark("groups")
 
     def load(self, progress: Progress) -> int:
         """Build the model, fill its weights, and return how many KV blocks fit this rank.
@@ -94,8 +103,12 @@ class RankRuntime:
         context = LayerContext(self.model_config, self.groups, self.dtype, self.device)
         self._model = Qwen3MoeForCausalLM(context)
         specs = list(self._model.weight_specs())
+        self.clock.mark("model")
         if self.config.load_format == "dummy":
             fill_dummy(specs, self.config.seed)
+            if self.config.dummy_expert_skew:
+                top_k = self.model_config.num_experts_per_tok
+                skew_routers(specs, top_k, self.config.dummy_expert_skew, self.config.seed)
         else:
             assert self.config.model is not None
             load_weights(
@@ -105,8 +118,12 @@ class RankRuntime:
                 show_progress=self.layout.rank == 0,
             )
         if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.clock.mark("weights")
+        if self.device.type == "cuda":
             progress("warming up", 0, 1)
             self._steps = self._measure_steps()
+            self.clock.mark("warm-up")
         free, total = self._memory()
         self.budget = memory.kv_budget(
             self.model_config,
@@ -120,16 +137,19 @@ class RankRuntime:
 
     def start(self, num_blocks: int) -> None:
         """Allocate the KV cache and get ready to execute plans."""
+        kv = self._kv_cache(num_blocks)
+        self.clock.mark("KV cache")
         self.runner = ModelRunner(
             self.config,
             self.model_config,
             self._model,
-            self._kv_cache(num_blocks),
+            kv,
             self.groups,
             self.max_model_len,
             self.device,
         )
         graphs = self._capture_graphs() if self.uses_graphs else 0
+        self.clock.mark("CUDA graphs" if self.uses_graphs else "runner")
         free, total = self._memory()
         self.ledger = MemoryLedger(
             total=total,
@@ -155,7 +175,6 @@ class RankRuntime:
 
     def _measure_steps(self) -> StepMemory:
         """Run the largest steps once, on a KV cache of one block."""
-        started = time.monotonic()
         profiler = StepProfiler(
             self.config,
             self.model_config,
@@ -165,17 +184,13 @@ class RankRuntime:
             self.max_model_len,
             self.device,
         )
-        steps = profiler.measure(with_graphs=self.uses_graphs)
-        self.warmup_seconds += time.monotonic() - started
-        return steps
+        return profiler.measure(with_graphs=self.uses_graphs)
 
     def _capture_graphs(self) -> int:
         """Capture the decode steps; returns the bytes that it took."""
-        started = time.monotonic()
         free, _ = self._memory()
         self.runner.capture_graphs()
         torch.cuda.empty_cache()
-        self.warmup_seconds += time.monotonic() - started
         return free - self._memory()[0]
 
     def _kv_cache(self, num_blocks: int) -> KVCache:

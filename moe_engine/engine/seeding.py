@@ -6,6 +6,8 @@ OOPSLA 2014): a Weyl sequence with the odd constant ``GOLDEN`` through a 64-bit 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -24,7 +26,13 @@ def draw64(seed: int, index: int) -> int:
     The seed is mixed before it starts the Weyl sequence, so neighbouring seeds do not yield
     shifted copies of one stream.
     """
-    return mix64(mix64(seed) + (index + 1) * GOLDEN)
+    return mix64(_stream(seed) + (index + 1) * GOLDEN)
+
+
+@lru_cache(maxsize=4096)
+def _stream(seed: int) -> int:
+    """Where a seed's Weyl sequence starts; a running request asks in every step."""
+    return mix64(seed)
 
 
 def uniform(seed: int, index: int) -> float:

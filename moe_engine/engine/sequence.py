@@ -91,6 +91,9 @@ class Sequence:
         self.num_registered = 0
         self.num_cached_tokens = 0
         self.num_prompt_logprobs = 0
+        # Tokens known or in flight, and their limit: kept, not counted, because a step asks often.
+        self._num_tokens = len(token_ids)
+        self._max_tokens = len(token_ids) + max_output_tokens
         self._state = State.WAITING
         self._eos_ids = () if params.ignore_eos else tuple(eos_token_ids)
         self._stop_ids = dict.fromkeys((*self._eos_ids, *params.stop_token_ids))
@@ -108,7 +111,7 @@ class Sequence:
     @property
     def next_output_index(self) -> int:
         """Which output token, from 0, the next sample will be."""
-        return self.num_output_tokens + self.num_in_flight
+        return self._num_tokens - self.num_prompt_tokens
 
     @property
     def num_pending(self) -> int:
@@ -116,9 +119,9 @@ class Sequence:
 
         0 when the samples in flight are the last ones that ``max_output_tokens`` allows.
         """
-        if self.next_output_index >= self.max_output_tokens:
+        if self._num_tokens >= self._max_tokens:
             return 0
-        return len(self.token_ids) + self.num_in_flight - self.num_computed
+        return self._num_tokens - self.num_computed
 
     def admit(
         self, seq_id: int, group: int, *, num_cached_blocks: int, block_size: int
@@ -147,20 +150,25 @@ class Sequence:
 
     def compute(self, num_tokens: int, new_blocks: list[int]) -> bool:
         """Plan the next ``num_tokens`` positions; True if the step samples a token after them."""
-        if not 0 < num_tokens <= self.num_pending:
+        num_pending = self.num_pending
+        if not 0 < num_tokens <= num_pending:
             raise IllegalTransitionError(self.request_id, self._state, "compute")
-        self._take("compute")
-        is_sampling = num_tokens == self.num_pending
+        if self._state is not State.RUNNING:
+            self._take("compute")
         self.block_table.extend(new_blocks)
         self.num_computed += num_tokens
-        self.num_in_flight += is_sampling
-        return is_sampling
+        if num_tokens < num_pending:
+            return False
+        self.num_in_flight += 1
+        self._num_tokens += 1
+        return True
 
     def accept_token(self, token_id: int) -> FinishReason | None:
         """Append the oldest sample in flight; returns why the output ends with it, if it does."""
         if self.num_in_flight == 0:
             raise IllegalTransitionError(self.request_id, self._state, "accept_token")
-        self._take("accept_token")
+        if self._state is not State.RUNNING:
+            self._take("accept_token")
         self.num_in_flight -= 1
         self.token_ids.append(token_id)
         if token_id in self._stop_ids and self.num_output_tokens > self.params.min_tokens:
@@ -200,6 +208,7 @@ class Sequence:
         return block_table
 
     def _take(self, event: str) -> None:
+        """Change state; an event that leaves a running sequence running may skip the call."""
         next_state = _NEXT_STATE.get((event, self._state))
         if next_state is None:
             raise IllegalTransitionError(self.request_id, self._state, event)

@@ -17,11 +17,14 @@ class RankSpec(msgspec.Struct, frozen=True):
         store_file: rendezvous file of a world on one node; None under torchrun.
         control_address: where rank 0 listens for the other ranks: a Unix socket path, or
             (host, port) under torchrun.
+        asked_at: `time.perf_counter` on this machine when the ranks were asked for; rank 0's start
+            is timed from then on.
     """
 
     config: EngineConfig
     store_file: str | None
     control_address: str | tuple[str, int]
+    asked_at: float
 
     def write(self, path: Path) -> None:
         """Save as JSON."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from moe_engine.engine.memory import size
 from moe_engine.engine.runtime import RankRuntime
+from moe_engine.engine.startup import describe_startup
 from moe_engine.types.messages import MemoryLedger
 
 
 def start_summary(runtime: RankRuntime, num_blocks: int) -> str:
-    """Layout, weights and KV cache per rank."""
+    """Layout, weights and KV cache per rank, and where the start's time went."""
     model, config = runtime.model_config, runtime.config
     parallel = config.parallel
     tokens = num_blocks * config.cache.block_size
@@ -23,12 +24,10 @@ def start_summary(runtime: RankRuntime, num_blocks: int) -> str:
         f"KV cache  {num_blocks} blocks of {config.cache.block_size} = {tokens} tokens per "
         f"DP group; context {runtime.max_model_len} tokens",
     ]
-    if runtime.warmup_seconds:
+    if runtime.device.type == "cuda":
         graphs = "CUDA graphs" if runtime.uses_graphs else "no CUDA graphs"
-        lines.append(
-            f"steps     {runtime.pipeline_depth} under way, {graphs}; warm-up took "
-            f"{runtime.warmup_seconds:.1f} s"
-        )
+        lines.append(f"steps     up to {runtime.pipeline_depth} under way, {graphs}")
+    lines.append(f"start     {describe_startup(runtime.clock.seconds)}")
     return "\n".join(lines)
 
 

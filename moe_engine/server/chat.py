@@ -28,7 +28,7 @@ from moe_engine.server.protocol.chat import (
     ChatLogprobs,
     ResponseMessage,
 )
-from moe_engine.server.sse import EventStreamResponse
+from moe_engine.server.sse import EventStreamResponse, TextEvents
 from moe_engine.types.results import CompletionOutput
 from moe_engine.types.sampling import SamplingParams
 
@@ -116,12 +116,21 @@ async def _stream(
     generation: Generation,
     n: int,
     tokenizer: Tokenizer,
-) -> AsyncIterator[ChatCompletionChunk]:
+) -> AsyncIterator[ChatCompletionChunk | bytes]:
+    plain = TextEvents(
+        lambda index, text: ChatCompletionChunk(
+            **identity.fields(),
+            choices=[ChatChunkChoice(index=index, delta=ChatDelta(content=text))],
+        )
+    )
     for index in range(n):
         choice = ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
         yield ChatCompletionChunk(**identity.fields(), choices=[choice])
     async for _, output in generation:
         for part in output.outputs:
+            if part.text and part.logprobs is None and part.finish_reason is None:
+                yield plain.render(part.index, part.text)
+                continue
             if not (part.text or part.logprobs or part.finish_reason):
                 continue
             choice = ChatChunkChoice(

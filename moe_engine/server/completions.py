@@ -25,7 +25,7 @@ from moe_engine.server.protocol.completions import (
     CompletionRequest,
     CompletionResponse,
 )
-from moe_engine.server.sse import EventStreamResponse
+from moe_engine.server.sse import EventStreamResponse, TextEvents
 from moe_engine.types.results import CompletionOutput, FinishReason, PositionLogprobs
 from moe_engine.types.sampling import SamplingParams
 
@@ -100,7 +100,12 @@ def _sampling_params(body: CompletionRequest, context: ServerContext) -> Samplin
 
 async def _stream(
     body: CompletionRequest, identity: Identity, generation: Generation, writer: _ChoiceWriter
-) -> AsyncIterator[CompletionChunk]:
+) -> AsyncIterator[CompletionChunk | bytes]:
+    plain = TextEvents(
+        lambda index, text: CompletionChunk(
+            **identity.fields(), choices=[CompletionChoice(index=index, text=text)]
+        )
+    )
     waiting: dict[int, list[CompletionOutput]] = {}  # deltas that come after their prompt's echo
     echoed: set[int] = set()
     async for number, output in generation:
@@ -116,7 +121,9 @@ async def _stream(
         if writer.score_only:
             continue
         for delta in deltas:
-            if delta.text or delta.logprobs or delta.finish_reason:
+            if delta.text and delta.logprobs is None and delta.finish_reason is None:
+                yield plain.render(number * writer.n + delta.index, delta.text)
+            elif delta.text or delta.logprobs or delta.finish_reason:
                 choice = writer.delta(number, delta)
                 yield CompletionChunk(**identity.fields(), choices=[choice])
     if body.stream_options is not None and body.stream_options.include_usage:

@@ -67,8 +67,8 @@ class ServerContext:
         )
 
 
-def get_context(request: Request) -> ServerContext:
-    """The context of the application that serves ``request``."""
+async def get_context(request: Request) -> ServerContext:
+    """The context of the application; not a plain function, for which FastAPI takes a thread."""
     context = request.app.state.context
     assert isinstance(context, ServerContext)
     return context

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
+from moe_engine import garbage
 from moe_engine.config import ServerConfig
 from moe_engine.errors import EngineDeadError
 from moe_engine.server.app import create_app
@@ -106,6 +107,7 @@ async def _watch(
         await app.state.startup
     except Exception as error:
         return error
+    garbage.settle()
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     print(engine.info.summary)

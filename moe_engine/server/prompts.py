@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,14 +49,17 @@ class PromptEncoder:
         Raises:
             InvalidRequestError: a text or list of ids is too long, or an id out of range.
         """
-        return await asyncio.to_thread(
-            lambda: [
+
+        def encode() -> list[Prompt]:
+            return [
                 self._encode_text(prompt, add_special_tokens)
                 if isinstance(prompt, str)
                 else self._check_ids(prompt)
                 for prompt in prompts
             ]
-        )
+
+        has_text = any(isinstance(prompt, str) for prompt in prompts)
+        return await asyncio.to_thread(encode) if has_text else encode()
 
     async def render_chat(self, request: ChatCompletionRequest) -> Prompt:
         """Token ids of a conversation in the model's chat template.
@@ -95,13 +99,13 @@ class PromptEncoder:
 
     def _check_ids(self, token_ids: list[int]) -> Prompt:
         limit = self._info.vocab_size
-        for position, token_id in enumerate(token_ids):
-            if token_id >= limit:
-                raise InvalidRequestError(
-                    f"prompt has token id {token_id} at position {position}; the vocabulary has "
-                    f"ids 0 to {limit - 1}",
-                    param="prompt",
-                )
+        if token_ids and max(token_ids) >= limit:
+            position = next(i for i, token_id in enumerate(token_ids) if token_id >= limit)
+            raise InvalidRequestError(
+                f"prompt has token id {token_ids[position]} at position {position}; the "
+                f"vocabulary has ids 0 to {limit - 1}",
+                param="prompt",
+            )
         return Prompt(token_ids)
 
     def _check_length(self, num_chars: int, param: str) -> None:
@@ -110,7 +114,8 @@ class PromptEncoder:
                 len(self._tokenizer.token_bytes(token_id) or b"")
                 for token_id in range(self._info.vocab_size)
             )
-            self._max_chars = self._info.max_model_len * longest
+            # No token has a text where there is no tokenizer, whose stand-in refuses any text.
+            self._max_chars = self._info.max_model_len * longest or sys.maxsize
         if num_chars > self._max_chars:
             raise InvalidRequestError(
                 f"{param} has {num_chars} characters; the context of {self._info.max_model_len} "

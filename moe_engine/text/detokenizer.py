@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Add tokens; returns the text that they settled, O(1) per token."""
-        return self._utf8.decode(b"".join(map(self._visible_bytes, token_ids)))
+        return self._utf8.decode(b"".join([self._visible_bytes(i) for i in token_ids]))
 
     def finish(self) -> str:
         """The text still held back: "" or U+FFFD for a character that was never completed."""

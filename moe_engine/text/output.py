@@ -98,6 +98,12 @@ class CompletionAssembler:
         num_shown = len(update.token_ids)
         if update.finish_reason is FinishReason.STOP:  # the last token is a stop token
             num_shown -= not self._params.include_stop_str_in_output
+        if not self._params.stop:
+            self._token_ids += update.token_ids
+            text = self._detokenizer.push(update.token_ids[:num_shown])
+            if update.finish_reason is not None:
+                text += self._detokenizer.finish()
+            return text, len(update.token_ids)
         text = ""
         for position, token_id in enumerate(update.token_ids):
             self._token_ids.append(token_id)
@@ -150,11 +156,13 @@ class RequestAssembler:
         self._prompt_logprobs: list[PositionLogprobs | None] = [None]
         self._prompt_logprobs_sent = False
         self._num_cached_tokens = 0
+        self._num_tokens = 0
+        self._num_open = params.n
 
     @property
     def finished(self) -> bool:
         """Whether all completions have ended."""
-        return all(completion.finished for completion in self.completions)
+        return self._num_open == 0
 
     def update(self, index: int, update: RequestUpdate) -> RequestOutput | None:
         """Take the core's news of completion ``index``; returns the chunk to stream, if any.
@@ -172,6 +180,8 @@ class RequestAssembler:
         delta = self.completions[index].update(update)
         if delta is None:
             return None
+        self._num_tokens += len(delta.token_ids)
+        self._num_open -= delta.finish_reason is not None
         prompt_logprobs = None
         if index == 0 and self._wants_prompt_logprobs and not self._prompt_logprobs_sent:
             is_complete = len(self._prompt_logprobs) >= len(self._prompt_token_ids)
@@ -196,7 +206,7 @@ class RequestAssembler:
             outputs=outputs,
             usage=Usage(
                 prompt_tokens=len(self._prompt_token_ids),
-                completion_tokens=sum(c.num_tokens for c in self.completions),
+                completion_tokens=self._num_tokens,
                 cached_tokens=self._num_cached_tokens,
             ),
             prompt_logprobs=prompt_logprobs,

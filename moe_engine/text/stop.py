@@ -36,6 +36,8 @@ class StopStringChecker:
         With ``search=False`` no match may end in this text (it may begin in it). After a match
         nothing more comes out.
         """
+        if not self._automata:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text

@@ -117,7 +117,7 @@ class MemoryLedger(Message, frozen=True):
 class EngineReady(Message, frozen=True):
     """Core -> front end: all ranks are up; the limits that requests are checked against.
 
-    ``warmup_seconds`` is what rank 0 spent on compiling, measuring and capturing after loading.
+    ``startup_s`` splits rank 0's start into phases, in seconds and in order.
     """
 
     max_model_len: int
@@ -126,8 +126,8 @@ class EngineReady(Message, frozen=True):
     block_size: int
     eos_token_ids: list[int]
     summary: str
+    startup_s: dict[str, float] = {}
     memory: MemoryLedger = MemoryLedger()
-    warmup_seconds: float = 0.0
 
 
 class RankHello(Message, frozen=True):

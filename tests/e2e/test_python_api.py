@@ -166,3 +166,22 @@ def test_shutdown_while_loading_ends_the_start_at_once():
         assert time.monotonic() - started < 4
 
     asyncio.run(run())
+
+
+def test_without_a_tokenizer_prompts_and_outputs_are_token_ids(tmp_path):
+    shutil.copy(ensure_demo_checkpoint() / "config.json", tmp_path)
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "dummy_expert_skew": 1.0}
+    with MoEEngine(str(tmp_path), device="cpu", **options) as engine:
+        params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1)
+        [result] = engine.generate([[5, 6, 7]], params)
+        assert len(result.outputs[0].token_ids) == len(result.outputs[0].logprobs) == 3
+        assert result.outputs[0].text == ""
+        for prompt in ("a text", [{"role": "user", "content": "Hi"}]):
+            with pytest.raises(InvalidRequestError, match="send token ids"):
+                engine.generate(prompt)
+        with pytest.raises(InvalidRequestError, match="stop_token_ids"):
+            engine.generate([5], SamplingParams(stop=("x",)))
+        phases = engine.info.startup_s
+        assert next(iter(phases)) == "process and imports"
+        assert {"model", "weights", "KV cache"} <= set(phases)
+        assert all(seconds >= 0 for seconds in phases.values())

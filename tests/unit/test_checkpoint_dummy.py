@@ -41,7 +41,7 @@ def test_a_slice_holds_what_the_whole_tensor_has_there():
 
 def test_chunks_do_not_show(monkeypatch):
     whole = filled()
-    monkeypatch.setattr("moe_engine.checkpoint.dummy._CHUNK_ELEMENTS", 450)
+    monkeypatch.setattr("moe_engine.ops.reference.fill._CHUNK_ELEMENTS", 450)
     assert torch.equal(filled(), whole)
 
 

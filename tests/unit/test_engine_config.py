@@ -120,3 +120,10 @@ def test_exchange_that_the_layout_forbids_is_refused(exchange: str, tp: int, dp:
 @pytest.mark.parametrize(("exchange", "tp", "dp"), [("local", 1, 1), ("replicated", 4, 1)])
 def test_exchange_that_the_layout_allows_is_taken(exchange: str, tp: int, dp: int) -> None:
     EngineConfig(exchange=ExchangeConfig(exchange=exchange), parallel=ParallelConfig(tp, dp))
+
+
+@pytest.mark.parametrize("skew", [-0.1, 4.1, math.nan])
+def test_expert_skew_is_bounded_and_for_dummy_weights_only(skew):
+    assert "[0, 4]" in refusal(EngineConfig, load_format="dummy", dummy_expert_skew=skew)
+    assert "dummy" in refusal(EngineConfig, dummy_expert_skew=1.0)
+    EngineConfig(load_format="dummy", dummy_expert_skew=1.0)

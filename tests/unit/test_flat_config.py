@@ -47,6 +47,8 @@ def test_every_option_reaches_its_field():
             values["pipeline_depth"] = 2
         if option.name == "max_num_batched_tokens":
             values["max_num_seqs"] = 3
+        if option.name == "dummy_expert_skew":
+            values["load_format"] = "dummy"
         built = [dict(leaves(config)) for config in build_config(values)]
         assert (built[0] | built[1])[option.name] == values[option.name]
 

@@ -1,16 +1,20 @@
 """How the front end tells one prompt from many, and fans a request out into its completions."""
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_engine.engine.frontend import OpenRequest, nth_params
+from moe_engine.engine.frontend import OpenRequest, merge_news, nth_params
 from moe_engine.engine.llm import as_batch
 from moe_engine.errors import EngineDeadError
+from moe_engine.types.messages import RequestUpdate
+from moe_engine.types.results import FinishReason
 from moe_engine.types.sampling import MAX_N, SamplingParams
+from moe_engine.types.step import Logprobs
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
@@ -85,3 +89,49 @@ def test_refused_sequence_takes_back_those_of_the_request_that_were_sent() -> No
     with pytest.raises(EngineDeadError):
         OpenRequest(front_end, "r", [1], SamplingParams(n=4), lambda _: None)
     assert client.aborted == client.submitted == ["r-0", "r-1"]
+
+
+def updates_of_one_request(draw_tokens, with_logprobs):
+    """Updates as the core makes them: a token each, the last one with a reason."""
+    count = len(draw_tokens)
+    return [
+        RequestUpdate(
+            "r",
+            token_ids=[token],
+            logprobs=[Logprobs(token, -1.0, 1)] if with_logprobs else [],
+            prompt_logprobs=[Logprobs(7, -2.0, 2)] if number == 0 else [],
+            finish_reason=FinishReason.STOP if number == count - 1 else None,
+            stop_token_id=token if number == count - 1 else None,
+            num_cached_tokens=16,
+        )
+        for number, token in enumerate(draw_tokens)
+    ]
+
+
+@given(
+    tokens=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    cuts=st.sets(st.integers(1, 11)),
+    with_logprobs=st.booleans(),
+)
+def test_merged_updates_bring_the_same_however_they_are_cut(tokens, cuts, with_logprobs):
+    updates = updates_of_one_request(tokens, with_logprobs)
+    edges = [0, *sorted(cut for cut in cuts if cut < len(updates)), len(updates)]
+    pieces = [
+        merge_news([(0, update) for update in updates[start:end]]) for start, end in pairwise(edges)
+    ]
+    assert all(len(piece) == 1 for piece in pieces)
+    [(index, whole)] = merge_news([item for piece in pieces for item in piece])
+    assert (index, whole.token_ids) == (0, tokens)
+    assert [entry.token_id for entry in whole.logprobs] == (tokens if with_logprobs else [])
+    assert len(whole.prompt_logprobs) == 1
+    assert (whole.finish_reason, whole.stop_token_id) == (FinishReason.STOP, tokens[-1])
+
+
+def test_only_neighbours_of_one_completion_are_merged_and_errors_stay():
+    a, b = RequestUpdate("a", token_ids=[1]), RequestUpdate("b", token_ids=[2])
+    error = EngineDeadError("dead")
+    items = [(0, a), (1, b), (0, a), (0, a), (0, error), (0, error)]
+    merged = merge_news(items)
+    assert [index for index, _ in merged] == [0, 1, 0, 0, 0]
+    assert merged[2][1].token_ids == [1, 1]
+    assert merged[3][1] is merged[4][1] is error

@@ -19,7 +19,7 @@ LAYERS = [
     ["errors"],
     ["types"],
     ["config"],
-    ["env", "log"],
+    ["env", "garbage", "log"],
     ["kernels", "_C"],
     ["ops"],
     ["dist"],

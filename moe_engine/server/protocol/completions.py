@@ -59,6 +59,8 @@ def _checked_ids(value: Any, where: str) -> list[int]:
         raise _bad_prompt("a list of token ids", where, value)
     if not value:
         raise _bad_prompt("at least one token id", where, value)
+    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= INT32_MAX:
+        return value
     for i, token_id in enumerate(value):
         if type(token_id) is not int or not 0 <= token_id <= INT32_MAX:
             raise _bad_prompt("a token id, an integer from 0 on", f"{where}[{i}]", token_id)

@@ -1,0 +1,259 @@
+"""Decode steps, prefill, start and memory of the whole engine, against the bytes it must read.
+
+    python -m benchmarks.bench_engine --config configs/qwen3-30b-a3b-1gpu.yaml \
+        --load-format dummy --batches 1,8,32,64,128,256 --input 512 --output 256 --json FILE
+
+Everything goes through `MoEEngine` with token-id prompts, greedy, past end-of-sequence tokens, the
+prefix cache off. With dummy weights the model needs no checkpoint: a name that is no directory is
+looked up in benchmarks/models/.
+
+- A decode step's time is the slope between runs of ``output / 2 + 1`` and ``output + 1`` tokens
+  (129 and 257): start and tail cancel. Beside it stand percentiles of the intervals between the
+  tokens of a run, whose jitter the slope does not show.
+- Prefill is the slope between prompts for 8 and for 16 steps of ``--prefill-tokens`` tokens.
+- The floor is the time to read once what a step must read (`decode_floor`), at the bandwidth that
+  this machine showed just before (`ceilings`).
+- ``--check`` decodes the same prompts alone, in one batch, and beside others, and counts outputs
+  that are the same token by token. Kernels that add in another order for another batch may
+  break near-ties of random weights differently; the count says how often.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks import ceilings
+from benchmarks.decode_floor import slope, step_bytes
+from benchmarks.driver import Run, percentile, random_prompts, run_batch
+from benchmarks.peer import read_peer
+from benchmarks.report import print_decode, print_prefill
+from moe_engine import MoEEngine
+from moe_engine.checkpoint.skew import zipf_popularity
+from moe_engine.config import ModelConfig
+from moe_engine.config.flat import flat_options
+from moe_engine.config.yaml import load_yaml
+
+MODELS = Path(__file__).parent / "models"
+PREFILL_STEPS = (8, 16)
+CHECKED_PROMPTS, CHECKED_TOKENS = 8, 32
+
+
+def main() -> None:
+    """Measure, print and save."""
+    arguments = parse_arguments()
+    options = engine_options(arguments)
+    peer = read_peer(arguments.peer) if arguments.peer else None
+    device = "cpu" if options["device"] == "cpu" else "cuda"
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "options": options,
+        "ceilings": ceilings.run(device),
+        "gpu_before": gpu_state() if device == "cuda" else None,
+    }
+    started = time.perf_counter()
+    with MoEEngine(**options) as engine:
+        result["start"] = {
+            "total_s": time.perf_counter() - started,
+            "phases_s": engine.info.startup_s,
+        }
+        print(engine.info.summary, flush=True)
+        result["memory"] = msgspec.structs.asdict(engine.info.memory)
+        bench = EngineBench(engine, options, result["ceilings"], arguments)
+        if arguments.check:
+            result["check"] = bench.check()
+        result["decode"] = [bench.decode(batch) for batch in arguments.batches]
+        print_decode(result["decode"], peer)
+        if arguments.prefill_tokens:
+            result["prefill"] = bench.prefill(arguments.prefill_tokens)
+            print_prefill(result["prefill"], peer)
+        result["gpu_after"] = gpu_state() if device == "cuda" else None
+    result["peer"] = arguments.peer and json.loads(arguments.peer.read_text())
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {arguments.json}")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", type=Path, help="YAML file of the engine's options")
+    parser.add_argument("--model", help="checkpoint directory, or a name in benchmarks/models")
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="dummy")
+    parser.add_argument("--skew", type=float, default=0.0, help="Zipf exponent of dummy routing")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--batches", type=int_list, default=[1, 8, 32, 64, 128, 256])
+    parser.add_argument("--input", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--output", type=int, default=256, help="tokens of the longer run, less 1")
+    parser.add_argument("--prefill-tokens", type=int, default=8192, help="of a step; 0 leaves out")
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--peer", type=Path, help="a file that benchmarks.peer has written")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(argv)
+
+
+def int_list(text: str) -> list[int]:
+    """``1,8`` as [1, 8]."""
+    return [int(part) for part in text.split(",")]
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `MoEEngine`: the YAML file's, then what the benchmark needs."""
+    known = flat_options()
+    values = load_yaml(arguments.config) if arguments.config else {}
+    values = {name: v for name, v in values.items() if known[name].section != "server"}
+    longest = max(arguments.input + arguments.output + 1, arguments.prefill_tokens + 1)
+    most = max([*arguments.batches, 2 * CHECKED_PROMPTS])
+    if arguments.prefill_tokens:
+        most = max(most, PREFILL_STEPS[-1] * arguments.prefill_tokens // arguments.input)
+        values["max_num_batched_tokens"] = arguments.prefill_tokens
+    values |= {
+        "device": values.get("device", "auto"),
+        "load_format": arguments.load_format,
+        "dummy_expert_skew": arguments.skew,
+        "skip_tokenizer_init": True,
+        "prefix_cache": False,
+        "max_model_len": longest,
+        "max_num_seqs": most,
+        "max_num_batched_tokens": max(values.get("max_num_batched_tokens", 0), most),
+    }
+    for assignment in arguments.set:
+        name, _, text = assignment.partition("=")
+        values[name] = known[name].parse(text)
+    values["model"] = find_model(arguments.model or values.get("model"))
+    return values
+
+
+def find_model(name: str | None) -> str | None:
+    """A directory as it is, a name as its directory in benchmarks/models/."""
+    if name is None or Path(name).is_dir():
+        return name
+    return str(MODELS / name.lower())
+
+
+def gpu_state() -> dict[str, Any]:
+    """Name, driver and memory of the first GPU, from nvidia-smi, in its units (MiB)."""
+    fields = ("name", "driver_version", "memory.used", "memory.total")
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}"]
+    done = subprocess.run(
+        [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
+    )
+    return dict(zip(fields, map(str.strip, done.stdout.strip().split(",")), strict=True))
+
+
+class EngineBench:
+    """The measurements that need a running engine."""
+
+    def __init__(
+        self,
+        engine: MoEEngine,
+        options: dict[str, Any],
+        machine: dict[str, Any],
+        arguments: argparse.Namespace,
+    ) -> None:
+        self._engine = engine
+        self._arguments = arguments
+        self._bandwidth = machine["read_gb_per_s"] * 1e9
+        self._model: ModelConfig = engine._front_end.model_config
+        num_experts, top_k = self._model.num_experts, self._model.num_experts_per_tok
+        skew = options["dummy_expert_skew"]
+        even = [top_k / num_experts] * num_experts
+        self._popularity = zipf_popularity(num_experts, top_k, skew) if skew else even
+        is_float32 = options.get("dtype", "auto") == "float32" or options["device"] == "cpu"
+        self._item_size = 4 if is_float32 else 2
+        self._seed = 0
+
+    def decode(self, batch: int) -> dict[str, Any]:
+        """One batch size: step time, rates, floor."""
+        num_input, num_output = self._arguments.input, self._arguments.output
+        lengths = (num_output // 2 + 1, num_output + 1)
+        self._timed(batch, num_input, min(9, lengths[0]))  # warm up
+        runs = {
+            length: [
+                self._timed(batch, num_input, length) for _ in range(self._arguments.repetitions)
+            ]
+            for length in lengths
+        }
+        seconds = {n: statistics.median(run.seconds for run in each) for n, each in runs.items()}
+        step_s = slope(*sorted(seconds.items()))
+        intervals = [s for run in runs[lengths[1]] for s in run.step_seconds()]
+        context = num_input + (lengths[0] + lengths[1]) / 2
+        needed = step_bytes(self._model, batch, context, self._popularity, self._item_size)
+        floor_s = needed.total / self._bandwidth
+        return {
+            "batch": batch,
+            "step_ms": step_s * 1e3,
+            "interval_ms": {
+                name: percentile(intervals, share) * 1e3
+                for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+            },
+            "tok_per_s": batch / step_s,
+            "mean_context": context,
+            "bytes": {"experts": needed.experts, "dense": needed.dense, "kv": needed.kv},
+            "floor_ms": floor_s * 1e3,
+            "share_of_bandwidth": floor_s / step_s,
+            "seconds": {str(n): [run.seconds for run in each] for n, each in runs.items()},
+        }
+
+    def prefill(self, tokens_per_step: int) -> list[dict[str, Any]]:
+        """Prompt tokens per second at two shapes of a full step."""
+        results = []
+        for length in (self._arguments.input, tokens_per_step):
+            per_step = tokens_per_step // length
+            self._timed(per_step, length, 1)  # warm up
+            seconds = {
+                steps: [
+                    self._timed(per_step * steps, length, 1).seconds
+                    for _ in range(self._arguments.repetitions)
+                ]
+                for steps in PREFILL_STEPS
+            }
+            step_s = slope(*((n, statistics.median(s)) for n, s in seconds.items()))
+            results.append(
+                {
+                    "shape": f"{per_step}x{length}",
+                    "step_ms": step_s * 1e3,
+                    "tok_per_s": per_step * length / step_s,
+                    "seconds": {str(n): s for n, s in seconds.items()},
+                }
+            )
+        return results
+
+    def check(self) -> dict[str, Any]:
+        """Whether prompts decode to the same tokens alone, together, and beside others."""
+        vocab_size = self._model.vocab_size
+        prompts = random_prompts(CHECKED_PROMPTS, self._arguments.input, vocab_size, seed=-1)
+        others = random_prompts(CHECKED_PROMPTS, self._arguments.input // 2, vocab_size, seed=-2)
+        alone = [
+            run_batch(self._engine, [prompt], CHECKED_TOKENS).token_ids[0] for prompt in prompts
+        ]
+        together = run_batch(self._engine, prompts, CHECKED_TOKENS).token_ids
+        mixed = run_batch(self._engine, [*others, *prompts], CHECKED_TOKENS).token_ids
+        result = {
+            "num_prompts": len(prompts),
+            "num_tokens": CHECKED_TOKENS,
+            "num_equal_together": sum(map(tuple.__eq__, alone, together)),
+            "num_equal_mixed": sum(map(tuple.__eq__, alone, mixed[len(others) :])),
+        }
+        print(f"outputs equal to those of a prompt alone: {result}", flush=True)
+        return result
+
+    def _timed(self, batch: int, num_input: int, num_output: int) -> Run:
+        """A run with prompts never seen before."""
+        self._seed += 1
+        prompts = random_prompts(batch, num_input, self._model.vocab_size, self._seed)
+        return run_batch(self._engine, prompts, num_output)
+
+
+if __name__ == "__main__":
+    main()

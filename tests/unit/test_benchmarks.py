@@ -1,0 +1,176 @@
+"""The benchmarks' arithmetic, and the scripts from end to end on the demo model."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from benchmarks import bench_engine, bench_serving, fake_core
+from benchmarks.bench_engine import MODELS, engine_options, find_model, parse_arguments
+from benchmarks.bench_serving import latencies, round_seconds
+from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
+from benchmarks.driver import Run, percentile, random_prompts
+from benchmarks.peer import from_lines, read_peer
+from benchmarks.stream_client import Stream
+from benchmarks.synthetic_tokenizer import write_tokenizer
+from moe_engine.config import EngineConfig, ModelConfig
+from moe_engine.config.flat import build_config
+from moe_engine.engine import launcher
+from moe_engine.engine.memory import weight_bytes
+from moe_engine.text.tokenizer import Tokenizer
+
+QWEN3_30B = ModelConfig.from_directory(MODELS / "qwen3-30b-a3b")
+RESULTS = MODELS.parent / "results"
+EVEN = [8 / 128] * 128
+
+
+def test_the_committed_model_has_the_published_size():
+    assert weight_bytes(QWEN3_30B, EngineConfig(), torch.bfloat16) == 61_064_245_248
+
+
+def test_every_expert_is_hit_once_the_batch_is_large():
+    assert expected_experts_hit(EVEN, 1) == pytest.approx(8)
+    assert expected_experts_hit(EVEN, 64) == pytest.approx(128 * (1 - (15 / 16) ** 64))
+    assert expected_experts_hit(EVEN, 10**6) == pytest.approx(128)
+    assert expected_experts_hit([1.0, 1.0, 0.0], 5) == 2
+
+
+def test_expected_hits_are_those_of_random_routing():
+    torch.manual_seed(0)
+    hits = [len(torch.rand(8, 128).topk(8, dim=1).indices.unique().flatten()) for _ in range(400)]
+    assert sum(hits) / 400 == pytest.approx(expected_experts_hit(EVEN, 8), rel=0.01)
+
+
+def test_a_step_that_hits_everything_reads_all_weights_but_the_embedding():
+    needed = step_bytes(QWEN3_30B, 10**6, 0, EVEN, 2)
+    embedding = 151936 * 2048 * 2
+    rows = 10**6 * 2048 * 2
+    weights = weight_bytes(QWEN3_30B, EngineConfig(), torch.bfloat16)
+    assert needed.experts + needed.dense - rows == pytest.approx(weights - embedding)
+    assert needed.kv == 0
+
+
+@pytest.mark.parametrize(("batch", "floor_ms"), [(1, 1.43), (8, 6.1), (64, 14.9), (256, 18.2)])
+def test_floors_are_those_worked_out_by_hand_at_4300_gb_per_s(batch, floor_ms):
+    needed = step_bytes(QWEN3_30B, batch, 512 + 193, EVEN, 2)
+    assert needed.total / 4.3e12 * 1e3 == pytest.approx(floor_ms, rel=0.01)
+
+
+def test_layers_without_experts_count_as_dense():
+    model = ModelConfig.from_dict(
+        {"model_type": "qwen3_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]}
+    )
+    both = ModelConfig.from_dict({"model_type": "qwen3_moe", "num_hidden_layers": 2})
+    fewer, more = (step_bytes(m, 1, 0, EVEN, 1) for m in (model, both))
+    assert fewer.experts == more.experts / 2
+    assert fewer.dense == more.dense - 128 * 2048 + 3 * 2048 * 6144
+
+
+def test_what_two_runs_have_in_common_cancels():
+    assert slope((129, 0.3 + 129 * 0.01), (257, 0.3 + 257 * 0.01)) == pytest.approx(0.01)
+
+
+def test_steps_count_only_while_the_whole_batch_decodes():
+    run = Run(9.0, [[1.0, 2.0, 3.0, 4.0, 5.0], [2.5, 3.5, 5.0, 7.0]], [])
+    assert run.step_seconds() == [1.0, 1.5]
+    assert Run(1.0, [[1.0], [2.0]], []).step_seconds() == []
+
+
+def test_percentiles_interpolate_and_do_without_values():
+    assert percentile([float(n) for n in range(101)], 0.99) == pytest.approx(99)
+    assert percentile([3.0], 0.5) == 3.0
+    assert math.isnan(percentile([], 0.5))
+
+
+def test_prompts_depend_on_their_seed_alone():
+    first = random_prompts(3, 5, 100, seed=1)
+    assert first == random_prompts(3, 5, 100, seed=1) != random_prompts(3, 5, 100, seed=2)
+    assert all(len(p) == 5 and max(p) < 100 for p in first)
+
+
+def test_a_peers_lines_become_its_figures():
+    lines = [
+        {"what": "init", "vllm": "0.26.0", "gpu": "H", "seconds": 9.5, "input": 512},
+        {"what": "decode", "batch": 1, "step_ms": 4.3, "steady_ms": 4.1},
+        {"what": "decode", "batch": 256, "step_ms": 30.0},
+        {"what": "prefill", "tokens_per_step": 8192, "prompt_len": 512, "slope_tok_s": 70900},
+        {"what": "end"},
+    ]
+    peer = from_lines(lines, "2026-11-24")
+    assert peer.peer == "vLLM 0.26.0"
+    assert peer.decode_step_ms == {"1": 4.1, "256": 30.0}
+    assert peer.prefill_tok_per_s == {"16x512": 70900}
+    with pytest.raises(ValueError, match="no line"):
+        from_lines(lines[1:], "2026-11-24")
+
+
+def test_committed_peers_can_be_read(tmp_path):
+    files = list(RESULTS.glob("peer_*.json"))
+    assert files
+    assert all(read_peer(file).decode_step_ms["1"] > 0 for file in files)
+    other = tmp_path / "other.json"
+    other.write_text('{"peer": "x"}')
+    with pytest.raises(ValueError, match=r"other\.json"):
+        read_peer(other)
+
+
+def test_the_gpu_run_has_a_valid_configuration():
+    config = MODELS.parents[1] / "configs" / "qwen3-30b-a3b-1gpu.yaml"
+    arguments = parse_arguments(["--config", str(config), "--set", "pipeline_depth=2"])
+    options = engine_options(arguments)
+    engine, _ = build_config(options)
+    assert engine.model == str(MODELS / "qwen3-30b-a3b")
+    assert engine.scheduler.max_num_batched_tokens == 8192
+    assert engine.scheduler.max_num_seqs == 256
+    assert engine.scheduler.pipeline_depth == 2
+    assert find_model(None) is None
+
+
+def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
+    output = tmp_path / "engine.json"
+    config = MODELS.parents[1] / "configs" / "demo-cpu.yaml"
+    command = f"bench --config {config} --load-format auto --batches 1,3 --input 16 --output 8"
+    command += f" --prefill-tokens 64 --repetitions 1 --check --json {output}"
+    command += f" --peer {RESULTS / 'peer_vllm_h200.json'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    bench_engine.main()
+    result = json.loads(output.read_text())
+    assert [row["batch"] for row in result["decode"]] == [1, 3]
+    assert all(row["floor_ms"] > 0 and row["interval_ms"]["p50"] > 0 for row in result["decode"])
+    assert [row["shape"] for row in result["prefill"]] == ["4x16", "1x64"]
+    assert result["check"]["num_equal_together"] == result["check"]["num_equal_mixed"] == 8
+    assert result["memory"]["weights"] > 0
+    assert sum(result["start"]["phases_s"].values()) <= result["start"]["total_s"]
+
+
+def test_every_token_of_the_synthetic_tokenizer_is_a_text_of_its_own(tmp_path):
+    write_tokenizer(tmp_path, 1000)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    texts = {tokenizer.token_bytes(token_id) for token_id in range(1000)}
+    assert len(texts) == tokenizer.vocab_size == 1000
+    assert tokenizer.decode(tokenizer.encode("Grüße, 世界")) == "Grüße, 世界"
+    assert tokenizer.decode([999, 500]) == " abml aatg"
+
+
+def test_stream_latencies_are_taken_between_events():
+    streams = [Stream(1.0, [1.5, 1.6, 1.8], 3), Stream(1.25, [2.0], 1)]
+    assert round_seconds(streams) == 1.0
+    found = latencies([streams])
+    assert found["time_to_first_token_ms"]["p50"] == pytest.approx(625)
+    assert found["inter_token_ms"]["p50"] == pytest.approx(150)
+
+
+def test_the_serving_benchmark_runs_against_a_core_without_a_model(monkeypatch, tmp_path):
+    output = tmp_path / "serving.json"
+    command = "bench --model qwen3-30b-a3b --streams 6 --input 8 --output 12 --repetitions 1"
+    command += f" --clients 2 --fake-step-ms 5 --set device=cpu --json {output}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(launcher, "RANK_MODULE", launcher.RANK_MODULE)
+    monkeypatch.setenv(fake_core.STEP_MS_VARIABLE, "")
+    bench_serving.main()
+    summary = json.loads(output.read_text())["summary"]
+    # 6 streams of 12 tokens take 12 steps of 5 ms at least.
+    assert 0 < summary["online_tok_per_s"] <= summary["offline_tok_per_s"] <= 6 * 12 / 0.060
+    assert summary["inter_token_ms"]["p50"] > 0

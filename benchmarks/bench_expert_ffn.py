@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_expert_ffn [--json FILE] [--tokens 1,8,64] [--skew zipf] [--tune]
 
-Every implementation in `ops.moe.EXPERT_OUTPUTS` that a CUDA graph can hold is compared with the
+Every implementation in `ops.moe.EXPERT_FFNS` that a CUDA graph can hold is compared with the
 float32 reference first, and nothing is timed if one is wrong. A time is a graph's of many calls
 that go round several layers' weights, so weights come from memory, divided by their number. The
 weight bytes of the experts hit, over the time, are set against a device copy's rate, and the
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,12 @@ def bench_experts(
     batches = make_batches(dims, layers, num_tokens, 24 if num_tokens <= 16 else 6, zipf)
     num_hit = sum(batch.num_experts_hit() for batch in batches) / len(batches)
     row: dict[str, Any] = {"tokens": num_tokens, "experts_hit": num_hit, "us": {}}
-    for name, outputs in moe.EXPERT_OUTPUTS.items():
+    for name, expert_ffn in moe.EXPERT_FFNS.items():
         if name == "reference":
             continue  # It waits for the device, which a graph cannot.
-        run = _runner(outputs)
-        batches[0].check(name, run(batches[0]))
-        row["us"][name] = time_graph([partial(run, batch) for batch in batches])
+        batches[0].check(name, expert_ffn(*batches[0].arguments))
+        calls = [partial(expert_ffn, *batch.arguments) for batch in batches]
+        row["us"][name] = time_graph(calls)
     row["us"].update(_triton_parts(dims, batches))
     row["us"].update(_torch_grouped_mm(dims, batches))
 
@@ -103,7 +103,7 @@ def bench_experts(
         weight_bytes / ceilings["copy_tb_per_s"] / 1e6,
         operations / ceilings["matmul_tflops"] / 1e6,
     )
-    whole = [name for name in moe.EXPERT_OUTPUTS if name in row["us"]]
+    whole = [name for name in moe.EXPERT_FFNS if name in row["us"]]
     row["tb_per_s"] = {name: weight_bytes / row["us"][name] / 1e6 for name in whole}
     row["tflops"] = {name: operations / row["us"][name] / 1e6 for name in whole}
     row["share_of_floor"] = {name: row["floor_us"] / row["us"][name] for name in whole}
@@ -119,11 +119,6 @@ def bench_experts(
         flush=True,
     )
     return row
-
-
-def _runner(outputs: moe.ExpertOutputs) -> Callable[[Batch], torch.Tensor]:
-    """`expert_ffn` by one implementation."""
-    return lambda batch: moe.sum_choices(outputs(*batch.arguments), batch.ids_TK)
 
 
 def _triton_parts(dims: Dims, batches: Sequence[Batch]) -> dict[str, float]:
@@ -153,7 +148,6 @@ def _triton_parts(dims: Dims, batches: Sequence[Batch]) -> dict[str, float]:
             batch.layer.down_EHI,
             group.offsets_E1,
             group.pairs_P,
-            batch.weights_TK.view(-1),
             config.down,
         )
 
@@ -214,9 +208,12 @@ def bench_small(dims: Dims, num_tokens: int, zipf: bool) -> dict[str, Any]:
         "group_by_expert": time_graph(
             [lambda: moe.group_by_expert(ids_TK, dims.num_experts)] * num_calls
         ),
-        "sum_choices": time_graph([lambda: moe.sum_choices(y_PH, ids_TK)] * num_calls),
+        "sum_choices": time_graph(
+            [lambda: moe.sum_choices(y_PH, ids_TK, batch.weights_TK)] * num_calls
+        ),
         "sum_add_rms_norm": time_graph(
-            [lambda: moe.sum_add_rms_norm(y_PH, ids_TK, x_TH, weight_H, 1e-6)] * num_calls
+            [lambda: moe.sum_add_rms_norm(y_PH, ids_TK, batch.weights_TK, x_TH, weight_H, 1e-6)]
+            * num_calls
         ),
     }
     print(", ".join(f"{name} {value:.2f}" for name, value in row.items()), flush=True)
@@ -231,7 +228,9 @@ def _check_small(dims: Dims, gate_EH: torch.Tensor, batch: Batch, y_PH: torch.Te
     best_TK = logits_TE.topk(dims.top_k, dim=1).values
     groups = moe.group_by_expert(batch.ids_TK, dims.num_experts)
     offsets_E1, pairs_P = reference.group_by_expert(batch.ids_TK, dims.num_experts)
-    summed, expected = (ops.sum_choices(y_PH, batch.ids_TK).float() for ops in (moe, reference))
+    summed, expected = (
+        ops.sum_choices(y_PH, batch.ids_TK, batch.weights_TK).float() for ops in (moe, reference)
+    )
     checks = {
         "route": torch.allclose(chosen_TK, best_TK, rtol=1e-4, atol=1e-2),
         "group_by_expert": torch.equal(groups.offsets_E1, offsets_E1)

@@ -156,8 +156,7 @@ def _products(
 
     def down(i: int, config: kernels.GemmConfig) -> torch.Tensor:
         batch, group = batches[i], groups[i]
-        weight_EHI, weights_P = batch.layer.down_EHI, batch.weights_TK.view(-1)
-        return kernels.down(h_PI, weight_EHI, group.offsets_E1, group.pairs_P, weights_P, config)
+        return kernels.down(h_PI, batch.layer.down_EHI, group.offsets_E1, group.pairs_P, config)
 
     return {"gate_up": gate_up, "down": down}
 
@@ -175,7 +174,7 @@ def _compile(job: tuple[str, Any, Dims]) -> None:
 
     product, config, dims = job
     device = torch.device("cuda", torch.cuda.current_device())
-    x, i32, f32 = torch.bfloat16, torch.int32, torch.float32
+    x, i32 = torch.bfloat16, torch.int32
     sizes = {"HIDDEN": dims.hidden, "INTERMEDIATE": dims.intermediate}
     options = kernels._options(dims.num_experts, config, device)
     try:
@@ -189,7 +188,7 @@ def _compile(job: tuple[str, Any, Dims]) -> None:
             )
         else:
             kernels._down_kernel.warmup(
-                *(x, x, i32, i32, f32, x, dims.num_experts), grid=(1,), **sizes, **options
+                *(x, x, i32, i32, x, dims.num_experts), grid=(1,), **sizes, **options
             )
     except Exception as error:
         print(f"{product} {config} does not compile: {error}")

@@ -5,7 +5,7 @@ expert slots, H hidden size, I intermediate size.
 
 1. `_gate_up_kernel`: h = silu(x @ gate^T) * (x @ up^T) for the pairs in the order of their experts,
    whose rows of x are fetched by index.
-2. `_down_kernel`: y = weight * (h @ down^T), stored at the pair's own number, where
+2. `_down_kernel`: y = h @ down^T, stored at the pair's own number, where
    `moe_engine.kernels.combine` finds the K pairs of a row side by side.
 
 How many pairs an expert has is known on the device only. The grid is sized by an upper bound, and
@@ -203,7 +203,6 @@ def _down_kernel(
     down_ptr,
     offsets_ptr,
     pairs_ptr,
-    weights_ptr,
     y_ptr,
     num_experts,
     HIDDEN: tl.constexpr,
@@ -217,12 +216,12 @@ def _down_kernel(
 ):
     """One tile of y, BLOCK_M pairs of one expert by BLOCK_N columns.
 
-    Shapes: h [P, I] in the order of ``pairs``; down [E, H, I]; weights float32 [P] and y [P, H] in
-    the order of the pairs' numbers; the others as in `_gate_up_kernel`. Rows of y whose pair is in
-    no expert stay as they are.
+    Shapes: h [P, I] in the order of ``pairs``; down [E, H, I]; y [P, H] in the order of the pairs'
+    numbers; the others as in `_gate_up_kernel`. Rows of y whose pair is in no expert stay as they
+    are.
 
-    Example, H = I = 1, one expert with down = 2, pairs = [1, 2], h = [3, 4], weights =
-    [9, 1, 0.5, 9]: y = [unwritten, 6, 4, unwritten].
+    Example, H = I = 1, one expert with down = 2, P = 4, pairs = [1, 2], h = [3, 4]:
+    y = [unwritten, 6, 8, unwritten].
     """
     if USE_PDL:
         cuda.gdc_launch_dependents()
@@ -261,7 +260,6 @@ def _down_kernel(
         if SWAP:
             y = tl.trans(y)
         pairs_M = tl.load(pairs_ptr + positions_M, mask=exists_M, other=0)
-        y *= tl.load(weights_ptr + pairs_M, mask=exists_M, other=0.0)[:, None]
         tl.store(
             y_ptr + pairs_M.to(tl.int64)[:, None] * HIDDEN + columns_N[None, :],
             y.to(y_ptr.dtype.element_ty),
@@ -303,10 +301,9 @@ def down(
     down_EHI: torch.Tensor,
     offsets_E1: torch.Tensor,
     pairs_P: torch.Tensor,
-    weights_P: torch.Tensor,
     config: GemmConfig,
 ) -> torch.Tensor:
-    """Weighted y [P, H] in the order of the pairs' numbers; everything contiguous."""
+    """y [P, H] in the order of the pairs' numbers; everything contiguous."""
     num_experts, hidden, intermediate = down_EHI.shape
     num_pairs = pairs_P.shape[0]
     y_PH = torch.empty(num_pairs, hidden, dtype=h_PI.dtype, device=h_PI.device)
@@ -315,7 +312,6 @@ def down(
         down_EHI,
         offsets_E1,
         pairs_P,
-        weights_P,
         y_PH,
         num_experts,
         HIDDEN=hidden,

@@ -1,8 +1,7 @@
 """Router and expert feed-forward operators.
 
-The experts' feed-forward has several implementations (`EXPERT_OUTPUTS`), among which
-`choose_expert_outputs` picks by device and batch; each makes the weighted output of every pair, and
-`sum_choices` or `sum_add_rms_norm` adds up those of a row.
+The experts' feed-forward has several implementations (`EXPERT_FFNS`), among which
+`choose_expert_ffn` picks by device and batch.
 
 Shape legend: T tokens, R rows, H hidden size, E experts or local expert slots, K experts per token,
 P = R × K pairs of a row and one of its experts, I intermediate size, J = 2 × I.
@@ -85,49 +84,44 @@ def expert_ffn(
     down_EHI: torch.Tensor,
 ) -> torch.Tensor:
     """Weighted sum of each row's local experts; see `ops.reference.moe.expert_ffn`."""
-    _check_experts(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
-    if choose_expert_outputs(x_RH, slot_ids_RK, gate_up_EJH) == "reference":
-        # Sums as it goes, in float32, and needs no memory for the pairs.
-        return reference.expert_ffn(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
-    y_PH = expert_outputs(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
-    return sum_choices(y_PH, slot_ids_RK)
-
-
-def expert_outputs(
-    x_RH: torch.Tensor,
-    slot_ids_RK: torch.Tensor,
-    weights_RK: torch.Tensor,
-    gate_up_EJH: torch.Tensor,
-    down_EHI: torch.Tensor,
-) -> torch.Tensor:
-    """The terms of `expert_ffn`'s sum, [P, H] in ``x``'s dtype; arbitrary where the id is -1."""
-    _check_experts(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
-    implementation = EXPERT_OUTPUTS[choose_expert_outputs(x_RH, slot_ids_RK, gate_up_EJH)]
+    num_slots, doubled, hidden = gate_up_EJH.shape
+    assert x_RH.shape == (slot_ids_RK.shape[0], hidden), (x_RH.shape, gate_up_EJH.shape)
+    assert down_EHI.shape == (num_slots, hidden, doubled // 2), down_EHI.shape
+    assert gate_up_EJH.is_contiguous(), gate_up_EJH.stride()
+    assert down_EHI.is_contiguous(), down_EHI.stride()
+    assert slot_ids_RK.shape == weights_RK.shape, (slot_ids_RK.shape, weights_RK.shape)
+    implementation = EXPERT_FFNS[choose_expert_ffn(x_RH, slot_ids_RK, gate_up_EJH)]
     return implementation(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
 
 
-def sum_choices(y_PH: torch.Tensor, slot_ids_RK: torch.Tensor) -> torch.Tensor:
-    """Add up each row's K terms in float32 in the order of its choices; [R, H] in ``y``'s dtype.
+def sum_choices(
+    y_PH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum of each row's K outputs in float32, in order of choice; [R, H] in y's dtype.
 
     Args:
-        y_PH: what `expert_outputs` returned.
-        slot_ids_RK: terms whose id is below 0 are left out, whatever they hold.
+        y_PH: an expert's output for each pair.
+        slot_ids_RK: outputs whose id is below 0 are left out, whatever they hold.
+        weights_RK: float32.
     """
-    assert y_PH.shape[0] == slot_ids_RK.numel(), (y_PH.shape, slot_ids_RK.shape)
+    _check_choices(y_PH, slot_ids_RK, weights_RK)
     if _runs_triton(y_PH):
         from moe_engine.kernels import combine as kernels
 
         with torch.cuda.device(y_PH.device):
-            summed: torch.Tensor = kernels.sum_choices(y_PH.contiguous(), _int32_ids(slot_ids_RK))
-        return summed
-    return reference.sum_choices(y_PH, slot_ids_RK)
+            summed_RH: torch.Tensor = kernels.sum_choices(
+                y_PH.contiguous(), _int32_ids(slot_ids_RK), weights_RK.contiguous()
+            )
+        return summed_RH
+    return reference.sum_choices(y_PH, slot_ids_RK, weights_RK)
 
 
 def sum_add_rms_norm(
     y_PH: torch.Tensor,
     slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
     residual_RH: torch.Tensor,
-    weight_H: torch.Tensor,
+    norm_weight_H: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.norm.add_rms_norm` of `sum_choices`, in one launch.
@@ -135,66 +129,73 @@ def sum_add_rms_norm(
     Returns:
         ``(normed, new_residual)``, two new tensors [R, H].
     """
+    _check_choices(y_PH, slot_ids_RK, weights_RK)
     hidden = y_PH.shape[1]
-    assert y_PH.shape[0] == slot_ids_RK.numel(), (y_PH.shape, slot_ids_RK.shape)
     assert residual_RH.shape == (slot_ids_RK.shape[0], hidden), (residual_RH.shape, y_PH.shape)
-    assert weight_H.shape == (hidden,), (weight_H.shape, y_PH.shape)
+    assert norm_weight_H.shape == (hidden,), (norm_weight_H.shape, y_PH.shape)
     if _runs_triton(y_PH):
         from moe_engine.kernels import combine as kernels
 
         with torch.cuda.device(y_PH.device):
-            normed, new_residual = kernels.sum_add_rms_norm(
-                y_PH.contiguous(), _int32_ids(slot_ids_RK), residual_RH, weight_H, eps
+            normed_RH, new_residual_RH = kernels.sum_add_rms_norm(
+                y_PH.contiguous(),
+                _int32_ids(slot_ids_RK),
+                weights_RK.contiguous(),
+                residual_RH,
+                norm_weight_H,
+                eps,
             )
-        return normed, new_residual
-    x_RH = reference.sum_choices(y_PH, slot_ids_RK)
-    return norm_reference.add_rms_norm(x_RH, residual_RH, weight_H, eps)
+        return normed_RH, new_residual_RH
+    summed_RH = reference.sum_choices(y_PH, slot_ids_RK, weights_RK)
+    return norm_reference.add_rms_norm(summed_RH, residual_RH, norm_weight_H, eps)
 
 
-def _triton_expert_outputs(
+def choose_expert_ffn(
+    x_RH: torch.Tensor, slot_ids_RK: torch.Tensor, gate_up_EJH: torch.Tensor
+) -> str:
+    """The name of the implementation that is best for these arguments."""
+    return "triton" if _runs_triton(x_RH) else "reference"
+
+
+def _triton_expert_ffn(
     x_RH: torch.Tensor,
     slot_ids_RK: torch.Tensor,
     weights_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
 ) -> torch.Tensor:
-    """Two grouped matrix products in Triton."""
+    """Grouping, two grouped matrix products, and the sum; runs wherever Triton does."""
     from moe_engine.kernels import expert_ffn as kernels
 
-    num_experts = gate_up_EJH.shape[0]
-    top_k = slot_ids_RK.shape[1]
     if slot_ids_RK.numel() == 0:
-        return x_RH.new_empty(0, x_RH.shape[1])
+        return torch.zeros_like(x_RH)
     if x_RH.stride(1) != 1:
         x_RH = x_RH.contiguous()
+    num_experts, top_k = gate_up_EJH.shape[0], slot_ids_RK.shape[1]
     groups = group_by_expert(slot_ids_RK, num_experts)
     offsets_E1, pairs_P = groups.offsets_E1, groups.pairs_P
     config = kernels.config_for(slot_ids_RK.numel(), num_experts, x_RH.dtype)
     with torch.cuda.device(x_RH.device):
         h_PI = kernels.gate_up(x_RH, gate_up_EJH, offsets_E1, pairs_P, top_k, config.gate_up)
-        weights_P = weights_RK.contiguous().view(-1)
-        y_PH: torch.Tensor = kernels.down(
-            h_PI, down_EHI, offsets_E1, pairs_P, weights_P, config.down
-        )
-    return y_PH
+        y_PH = kernels.down(h_PI, down_EHI, offsets_E1, pairs_P, config.down)
+    return sum_choices(y_PH, slot_ids_RK, weights_RK)
 
 
-ExpertOutputs = Callable[
+ExpertFFN = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
 
-# Implementations of `expert_outputs`, by name; the arguments are checked before.
-EXPERT_OUTPUTS: dict[str, ExpertOutputs] = {
-    "reference": reference.expert_outputs,
-    "triton": _triton_expert_outputs,
+# Implementations of `expert_ffn`, which checks the arguments, by name.
+EXPERT_FFNS: dict[str, ExpertFFN] = {
+    "reference": reference.expert_ffn,
+    "triton": _triton_expert_ffn,
 }
 
 
-def choose_expert_outputs(
-    x_RH: torch.Tensor, slot_ids_RK: torch.Tensor, gate_up_EJH: torch.Tensor
-) -> str:
-    """The name of the implementation that is best for these arguments."""
-    return "triton" if _runs_triton(x_RH) else "reference"
+def _check_choices(y_PH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor) -> None:
+    assert y_PH.shape[0] == slot_ids_RK.numel(), (y_PH.shape, slot_ids_RK.shape)
+    assert weights_RK.shape == slot_ids_RK.shape, (weights_RK.shape, slot_ids_RK.shape)
+    assert weights_RK.dtype == torch.float32, weights_RK.dtype
 
 
 def _runs_triton(x: torch.Tensor) -> bool:
@@ -204,19 +205,3 @@ def _runs_triton(x: torch.Tensor) -> bool:
 def _int32_ids(ids: torch.Tensor) -> torch.Tensor:
     """``ids`` as contiguous int32, the same tensor if it is that already."""
     return ids.to(torch.int32).contiguous()
-
-
-def _check_experts(
-    x_RH: torch.Tensor,
-    slot_ids_RK: torch.Tensor,
-    weights_RK: torch.Tensor,
-    gate_up_EJH: torch.Tensor,
-    down_EHI: torch.Tensor,
-) -> None:
-    num_slots, doubled, hidden = gate_up_EJH.shape
-    assert x_RH.shape == (slot_ids_RK.shape[0], hidden), (x_RH.shape, gate_up_EJH.shape)
-    assert down_EHI.shape == (num_slots, hidden, doubled // 2), down_EHI.shape
-    assert gate_up_EJH.is_contiguous(), gate_up_EJH.stride()
-    assert down_EHI.is_contiguous(), down_EHI.stride()
-    assert slot_ids_RK.shape == weights_RK.shape, (slot_ids_RK.shape, weights_RK.shape)
-    assert weights_RK.dtype == torch.float32, weights_RK.dtype

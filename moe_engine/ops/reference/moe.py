@@ -6,7 +6,6 @@ token, I intermediate size of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -74,47 +73,31 @@ def expert_ffn(
     Example: one expert with I = H = 1, gate = up = down = [[1]], x = [[1]], w = [[2]]:
     silu(1) = 0.7311, times up 1, times down 1, times 2 = 1.4621.
     """
-    out_RH = torch.zeros(len(x_RH), x_RH.shape[1], dtype=torch.float32, device=x_RH.device)
-    for pairs, y in _outputs_by_expert(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI):
-        out_RH.index_add_(0, pairs // slot_ids_RK.shape[1], y)
-    return out_RH.to(x_RH.dtype)
-
-
-def expert_outputs(
-    x_RH: torch.Tensor,
-    slot_ids_RK: torch.Tensor,
-    weights_RK: torch.Tensor,
-    gate_up_EJH: torch.Tensor,
-    down_EHI: torch.Tensor,
-) -> torch.Tensor:
-    """The terms of `expert_ffn`'s sum in ``x``'s dtype, [R × K, H]; zero where the id is -1."""
-    y_PH = x_RH.new_zeros(slot_ids_RK.numel(), x_RH.shape[1])
-    for pairs, y in _outputs_by_expert(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI):
-        y_PH[pairs] = y.to(y_PH.dtype)
-    return y_PH
-
-
-def sum_choices(y_PH: torch.Tensor, slot_ids_RK: torch.Tensor) -> torch.Tensor:
-    """Sum of each row's K terms in float32, those with an id below 0 left out; [R, H]."""
     num_rows, num_choices = slot_ids_RK.shape
-    y_RKH = y_PH.view(num_rows, num_choices, y_PH.shape[1]).to(torch.float32)
-    return y_RKH.masked_fill((slot_ids_RK < 0)[:, :, None], 0.0).sum(dim=1).to(y_PH.dtype)
-
-
-def _outputs_by_expert(
-    x_RH: torch.Tensor,
-    slot_ids_RK: torch.Tensor,
-    weights_RK: torch.Tensor,
-    gate_up_EJH: torch.Tensor,
-    down_EHI: torch.Tensor,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each expert that has any: its pairs, and their weighted outputs in float32."""
+    out_RH = torch.zeros(num_rows, x_RH.shape[1], dtype=torch.float32, device=x_RH.device)
     offsets_E1, pairs_P = group_by_expert(slot_ids_RK, gate_up_EJH.shape[0])
     for slot, (first, last) in enumerate(pairwise(offsets_E1.tolist())):
         if first == last:
             continue
-        pairs = pairs_P[first:last]
-        rows = pairs // slot_ids_RK.shape[1]
+        chosen = pairs_P[first:last]
+        rows = chosen // num_choices
         gate, up = F.linear(x_RH[rows], gate_up_EJH[slot]).chunk(2, dim=-1)
         y = F.linear(F.silu(gate) * up, down_EHI[slot])
-        yield pairs, y.to(torch.float32) * weights_RK.reshape(-1)[pairs, None]
+        weighted = y.to(torch.float32) * weights_RK.reshape(-1)[chosen, None]
+        out_RH.index_add_(0, rows, weighted)
+    return out_RH.to(x_RH.dtype)
+
+
+def sum_choices(
+    y_PH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum of each row's K outputs in float32, those with an id below 0 left out; [R, H].
+
+    Example, K = 2, H = 1: y [1, 2, 3, arbitrary], ids [[0, 1], [0, -1]], weights
+    [[1, 0.5], [2, 9]]: [[2], [6]].
+    """
+    num_rows, num_choices = slot_ids_RK.shape
+    y_RKH = y_PH.view(num_rows, num_choices, y_PH.shape[1]).to(torch.float32)
+    weighted_RKH = y_RKH * weights_RK[:, :, None]
+    summed_RH = weighted_RKH.masked_fill((slot_ids_RK < 0)[:, :, None], 0.0).sum(dim=1)
+    return summed_RH.to(y_PH.dtype)

@@ -29,8 +29,8 @@ from moe_engine.engine.model_directory import resolve_model
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.engine.spec import RankSpec
-from moe_engine.engine.startup import StartupClock
-from moe_engine.engine.summary import memory_ledger, start_summary
+from moe_engine.engine.startup import StartupClock, measured_memory
+from moe_engine.engine.summary import start_summary
 from moe_engine.errors import CheckpointError, ConfigError
 from moe_engine.types.messages import (
     EngineReady,
@@ -117,7 +117,7 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
                 eos_token_ids=list(runtime.model_config.eos_token_ids),
                 summary=start_summary(runtime, num_blocks),
                 startup_s=clock.seconds,
-                memory=memory_ledger(runtime, num_blocks),
+                measured_memory=measured_memory(runtime.device),
             )
         )
         core.run()

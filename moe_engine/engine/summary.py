@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from moe_engine.engine.memory import size, weight_bytes
 from moe_engine.engine.runtime import RankRuntime
 from moe_engine.engine.startup import describe_startup
@@ -30,21 +28,3 @@ def start_summary(runtime: RankRuntime, num_blocks: int) -> str:
             f"start     {describe_startup(runtime.clock.seconds)}",
         )
     )
-
-
-def memory_ledger(runtime: RankRuntime, num_blocks: int) -> dict[str, int]:
-    """Bytes of a rank: what was planned, and on a GPU what is really taken.
-
-    ``torch_allocated`` and ``torch_reserved`` are the caching allocator's, ``device_used`` is all
-    that is taken on the GPU, by whomever.
-    """
-    ledger = {
-        "weights": weight_bytes(runtime.model_config, runtime.config, runtime.dtype),
-        "kv_cache": num_blocks * runtime.budget.block_bytes,
-    }
-    if runtime.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(runtime.device)
-        ledger["torch_allocated"] = torch.cuda.memory_allocated(runtime.device)
-        ledger["torch_reserved"] = torch.cuda.memory_reserved(runtime.device)
-        ledger["device_used"] = total - free
-    return ledger

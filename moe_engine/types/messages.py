@@ -93,8 +93,8 @@ class LoadProgress(Message, frozen=True):
 class EngineReady(Message, frozen=True):
     """Core -> front end: all ranks are up; the limits that requests are checked against.
 
-    ``startup_s`` splits rank 0's start into phases, in seconds and in order; ``memory`` holds
-    rank 0's bytes by name (`engine.summary.memory_ledger`).
+    ``startup_s`` splits rank 0's start into phases, in seconds and in order;
+    ``measured_memory`` holds bytes really taken on its GPU (`engine.startup.measured_memory`).
     """
 
     max_model_len: int
@@ -104,7 +104,7 @@ class EngineReady(Message, frozen=True):
     eos_token_ids: list[int]
     summary: str
     startup_s: dict[str, float] = {}
-    memory: dict[str, int] = {}
+    measured_memory: dict[str, int] = {}
 
 
 class RankHello(Message, frozen=True):

@@ -14,6 +14,7 @@ from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
 from benchmarks.peer import from_lines, read_peer
+from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
     Kernel,
     device_kernels,
@@ -217,3 +218,21 @@ def test_only_what_ran_on_the_device_is_a_kernel():
         event("empty", 12.0, 12.0, device),
     ]
     assert device_kernels(events) == [Kernel("first", 0.0, 3.0), Kernel("second", 4.0, 1.0)]
+
+
+def test_the_timeline_is_drawn_the_same_every_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    layer = [("attention", 4.0), ("a" * 80, 9.0), *((f"small_{n}", 0.5) for n in range(12))]
+    kernels, at = [], 0.0
+    for name, duration in layer * 6:
+        kernels.append(Kernel(name, at, duration))
+        at += duration + 0.25
+    result = {"num_layers": 6, "steps": [summarize(b, kernels, 6) for b in (1, 8)]}
+    first, second = middle_window(result["steps"][0]["kernels"], 6)
+    assert second - first == pytest.approx((at - 0.25) / 3)
+    colors = kernel_colors(result["steps"])
+    assert len(colors) == 10
+    assert list(colors)[:2] == [short_name("a" * 80), "attention"]
+    for name in ("one.svg", "two.svg"):
+        draw_timeline(result, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()

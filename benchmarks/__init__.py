@@ -1,5 +1,8 @@
 """Measurements: scripts that check a result first, then time it and write JSON to results/.
 
 python -m benchmarks.bench_engine_cpu    the whole engine on a CPU, against transformers
+python -m benchmarks.bench_engine        the whole engine: steps, prefill, start, memory, floors
+python -m benchmarks.bench_serving       streams over HTTP, against the same work offline
+python -m benchmarks.step_timeline       a decode step on a GPU, kernel by kernel
 python -m benchmarks.plot                plots and the README's table from the JSON
 """

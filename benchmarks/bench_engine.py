@@ -61,12 +61,9 @@ def main() -> None:
     }
     started = time.perf_counter()
     with MoEEngine(**options) as engine:
-        result["start"] = {
-            "total_s": time.perf_counter() - started,
-            "phases_s": engine.info.startup_s,
-        }
+        result["start_s"] = time.perf_counter() - started
+        result["engine"] = msgspec.to_builtins(msgspec.structs.asdict(engine.info))
         print(engine.info.summary, flush=True)
-        result["memory"] = msgspec.structs.asdict(engine.info.memory)
         bench = EngineBench(engine, options, result["ceilings"], arguments)
         if arguments.check:
             result["check"] = bench.check()
@@ -109,9 +106,7 @@ def int_list(text: str) -> list[int]:
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `MoEEngine`: the YAML file's, then what the benchmark needs."""
-    known = flat_options()
-    values = load_yaml(arguments.config) if arguments.config else {}
-    values = {name: v for name, v in values.items() if known[name].section != "server"}
+    values = plain_options(arguments.config, [])
     longest = max(arguments.input + arguments.output + 1, arguments.prefill_tokens + 1)
     most = max([*arguments.batches, 2 * CHECKED_PROMPTS])
     if arguments.prefill_tokens:
@@ -127,10 +122,19 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs": most,
         "max_num_batched_tokens": max(values.get("max_num_batched_tokens", 0), most),
     }
-    for assignment in arguments.set:
+    values |= plain_options(None, arguments.set)
+    values["model"] = find_model(arguments.model or values.get("model"))
+    return values
+
+
+def plain_options(config: Path | None, assignments: list[str]) -> dict[str, Any]:
+    """The engine's options in a YAML file, then those given as ``name=value``; flat."""
+    known = flat_options()
+    values = load_yaml(config) if config else {}
+    values = {name: v for name, v in values.items() if known[name].section != "server"}
+    for assignment in assignments:
         name, _, text = assignment.partition("=")
         values[name] = known[name].parse(text)
-    values["model"] = find_model(arguments.model or values.get("model"))
     return values
 
 

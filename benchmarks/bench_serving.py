@@ -35,14 +35,12 @@ from typing import Any
 import httpx
 
 from benchmarks import fake_core
-from benchmarks.bench_engine import find_model
+from benchmarks.bench_engine import find_model, plain_options
 from benchmarks.driver import percentile, random_prompts, run_batch
 from benchmarks.stream_client import Clients, Stream
 from benchmarks.synthetic_tokenizer import write_tokenizer
 from moe_engine import MoEEngine
 from moe_engine.config import ModelConfig
-from moe_engine.config.flat import flat_options
-from moe_engine.config.yaml import load_yaml
 
 READY_TIMEOUT_S = 600.0
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -80,9 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def engine_options(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Flat options of the engine; ``directory`` becomes the model's if it lacks a tokenizer."""
-    known = flat_options()
-    values = load_yaml(arguments.config) if arguments.config else {}
-    values = {name: v for name, v in values.items() if known[name].section != "server"}
+    values = plain_options(arguments.config, [])
     values |= {
         "load_format": arguments.load_format,
         "prefix_cache": False,
@@ -92,9 +88,7 @@ def engine_options(arguments: argparse.Namespace, directory: Path) -> dict[str, 
     values["max_num_batched_tokens"] = max(
         values.get("max_num_batched_tokens", 8192), arguments.streams
     )
-    for assignment in arguments.set:
-        name, _, text = assignment.partition("=")
-        values[name] = known[name].parse(text)
+    values |= plain_options(None, arguments.set)
     model = find_model(arguments.model or values.get("model"))
     if model is not None and not (Path(model) / "tokenizer.json").exists():
         shutil.copytree(model, directory, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""Draws the benchmark's plot and rewrites the README's results: python -m benchmarks.plot
+"""Draws the benchmarks' plots and rewrites the README's results: python -m benchmarks.plot
 
 Needs matplotlib (the extra [bench]).
 """
@@ -9,11 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plot_timeline import draw_timeline
 from benchmarks.readme_table import COLUMNS, replace_results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "engine_cpu.json"
 PLOT = ROOT / "docs" / "images" / "engine_cpu.svg"
+TIMELINE = ROOT / "benchmarks" / "results" / "step_timeline.json"
+TIMELINE_PLOT = ROOT / "docs" / "images" / "step_timeline.svg"
 README = ROOT / "README.md"
 
 COLORS = ("#1f6feb", "#58a6ff", "#a5d0ff", "#bc8c00", "#e3c16f")
@@ -23,12 +26,16 @@ PAPER = "#ffffff"
 
 
 def main() -> None:
-    """Bring plot and README up to date with the JSON."""
+    """Bring plots and README up to date with the JSON."""
     result = json.loads(RESULTS.read_text())
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     draw(result, PLOT)
     README.write_text(replace_results(README.read_text(), result))
-    print(f"written: {PLOT.relative_to(ROOT)}, {README.relative_to(ROOT)}")
+    written = [PLOT, README]
+    if TIMELINE.exists():  # it takes a GPU to make
+        draw_timeline(json.loads(TIMELINE.read_text()), TIMELINE_PLOT)
+        written.append(TIMELINE_PLOT)
+    print(f"written: {', '.join(str(path.relative_to(ROOT)) for path in written)}")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -32,7 +32,7 @@ from moe_engine.engine.pending import PendingStep
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.engine.spec import RankSpec
-from moe_engine.engine.startup import StartupClock
+from moe_engine.engine.startup import StartupClock, measured_memory
 from moe_engine.engine.summary import start_summary
 from moe_engine.errors import CheckpointError, ConfigError
 from moe_engine.types.messages import (
@@ -128,6 +128,7 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
                 summary=start_summary(runtime, num_blocks),
                 startup_s=clock.seconds,
                 memory=runtime.ledger,
+                measured_memory=measured_memory(runtime.device),
             )
         )
         core.run()

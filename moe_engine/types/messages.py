@@ -117,7 +117,8 @@ class MemoryLedger(Message, frozen=True):
 class EngineReady(Message, frozen=True):
     """Core -> front end: all ranks are up; the limits that requests are checked against.
 
-    ``startup_s`` splits rank 0's start into phases, in seconds and in order.
+    ``startup_s`` splits rank 0's start into phases, in seconds and in order;
+    ``measured_memory`` holds bytes really taken on its GPU (`engine.startup.measured_memory`).
     """
 
     max_model_len: int
@@ -128,6 +129,7 @@ class EngineReady(Message, frozen=True):
     summary: str
     startup_s: dict[str, float] = {}
     memory: MemoryLedger = MemoryLedger()
+    measured_memory: dict[str, int] = {}
 
 
 class RankHello(Message, frozen=True):

@@ -4,8 +4,8 @@
 
 #include "device.h"
 #include "expert_counts.h"
-#include "grouped_gemm.h"
-#include "streaming.h"
+#include "grouped_experts.h"
+#include "streaming_experts.h"
 #include "streaming_linear.h"
 
 namespace py = pybind11;

@@ -14,12 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_engine.ops import native
+from moe_engine.ops import hopper, native
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 
 # What the kernels take; any other dtype runs on the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Regimes on Hopper, measured with `benchmarks.bench_expert_ffn`.
+STREAMING_MAX_ROWS = 1
+# (average pairs of an expert up to which, tokens of a tile); beyond the last, `LARGEST_TILE`.
+GROUPED_TILES = ((1, 16), (40, 64), (128, 128))
+LARGEST_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,11 @@ def choose_expert_ffn(
     x_RH: torch.Tensor, slot_ids_RK: torch.Tensor, gate_up_EJH: torch.Tensor
 ) -> str:
     """The name of the implementation that is best for these arguments."""
-    return "triton" if _runs_triton(x_RH) else "reference"
+    if not _runs_triton(x_RH):
+        return "reference"
+    if not hopper.takes_experts(x_RH, gate_up_EJH):
+        return "triton"
+    return "streaming" if x_RH.shape[0] <= STREAMING_MAX_ROWS else "grouped"
 
 
 def _triton_expert_ffn(
@@ -181,6 +191,49 @@ def _triton_expert_ffn(
     return sum_choices(y_PH, slot_ids_RK, weights_RK)
 
 
+def tokens_per_tile(num_pairs: int, num_experts: int) -> int:
+    """The tile of `hopper.grouped_expert_ffn` that is best for this many pairs."""
+    for most_per_expert, tile in GROUPED_TILES:
+        if num_pairs <= most_per_expert * num_experts:
+            return tile
+    return LARGEST_TILE
+
+
+def _grouped_expert_ffn(
+    x_RH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+) -> torch.Tensor:
+    """Grouping, the two products on Hopper's tensor cores, and the sum."""
+    num_experts = gate_up_EJH.shape[0]
+    groups = group_by_expert(slot_ids_RK, num_experts)
+    y_PH = hopper.grouped_expert_ffn(
+        x_RH,
+        groups.offsets_E1,
+        groups.pairs_P,
+        slot_ids_RK.shape[1],
+        gate_up_EJH,
+        down_EHI,
+        tokens_per_tile(slot_ids_RK.numel(), num_experts),
+    )
+    return sum_choices(y_PH, slot_ids_RK, weights_RK)
+
+
+def _streaming_expert_ffn(
+    x_RH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+) -> torch.Tensor:
+    """No grouping: every row reads its experts for itself."""
+    return hopper.streaming_expert_ffn(
+        x_RH, _int32_ids(slot_ids_RK), weights_RK.contiguous(), gate_up_EJH, down_EHI
+    )
+
+
 ExpertFFN = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
@@ -189,6 +242,8 @@ ExpertFFN = Callable[
 EXPERT_FFNS: dict[str, ExpertFFN] = {
     "reference": reference.expert_ffn,
     "triton": _triton_expert_ffn,
+    "grouped": _grouped_expert_ffn,
+    "streaming": _streaming_expert_ffn,
 }
 
 

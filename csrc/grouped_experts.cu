@@ -13,7 +13,7 @@
 #include <algorithm>
 
 #include "expert_tiles.cuh"
-#include "grouped_gemm.h"
+#include "grouped_experts.h"
 #include "launch.cuh"
 #include "ring.cuh"
 #include "tensor_map.h"

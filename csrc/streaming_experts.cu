@@ -12,7 +12,7 @@
 #include "hopper.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
-#include "streaming.h"
+#include "streaming_experts.h"
 
 namespace moe_engine {
 namespace {

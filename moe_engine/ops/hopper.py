@@ -1,4 +1,4 @@
-"""The CUDA kernels for Hopper (`csrc/grouped_experts.h`, `streaming_experts.h`, `streaming_linear.h`).
+"""The CUDA kernels for Hopper: grouped experts, streaming experts, streaming linear layers (csrc/).
 
 Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
 which have checked that shapes and dtypes fit together.

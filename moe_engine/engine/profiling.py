@@ -170,7 +170,7 @@ def prefill_batch(
 ) -> tuple[PagedBatch, torch.Tensor]:
     """Prompts of ``max_model_len`` tokens (the last one shorter), ``num_tokens`` in all.
 
-    They read block 0 and nothing else, and write nothing. Returns also their int64 positions.
+    All of them read block 0 and write to its first slot. Returns also their int64 positions.
     """
     firsts = list(range(0, num_tokens, max_model_len))
     spans = [(first, min(max_model_len, num_tokens - first)) for first in firsts]
@@ -182,7 +182,7 @@ def prefill_batch(
     contexts = [length for _, length in spans]
     num_blocks = -(-max(contexts) // kv.block_size)
     batch = PagedBatch(
-        slots_T=torch.full((num_tokens,), -1, dtype=torch.int64, device=device),
+        slots_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
         block_tables_SB=torch.zeros(len(spans), num_blocks, dtype=torch.int32, device=device),
         context_lens_S=torch.tensor(contexts, dtype=torch.int32, device=device),
         query_starts_S=torch.tensor(starts, dtype=torch.int32, device=device),

@@ -35,7 +35,7 @@ def test_prefill_of_a_full_step_reads_one_block_and_writes_nowhere(
         for start, length in zip(starts, lengths, strict=False)
         if length > 1
     ]
-    assert (batch.slots_T == -1).all()
+    assert (batch.slots_T == 0).all()
     assert (batch.block_tables_SB == 0).all()
     assert batch.block_tables_SB.shape == (len(lengths), -(-max(lengths) // 4))
 

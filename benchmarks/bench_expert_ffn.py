@@ -3,7 +3,7 @@
     python -m benchmarks.bench_expert_ffn [--json FILE] [--tokens 1,8,64] [--skew zipf] [--tune]
 
 Every implementation in `ops.moe.EXPERT_FFNS` that a CUDA graph can hold is compared with the
-float32 reference first, and nothing is timed if one is wrong. A time is a graph's of many calls
+float32 reference first, and the benchmark ends if one is wrong. A time is a graph's of many calls
 that go round several layers' weights, so weights come from memory, divided by their number. The
 weight bytes of the experts hit, over the time, are set against a device copy's rate, and the
 operations against a large matrix product's, both of the same run.
@@ -33,6 +33,8 @@ from moe_engine.ops.sampling import greedy_tokens
 NUM_LAYERS = 3
 # Gate matrices for the router: more than the L2 cache holds.
 NUM_GATES = 256
+# An implementation this many times slower than the floor is not timed at larger batches.
+HOPELESS = 6.0
 VOCAB_SIZE = 151_936
 GREEDY_ROWS = (1, 8, 64, 256)
 
@@ -66,10 +68,13 @@ def main() -> None:
     if options.tune:
         results["tuning"] = tune(dims, layers, options.tokens, zipf)
     else:
-        results["experts"] = [
-            bench_experts(dims, layers, num_tokens, zipf, results["ceilings"])
-            for num_tokens in options.tokens
-        ]
+        # The reference waits for the device, which a graph cannot.
+        names = [name for name in moe.EXPERT_FFNS if name != "reference"]
+        results["experts"] = []
+        for num_tokens in sorted(options.tokens):
+            row = bench_experts(dims, layers, num_tokens, zipf, results["ceilings"], names)
+            results["experts"].append(row)
+            names = [name for name in names if row["share_of_floor"][name] > 1 / HOPELESS]
         results["small"] = [bench_small(dims, num_tokens, zipf) for num_tokens in options.tokens]
         results["greedy"] = [bench_greedy(num_rows) for num_rows in GREEDY_ROWS]
     if options.json:
@@ -83,14 +88,14 @@ def bench_experts(
     num_tokens: int,
     zipf: bool,
     ceilings: dict[str, float],
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    """Microseconds of every implementation and of the parts of Triton's, at one batch size."""
+    """Microseconds of the implementations ``names`` and of Triton's parts, at one batch size."""
     batches = make_batches(dims, layers, num_tokens, 24 if num_tokens <= 16 else 6, zipf)
     num_hit = sum(batch.num_experts_hit() for batch in batches) / len(batches)
     row: dict[str, Any] = {"tokens": num_tokens, "experts_hit": num_hit, "us": {}}
-    for name, expert_ffn in moe.EXPERT_FFNS.items():
-        if name == "reference":
-            continue  # It waits for the device, which a graph cannot.
+    for name in names:
+        expert_ffn = moe.EXPERT_FFNS[name]
         batches[0].check(name, expert_ffn(*batches[0].arguments))
         calls = [partial(expert_ffn, *batch.arguments) for batch in batches]
         row["us"][name] = time_graph(calls)
@@ -103,10 +108,9 @@ def bench_experts(
         weight_bytes / ceilings["copy_tb_per_s"] / 1e6,
         operations / ceilings["matmul_tflops"] / 1e6,
     )
-    whole = [name for name in moe.EXPERT_FFNS if name in row["us"]]
-    row["tb_per_s"] = {name: weight_bytes / row["us"][name] / 1e6 for name in whole}
-    row["tflops"] = {name: operations / row["us"][name] / 1e6 for name in whole}
-    row["share_of_floor"] = {name: row["floor_us"] / row["us"][name] for name in whole}
+    row["tb_per_s"] = {name: weight_bytes / row["us"][name] / 1e6 for name in names}
+    row["tflops"] = {name: operations / row["us"][name] / 1e6 for name in names}
+    row["share_of_floor"] = {name: row["floor_us"] / row["us"][name] for name in names}
     print(
         f"{num_tokens:5d} tokens, {num_hit:5.1f} experts, floor {row['floor_us']:7.1f} us:",
         ", ".join(f"{name} {us:.1f}" for name, us in row["us"].items()),
@@ -114,7 +118,7 @@ def bench_experts(
         ", ".join(
             f"{name} {row['tb_per_s'][name]:.2f} TB/s {row['tflops'][name]:.0f} TFLOP/s "
             f"{row['share_of_floor'][name]:.0%}"
-            for name in whole
+            for name in names
         ),
         flush=True,
     )

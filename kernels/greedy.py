@@ -14,8 +14,8 @@ from .launch import COUNTERS_PER_STREAM, arrival_counters, supports_pdl
 
 # Logits that a program looks at together.
 BLOCK = 2048
-# Programs to aim at with few rows, some for each multiprocessor.
-NUM_PROGRAMS = 512
+# Programs to aim at: as many as the multiprocessors hold, because each has little under way.
+NUM_PROGRAMS = 2048
 MAX_SEGMENTS = 128
 
 # Below the key of -inf.

@@ -34,7 +34,7 @@ def expected_tokens(logits_BV: torch.Tensor) -> list[int]:
 @needs_triton
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_programs", [3, 6, 512])
+@pytest.mark.parametrize("num_programs", [3, 6, 2048])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_lowest_of_the_largest_logits_is_taken(
     shape: tuple[int, int],

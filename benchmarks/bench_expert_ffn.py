@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.graph_timing import describe_gpu, measure_gpu_ceilings, time_graph
-from benchmarks.moe_workload import Batch, Dims, Layer, make_batches
+from benchmarks.gpu_timing import measure_ceilings
+from benchmarks.machine import describe_machine
+from benchmarks.moe_workload import Batch, Dims, Layer, make_batches, microseconds
 from benchmarks.tune_moe import tune
-from moe_engine.ops import moe
+from moe_engine.ops import hopper, moe
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import sampling as sampling_reference
 from moe_engine.ops.sampling import greedy_tokens
@@ -59,8 +60,8 @@ def main() -> None:
     layers = [Layer.random(dims) for _ in range(NUM_LAYERS)]
     zipf = options.skew == "zipf"
     results: dict[str, Any] = {
-        "machine": describe_gpu(),
-        "ceilings": measure_gpu_ceilings(),
+        "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
+        "ceilings": measure_ceilings(),
         "dims": vars(dims),
         "skew": options.skew,
     }
@@ -68,8 +69,7 @@ def main() -> None:
     if options.tune:
         results["tuning"] = tune(dims, layers, options.tokens, zipf)
     else:
-        # The reference waits for the device, which a graph cannot.
-        names = [name for name in moe.EXPERT_FFNS if name != "reference"]
+        names = graphable_implementations(dims, layers[0])
         results["experts"] = []
         for num_tokens in sorted(options.tokens):
             row = bench_experts(dims, layers, num_tokens, zipf, results["ceilings"], names)
@@ -80,6 +80,14 @@ def main() -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def graphable_implementations(dims: Dims, layer: Layer) -> list[str]:
+    """Those that run here, without the reference, which waits for the device."""
+    batch = Batch.random(dims, layer, 1, zipf=False)
+    if not hopper.takes_experts(batch.x_TH, layer.gate_up_EJH):
+        return ["triton"]
+    return [name for name in moe.EXPERT_FFNS if name != "reference"]
 
 
 def bench_experts(
@@ -98,15 +106,15 @@ def bench_experts(
         expert_ffn = moe.EXPERT_FFNS[name]
         batches[0].check(name, expert_ffn(*batches[0].arguments))
         calls = [partial(expert_ffn, *batch.arguments) for batch in batches]
-        row["us"][name] = time_graph(calls)
+        row["us"][name] = microseconds(calls)
     row["us"].update(_triton_parts(dims, batches))
     row["us"].update(_torch_grouped_mm(dims, batches))
 
     weight_bytes = num_hit * dims.expert_bytes
     operations = num_tokens * dims.top_k * 6 * dims.hidden * dims.intermediate
     row["floor_us"] = max(
-        weight_bytes / ceilings["copy_tb_per_s"] / 1e6,
-        operations / ceilings["matmul_tflops"] / 1e6,
+        weight_bytes / ceilings["copy_bytes_per_s"] * 1e6,
+        operations / ceilings["matmul_flop_per_s"] * 1e6,
     )
     row["tb_per_s"] = {name: weight_bytes / row["us"][name] / 1e6 for name in names}
     row["tflops"] = {name: operations / row["us"][name] / 1e6 for name in names}
@@ -156,8 +164,8 @@ def _triton_parts(dims: Dims, batches: Sequence[Batch]) -> dict[str, float]:
         )
 
     return {
-        "triton gate_up": time_graph([partial(gate_up, i) for i in range(len(batches))]),
-        "triton down": time_graph([partial(down, i) for i in range(len(batches))]),
+        "triton gate_up": microseconds([partial(gate_up, i) for i in range(len(batches))]),
+        "triton down": microseconds([partial(down, i) for i in range(len(batches))]),
     }
 
 
@@ -180,8 +188,8 @@ def _torch_grouped_mm(dims: Dims, batches: Sequence[Batch]) -> dict[str, float]:
     calls = range(len(batches))
     try:
         return {
-            "torch gate_up": time_graph([partial(product, x_PH, gate_up, i) for i in calls]),
-            "torch down": time_graph([partial(product, h_PI, down, i) for i in calls]),
+            "torch gate_up": microseconds([partial(product, x_PH, gate_up, i) for i in calls]),
+            "torch down": microseconds([partial(product, h_PI, down, i) for i in calls]),
         }
     except RuntimeError as error:
         print(f"torch's grouped_mm does not run: {error}")
@@ -208,14 +216,14 @@ def bench_small(dims: Dims, num_tokens: int, zipf: bool) -> dict[str, Any]:
     calls = range(num_calls)
     row = {
         "tokens": num_tokens,
-        "route": time_graph([partial(route, i) for i in calls]),
-        "group_by_expert": time_graph(
+        "route": microseconds([partial(route, i) for i in calls]),
+        "group_by_expert": microseconds(
             [lambda: moe.group_by_expert(ids_TK, dims.num_experts)] * num_calls
         ),
-        "sum_choices": time_graph(
+        "sum_choices": microseconds(
             [lambda: moe.sum_choices(y_PH, ids_TK, batch.weights_TK)] * num_calls
         ),
-        "sum_add_rms_norm": time_graph(
+        "sum_add_rms_norm": microseconds(
             [lambda: moe.sum_add_rms_norm(y_PH, ids_TK, batch.weights_TK, x_TH, weight_H, 1e-6)]
             * num_calls
         ),
@@ -252,7 +260,7 @@ def bench_greedy(num_rows: int) -> dict[str, Any]:
     expected_B = sampling_reference.greedy_tokens(logits_BV.cpu())
     if not torch.equal(greedy_tokens(logits_BV).cpu(), expected_B):
         raise SystemExit(f"the greedy choice is wrong at {num_rows} rows")
-    us = time_graph([lambda: greedy_tokens(logits_BV)] * 16)
+    us = microseconds([lambda: greedy_tokens(logits_BV)] * 16)
     print(f"greedy, {num_rows} rows: {us:.2f} us", flush=True)
     return {"rows": num_rows, "us": us, "tb_per_s": logits_BV.nbytes / us / 1e6}
 

@@ -6,10 +6,12 @@ J = 2 × I.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from benchmarks.gpu_timing import seconds_per_call
 from moe_engine.ops.reference import moe as reference
 
 # An output may be off by this share of its norm: intermediate results are bfloat16.
@@ -120,3 +122,8 @@ def make_batches(
     return [
         Batch.random(dims, layers[i % len(layers)], num_tokens, zipf) for i in range(num_batches)
     ]
+
+
+def microseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """What one of ``calls`` takes, in a graph of all of them."""
+    return seconds_per_call(calls) * 1e6

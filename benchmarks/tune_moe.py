@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.graph_timing import time_graph
-from benchmarks.moe_workload import Batch, Dims, Layer, make_batches
+from benchmarks.moe_workload import Batch, Dims, Layer, make_batches, microseconds
 from moe_engine.ops import moe
 
 ROUTER_TOKENS = (128, 256, 512, 1024, 2048)
@@ -58,7 +57,7 @@ def tune(
                 expected = out if expected is None else expected
                 _check_alike(f"{product} {config}", out, expected)
                 calls = [partial(run, i, config) for i in range(len(batches))]
-                times[config] = time_graph(calls)
+                times[config] = microseconds(calls)
             best = sorted(times, key=times.__getitem__)
             for config in best[:4]:
                 print(f"{num_tokens:5d} tokens {product:8s} {times[config]:8.1f} us {config}")
@@ -84,7 +83,7 @@ def tune_router(dims: Dims) -> dict[str, dict[str, float]]:
                     partial(router.route, x_TH, gates[i], dims.top_k, True, None)
                     for i in range(128)
                 ]
-                results[str(num_tokens)][name] = time_graph(calls)
+                results[str(num_tokens)][name] = microseconds(calls)
             print(f"router {num_tokens} tokens: {results[str(num_tokens)]}")
     finally:
         router.SPLIT_MAX_TOKENS = usual

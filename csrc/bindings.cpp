@@ -4,6 +4,9 @@
 
 #include "device.h"
 #include "expert_counts.h"
+#include "grouped_experts.h"
+#include "streaming_experts.h"
+#include "streaming_linear.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -36,6 +39,63 @@ void expert_token_counts(std::uintptr_t topk_ids, bool ids_are_int64, std::int64
   moe_engine::expert_token_counts(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void grouped_expert_ffn(std::uintptr_t offsets, std::uintptr_t pairs, std::uintptr_t x,
+                        std::int64_t x_stride, std::uintptr_t gate_up, std::uintptr_t down,
+                        std::uintptr_t h, std::uintptr_t y, std::int64_t num_pairs, int num_experts,
+                        int top_k, int hidden, int intermediate, int tokens_per_tile,
+                        std::uintptr_t stream) {
+  moe_engine::ExpertFfnArgs args;
+  args.offsets = reinterpret_cast<const std::int32_t*>(offsets);
+  args.pairs = reinterpret_cast<const std::int32_t*>(pairs);
+  args.x = reinterpret_cast<const void*>(x);
+  args.x_stride = x_stride;
+  args.gate_up = reinterpret_cast<const void*>(gate_up);
+  args.down = reinterpret_cast<const void*>(down);
+  args.h = reinterpret_cast<void*>(h);
+  args.y = reinterpret_cast<void*>(y);
+  args.num_pairs = num_pairs;
+  args.num_experts = num_experts;
+  args.top_k = top_k;
+  args.hidden = hidden;
+  args.intermediate = intermediate;
+  args.tokens_per_tile = tokens_per_tile;
+  moe_engine::grouped_expert_ffn(args, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void streaming_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weight,
+                      std::uintptr_t out, int num_tokens, int in_features, int out_features,
+                      std::uintptr_t stream) {
+  moe_engine::StreamingLinearArgs args;
+  args.x = reinterpret_cast<const void*>(x);
+  args.x_stride = x_stride;
+  args.weight = reinterpret_cast<const void*>(weight);
+  args.out = reinterpret_cast<void*>(out);
+  args.num_tokens = num_tokens;
+  args.in_features = in_features;
+  args.out_features = out_features;
+  moe_engine::streaming_linear(args, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void streaming_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t expert_weights,
+                          std::uintptr_t x, std::int64_t x_stride, std::uintptr_t gate_up,
+                          std::uintptr_t down, std::uintptr_t h, std::uintptr_t out, int num_tokens,
+                          int top_k, int hidden, int intermediate, std::uintptr_t stream) {
+  moe_engine::StreamingExpertFfnArgs args;
+  args.expert_ids = reinterpret_cast<const std::int32_t*>(expert_ids);
+  args.expert_weights = reinterpret_cast<const float*>(expert_weights);
+  args.x = reinterpret_cast<const void*>(x);
+  args.x_stride = x_stride;
+  args.gate_up = reinterpret_cast<const void*>(gate_up);
+  args.down = reinterpret_cast<const void*>(down);
+  args.h = reinterpret_cast<void*>(h);
+  args.out = reinterpret_cast<void*>(out);
+  args.num_tokens = num_tokens;
+  args.top_k = top_k;
+  args.hidden = hidden;
+  args.intermediate = intermediate;
+  moe_engine::streaming_expert_ffn(args, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -45,4 +105,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_link", &device_link, "device"_a, "peer"_a);
   m.def("expert_token_counts", &expert_token_counts, py::kw_only(), "topk_ids"_a, "ids_are_int64"_a,
         "num_tokens"_a, "top_k"_a, "num_experts"_a, "counts"_a, "stream"_a);
+  m.def("grouped_expert_ffn", &grouped_expert_ffn, py::kw_only(), "offsets"_a, "pairs"_a, "x"_a,
+        "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "y"_a, "num_pairs"_a, "num_experts"_a,
+        "top_k"_a, "hidden"_a, "intermediate"_a, "tokens_per_tile"_a, "stream"_a);
+  m.def("streaming_linear_fits", &moe_engine::streaming_linear_fits, "in_features"_a,
+        "out_features"_a);
+  m.def("streaming_linear", &streaming_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a,
+        "out"_a, "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
+  m.def("streaming_expert_ffn", &streaming_expert_ffn, py::kw_only(), "expert_ids"_a,
+        "expert_weights"_a, "x"_a, "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "out"_a,
+        "num_tokens"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "stream"_a);
 }

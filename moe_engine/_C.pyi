@@ -45,3 +45,57 @@ def expert_token_counts(
 
     Ids below 0 are padding. The current device must be the one that owns the pointers.
     """
+
+def grouped_expert_ffn(
+    *,
+    offsets: int,
+    pairs: int,
+    x: int,
+    x_stride: int,
+    gate_up: int,
+    down: int,
+    h: int,
+    y: int,
+    num_pairs: int,
+    num_experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    tokens_per_tile: int,
+    stream: int,
+) -> None:
+    """Enqueue the experts' products over grouped pairs; see ``csrc/grouped_experts.h``."""
+
+def streaming_expert_ffn(
+    *,
+    expert_ids: int,
+    expert_weights: int,
+    x: int,
+    x_stride: int,
+    gate_up: int,
+    down: int,
+    h: int,
+    out: int,
+    num_tokens: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    stream: int,
+) -> None:
+    """Enqueue the experts of a few tokens, each for itself; see ``csrc/streaming_experts.h``."""
+
+def streaming_linear_fits(in_features: int, out_features: int) -> bool:
+    """Whether `streaming_linear` takes a layer of this size on the current device."""
+
+def streaming_linear(
+    *,
+    x: int,
+    x_stride: int,
+    weight: int,
+    out: int,
+    num_tokens: int,
+    in_features: int,
+    out_features: int,
+    stream: int,
+) -> None:
+    """Enqueue a linear layer of at most 16 tokens; see ``csrc/streaming_linear.h``."""

@@ -108,11 +108,13 @@ class SchedulerConfig:
         None, "prompt tokens of one sequence in a step; None leaves it to the step's budget"
     )
     max_waiting: int = option(4096, "requests that may wait for admission")
-    pipeline_depth: int = option(1, "steps that may be planned before the oldest has answered")
+    pipeline_depth: int | None = option(
+        None, "steps that may be launched before the oldest has answered; None: 2 on a GPU, else 1"
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_model_len", "max_num_seqs", "max_prefill_chunk", "max_waiting")
-        if self.pipeline_depth not in (1, 2):
+        if self.pipeline_depth not in (None, 1, 2):
             raise ConfigError(f"pipeline_depth is {self.pipeline_depth}; it must be 1 or 2")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
@@ -162,6 +164,9 @@ class EngineConfig:
     )
     device: str = option(
         "auto", "auto takes CUDA if there is a GPU", choices=("auto", "cpu", "cuda")
+    )
+    cuda_graphs: bool = option(
+        True, "replay decode steps as CUDA graphs; false launches every kernel (enforce_eager)"
     )
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
     startup_timeout: float = option(600.0, "seconds the ranks have to load the model")

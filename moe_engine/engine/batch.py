@@ -1,6 +1,8 @@
-"""From a group's plan to the tensors of a step.
+"""From a group's steps to the tensors of a step of any kind.
 
-Shape legend: T tokens of the step, S slots of the sequence table, C context length, B blocks.
+A step that only decodes runs as a CUDA graph instead, where there is one (see `engine.decode`).
+
+Shape legend: T tokens of the step, S sequences, B blocks.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moe_engine.engine.staging import stage
+from moe_engine.engine.table import SequenceTable
 from moe_engine.ops.attention import PagedBatch, PrefillSpan
-from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep
+from moe_engine.types.step import GroupPlan, SequenceStep
 
 
 @dataclass(frozen=True)
@@ -22,96 +26,67 @@ class StepBatch:
         token_ids_T, positions_T: int64.
         paged: where the tokens stand in the KV cache; sequences that compute one position first.
         last_rows: per sequence step, in the plan's order, the row of its last token.
-        slots: per sequence step, its slot in the table.
     """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     paged: PagedBatch
-    last_rows: np.ndarray
-    slots: np.ndarray
+    last_rows: list[int]
 
 
-class SequenceTable:
-    """Tokens and block tables of the sequences that a DP group holds, one slot each.
+def build_batch(table: SequenceTable, steps: list[SequenceStep], slots: list[int]) -> StepBatch:
+    """Lay out the step's tokens, one sequence after the other; nobody waits for the device.
 
-    Token ids live on the device, so that a token sampled in one step feeds the next one without
-    a visit to the host; block tables live on the host, where the scheduler's plans arrive.
+    Args:
+        slots: what `SequenceTable.advance` returned for ``steps``.
     """
+    slots_S = np.array(slots, dtype=np.int64)
+    starts_S = np.array([step.start for step in steps], dtype=np.int64)
+    counts_S = np.array([step.num_tokens for step in steps], dtype=np.int64)
+    order = np.argsort(counts_S > 1, kind="stable")
+    slots_S, starts_S, counts_S = slots_S[order], starts_S[order], counts_S[order]
+    contexts_S = starts_S + counts_S
+    ends_S = counts_S.cumsum()
+    firsts_S = ends_S - counts_S
+    last_rows = np.empty_like(order)
+    last_rows[order] = ends_S - 1
 
-    def __init__(
-        self, num_slots: int, max_model_len: int, block_size: int, device: torch.device
-    ) -> None:
-        self._block_size = block_size
-        self._device = device
-        self._tokens_SC = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
-        self._blocks_SB = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int32)
-        self._num_blocks_S = np.zeros(num_slots, dtype=np.int64)
-        self._slot_of: dict[int, int] = {}
-        self._free = list(range(num_slots - 1, -1, -1))
-
-    def admit(self, sequence: NewSequence) -> None:
-        """Give the sequence a slot with its tokens and an empty block table."""
-        slot = self._free.pop()
-        self._slot_of[sequence.seq_id] = slot
-        self._num_blocks_S[slot] = 0
-        tokens = torch.tensor(sequence.token_ids, dtype=torch.int32)
-        self._tokens_SC[slot, : len(tokens)] = tokens.to(self._device, non_blocking=True)
-
-    def retire(self, seq_id: int) -> None:
-        """Free the sequence's slot."""
-        self._free.append(self._slot_of.pop(seq_id))
-
-    def build(self, steps: list[SequenceStep]) -> StepBatch:
-        """Append the new blocks and lay out the step's tokens, one sequence after the other."""
-        slots = np.array([self._slot_of[step.seq_id] for step in steps], dtype=np.int64)
-        for slot, step in zip(slots, steps, strict=True):
-            first = self._num_blocks_S[slot]
-            self._num_blocks_S[slot] += len(step.new_blocks)
-            self._blocks_SB[slot, first : first + len(step.new_blocks)] = step.new_blocks
-        starts = np.array([step.start for step in steps], dtype=np.int64)
-        counts = np.array([step.num_tokens for step in steps], dtype=np.int64)
-        order = np.argsort(counts > 1, kind="stable")
-        paged, token_ids_T, positions_T = self._lay_out(slots[order], starts[order], counts[order])
-        last_rows = np.empty_like(order)
-        last_rows[order] = counts[order].cumsum() - 1
-        return StepBatch(token_ids_T, positions_T, paged, last_rows, slots)
-
-    def _lay_out(
-        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray
-    ) -> tuple[PagedBatch, torch.Tensor, torch.Tensor]:
-        """The batch, the token ids and the positions of sequences in the order of their rows."""
-        first_rows = np.concatenate(([0], counts.cumsum()))
-        slots_T = np.repeat(slots, counts)
-        positions_T = np.arange(counts.sum()) + np.repeat(starts - first_rows[:-1], counts)
-        blocks_T = self._blocks_SB[slots_T, positions_T // self._block_size]
-        offsets_T = positions_T % self._block_size
-        cache_slots_T = blocks_T.astype(np.int64) * self._block_size + offsets_T
-        contexts = starts + counts
-        num_decodes = int((counts == 1).sum())
-        num_blocks = int(self._num_blocks_S[slots].max(initial=1))
-        spans = zip(first_rows[:-1].tolist(), counts.tolist(), contexts.tolist(), strict=True)
-        paged = PagedBatch(
-            slots_T=self._to_device(cache_slots_T),
-            block_tables_SB=self._to_device(self._blocks_SB[slots, :num_blocks]),
-            context_lens_S=self._to_device(contexts.astype(np.int32)),
-            query_starts_S=self._to_device(first_rows.astype(np.int32)),
-            num_decodes=num_decodes,
-            prefills=tuple(PrefillSpan(*span) for span in list(spans)[num_decodes:]),
-        )
-        positions = self._to_device(positions_T)
-        token_ids_T = self._tokens_SC[self._to_device(slots_T), positions].to(torch.int64)
-        return paged, token_ids_T, positions
-
-    def append_sampled(
-        self, slots: np.ndarray, positions: np.ndarray, tokens: torch.Tensor
-    ) -> None:
-        """Put sampled tokens (on the device) where the next step reads its inputs."""
-        where = self._to_device(slots), self._to_device(positions)
-        self._tokens_SC[where] = tokens.to(torch.int32)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+    num_tokens = int(counts_S.sum())
+    positions_T = np.arange(num_tokens) + np.repeat(starts_S - firsts_S, counts_S)
+    slots_T = np.repeat(slots_S, counts_S)
+    tokens_NC, blocks_NB, block_size = table.tokens_NC, table.blocks_NB, table.block_size
+    positions, token_places, block_places, offsets, slots_of_rows, contexts, query_starts = stage(
+        [
+            positions_T,
+            slots_T * tokens_NC.shape[1] + positions_T,
+            slots_T * blocks_NB.shape[1] + positions_T // block_size,
+            positions_T % block_size,
+            slots_S,
+            contexts_S,
+            np.append(firsts_S, num_tokens),
+        ],
+        tokens_NC.device,
+        torch.int64,
+    )
+    blocks_T = blocks_NB.view(-1).index_select(0, block_places).to(torch.int64)
+    num_blocks = -(-int(contexts_S.max(initial=1)) // block_size)
+    num_decodes = int((counts_S == 1).sum())
+    spans = zip(
+        firsts_S[num_decodes:].tolist(),
+        counts_S[num_decodes:].tolist(),
+        contexts_S[num_decodes:].tolist(),
+        strict=True,
+    )
+    paged = PagedBatch(
+        slots_T=torch.add(offsets, blocks_T, alpha=block_size),
+        block_tables_SB=blocks_NB[:, :num_blocks].index_select(0, slots_of_rows),
+        context_lens_S=contexts.to(torch.int32),
+        query_starts_S=query_starts.to(torch.int32),
+        num_decodes=num_decodes,
+        prefills=tuple(PrefillSpan(*span) for span in spans),
+    )
+    token_ids_T = tokens_NC.view(-1).index_select(0, token_places).to(torch.int64)
+    return StepBatch(token_ids_T, positions, paged, last_rows.tolist())
 
 
 def largest_group(groups: list[GroupPlan]) -> int:

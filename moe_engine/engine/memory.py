@@ -71,13 +71,19 @@ def check_weights_fit(needed: int, free: int, world_on_node: int) -> None:
 
 
 def kv_budget(
-    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, free: int, total: int
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    free: int,
+    total: int,
+    working: int = 0,
 ) -> KVBudget:
     """What the KV cache of one rank may take, the weights being loaded.
 
     Args:
         free: bytes free to this rank now.
         total: bytes of the device, for ``memory_utilization``; 0 on a CPU.
+        working: bytes that steps will take besides: activations and CUDA graphs.
     """
     cache = config.cache
     heads = len(local_kv_heads(model, config.parallel.attention_tp, 0))
@@ -87,13 +93,17 @@ def kv_budget(
     if cache.kv_cache_memory is not None:
         available, source = cache.kv_cache_memory, "kv_cache_memory"
     elif total:
-        available = free - int(total * (1.0 - cache.memory_utilization))
-        source = f"{size(free)} free less {1 - cache.memory_utilization:.0%} of {size(total)}"
+        available = free - int(total * (1.0 - cache.memory_utilization)) - working
+        source = (
+            f"{size(free)} free less {1 - cache.memory_utilization:.0%} of {size(total)} "
+            f"and {size(working)} for activations and graphs"
+        )
     else:
         available, source = min(CPU_KV_CACHE_BYTES, free // 2), "the default of a CPU rank"
-    if available > free:
+    if available > free - working:
+        less = f" and steps need {size(working)}" if working else ""
         raise ConfigError(
-            f"the KV cache may take {size(available)} ({source}), but {size(free)} are free"
+            f"the KV cache may take {size(available)} ({source}), but {size(free)} are free{less}"
         )
     return KVBudget(block_bytes, available, source)
 

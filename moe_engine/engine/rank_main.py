@@ -13,8 +13,10 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 from moe_engine import env, garbage, log
 from moe_engine.config import EngineConfig
@@ -26,6 +28,7 @@ from moe_engine.engine.control import ControlHub
 from moe_engine.engine.core import EngineCore
 from moe_engine.engine.launcher import torchrun_spec
 from moe_engine.engine.model_directory import resolve_model
+from moe_engine.engine.pending import PendingStep
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.engine.spec import RankSpec
@@ -106,7 +109,14 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
             hub.started.get()
         clock.mark("other ranks")
         scheduler = _make_scheduler(runtime, num_blocks)
-        core = EngineCore(scheduler, runtime.runner, hub, spec.config)
+        core = EngineCore(
+            scheduler,
+            runtime.runner,
+            hub,
+            pipeline_depth=runtime.pipeline_depth,
+            launches_ahead=runtime.device.type == "cuda",
+            step_timeout=spec.config.step_timeout,
+        )
         garbage.settle()
         hub.tell_front_end(
             EngineReady(
@@ -117,6 +127,7 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
                 eos_token_ids=list(runtime.model_config.eos_token_ids),
                 summary=start_summary(runtime, num_blocks),
                 startup_s=clock.seconds,
+                memory=runtime.ledger,
                 measured_memory=measured_memory(runtime.device),
             )
         )
@@ -129,7 +140,7 @@ def _lead(spec: RankSpec, layout: RankLayout, place: LocalPlace, front_end_fd: i
 def _make_scheduler(runtime: RankRuntime, num_blocks: int) -> Scheduler:
     config = runtime.config
     return Scheduler(
-        config.scheduler,
+        replace(config.scheduler, pipeline_depth=runtime.pipeline_depth),
         config.cache,
         num_groups=config.parallel.attention_dp,
         num_blocks=num_blocks,
@@ -145,6 +156,11 @@ def _follow(spec: RankSpec, layout: RankLayout, place: LocalPlace) -> None:
     channel.send(RankHello(layout.rank))
     inbox: queue.SimpleQueue[StartStepping | RunStep | Shutdown] = queue.SimpleQueue()
     threading.Thread(target=_hear_leader, args=(channel, inbox), daemon=True).start()
+    launched: queue.SimpleQueue[PendingStep | None] = queue.SimpleQueue()
+    sender = threading.Thread(
+        target=_send_results, args=(channel, layout.rank, launched), daemon=True
+    )
+    sender.start()
     try:
         runtime = RankRuntime(spec.config, layout, place, StartupClock(spec.asked_at))
         runtime.join(store)
@@ -155,16 +171,39 @@ def _follow(spec: RankSpec, layout: RankLayout, place: LocalPlace) -> None:
                 garbage.settle()
                 channel.send(RankStarted(layout.rank))
                 continue
-            result = runtime.runner.execute(message.plan)
+            launched.put(runtime.runner.launch(message.plan))
+        launched.put(None)
+        sender.join()
+    except Exception as error:
+        _give_up(channel, layout.rank, error)
+
+
+def _send_results(
+    channel: Channel[ToRank], rank: int, launched: queue.SimpleQueue[PendingStep | None]
+) -> None:
+    """Wait for launched steps in order and send their results, until a None comes.
+
+    A thread of its own, so that the next step's launch need not wait for a result.
+    """
+    try:
+        while (pending := launched.get()) is not None:
+            result = pending.result()
             if result is not None:
                 channel.send(StepDone(result))
     except ChannelClosed:
-        os._exit(1)
+        return  # the thread that hears rank 0 knows whether that is a failure
     except Exception as error:
-        failure = _describe(layout.rank, error)
+        _give_up(channel, rank, error)
+
+
+def _give_up(channel: Channel[ToRank], rank: int, error: Exception) -> NoReturn:
+    """Report what this rank has raised and end its process, whichever thread this is."""
+    if not isinstance(error, ChannelClosed):
+        failure = _describe(rank, error)
         logger.error("%s\n%s", failure.message, failure.traceback)
-        channel.send(failure)
-        os._exit(1)
+        with suppress(ChannelClosed):
+            channel.send(failure)
+    os._exit(1)
 
 
 def _hear_leader(

@@ -1,11 +1,13 @@
-"""Executes step plans on one rank: model, KV cache, sequence table and sampler.
+"""Launches step plans on one rank: model, KV cache, sequence table and sampler.
+
+On a GPU nothing here waits for the device: a step is enqueued, its results are on their way to
+pinned memory, and `PendingStep.result` is where somebody waits.
 
 Shape legend: T tokens of the step, R rows that need logits, B sequences that sample, V vocabulary.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from moe_engine.cache.kv import KVCache
@@ -13,20 +15,17 @@ from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import split_evenly
-from moe_engine.engine.batch import SequenceTable, StepBatch, largest_group
+from moe_engine.engine.batch import StepBatch, build_batch, largest_group
+from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.graphs import DecodeGraphs
+from moe_engine.engine.pending import PendingLogprobs, PendingStep, to_host
 from moe_engine.engine.sampler import Sampler, SampleRow
+from moe_engine.engine.staging import stage
+from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.types.step import (
-    GroupPlan,
-    Logprobs,
-    NewSequence,
-    PromptLogprobs,
-    SampledToken,
-    SequenceStep,
-    StepPlan,
-    StepResult,
-)
+from moe_engine.ops.sampling import greedy_tokens
+from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep, StepPlan
 
 PROMPT_ROWS_AT_ONCE = 128
 """Prompt positions whose logits, each as wide as the vocabulary, exist at the same time."""
@@ -45,37 +44,47 @@ class ModelRunner:
         max_model_len: int,
         device: torch.device,
     ) -> None:
+        self._max_num_seqs = config.scheduler.max_num_seqs
         self._model = model
         self._kv = kv
         self._groups = groups
         self._device = device
         self._exchange = ExchangeSelector(config.exchange, groups, model_config.num_experts)
-        self._table = SequenceTable(
-            config.scheduler.max_num_seqs, max_model_len, kv.block_size, device
-        )
+        self._table = SequenceTable(self._max_num_seqs, max_model_len, kv.block_size, device)
         self._sampler = Sampler(model_config.vocab_size, device)
         self._sequences: dict[int, NewSequence] = {}
+        self._decode: DecodeStep | None = None
+        self._graphs: DecodeGraphs | None = None
+
+    def capture_graphs(self) -> None:
+        """Capture decode steps as CUDA graphs, which `launch` replays from then on.
+
+        A collective over the world; between steps only.
+        """
+        self._decode = DecodeStep(
+            self._model, self._kv, self._table, self._groups, self._max_num_seqs
+        )
+        self._graphs = DecodeGraphs(self._decode, self._exchange)
+        self._graphs.capture()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """Run one step; returns the DP group's result on its TP rank 0, unless it is idle."""
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Enqueue one step; on a CPU, run it."""
         layout = self._groups.layout
         group = plan.groups[layout.dp_rank]
         self._update_sequences(group)
-        batch = self._table.build(group.steps)
-        num_tokens = batch.token_ids_T.shape[0]
-        step = ForwardContext(
-            positions_T=batch.positions_T,
-            batch=batch.paged,
-            kv=self._kv,
-            exchange=self._exchange.select(largest_group(plan.groups)),
-            tp_token_counts=split_evenly(num_tokens, layout.attention_tp),
-        )
-        x_TH = self._model(batch.token_ids_T, step)
-        result = StepResult(plan.step_id, layout.dp_rank)
-        self._score_prompts(group, batch, x_TH, result)
-        self._sample(group, batch, x_TH, result)
-        return result if layout.tp_rank == 0 and group.steps else None
+        slots = self._table.advance(group.steps)
+        is_reported = layout.tp_rank == 0 and bool(group.steps)
+        pending = PendingStep(plan.step_id, layout.dp_rank, is_reported)
+        size = self._graph_size(group)
+        if size is not None:
+            self._replay(size, group.steps, slots, pending)
+        else:
+            self._compute(plan, group, slots, pending)
+        if self._device.type == "cuda":
+            pending.done = torch.cuda.Event()
+            pending.done.record()
+        return pending
 
     def _update_sequences(self, group: GroupPlan) -> None:
         """Forget the retired sequences, then take in the admitted ones."""
@@ -85,59 +94,120 @@ class ModelRunner:
             self._sampler.retire(seq_id)
         for sequence in group.admitted:
             self._sequences[sequence.seq_id] = sequence
-            self._table.admit(sequence)
             self._sampler.admit(sequence)
+        self._table.admit(group.admitted)
+
+    def _graph_size(self, group: GroupPlan) -> int | None:
+        """The graph for a step in which everybody decodes, the same on every rank."""
+        if self._graphs is None or not group.steps:
+            return None
+        if any(step.num_tokens != 1 or step.uniform is None for step in group.steps):
+            return None
+        return self._graphs.pick(len(group.steps))
+
+    def _replay(
+        self, size: int, steps: list[SequenceStep], slots: list[int], pending: PendingStep
+    ) -> None:
+        """A step in which everybody decodes, as a CUDA graph."""
+        assert self._decode is not None
+        assert self._graphs is not None
+        self._decode.load(slots, [step.start for step in steps])
+        logits_SV = self._graphs.replay(size)
+        tokens_B = self._decode.tokens(len(steps))
+        logits_BV = None if logits_SV is None else logits_SV[: len(steps)]
+        if not self._sampler.is_argmax(step.seq_id for step in steps):
+            if logits_BV is not None:
+                tokens_B = self._sampler.sample(logits_BV, self._sample_rows(steps))
+            self._decode.replace_tokens(tokens_B)
+        self._send_tokens(logits_BV, tokens_B, steps, pending)
+
+    def _compute(
+        self, plan: StepPlan, group: GroupPlan, slots: list[int], pending: PendingStep
+    ) -> None:
+        """A step of any kind."""
+        batch = build_batch(self._table, group.steps, slots)
+        num_tokens = batch.token_ids_T.shape[0]
+        step = ForwardContext(
+            positions_T=batch.positions_T,
+            batch=batch.paged,
+            kv=self._kv,
+            exchange=self._exchange.select(largest_group(plan.groups)),
+            tp_token_counts=split_evenly(num_tokens, self._groups.layout.attention_tp),
+        )
+        x_TH = self._model(batch.token_ids_T, step)
+        self._score_prompts(group, batch, x_TH, pending)
+        self._sample(group, batch, slots, x_TH, pending)
 
     def _sample(
-        self, group: GroupPlan, batch: StepBatch, x_TH: torch.Tensor, result: StepResult
+        self,
+        group: GroupPlan,
+        batch: StepBatch,
+        slots: list[int],
+        x_TH: torch.Tensor,
+        pending: PendingStep,
     ) -> None:
         """Sample on TP rank 0, tell the TP group, and keep the tokens for the next step."""
         chosen = [i for i, step in enumerate(group.steps) if step.uniform is not None]
         if not chosen:
             return
-        logits_BV = self._model.logits(x_TH[self._rows(batch.last_rows[chosen])])
-        rows = [self._sample_row(group.steps[i]) for i in chosen]
-        tokens_B = torch.empty(len(chosen), dtype=torch.int64, device=self._device)
-        if logits_BV is not None:
-            tokens_B = self._sampler.sample(logits_BV, rows)
+        steps = [group.steps[i] for i in chosen]
+        longest = self._table.tokens_NC.shape[1]
+        places = [slots[i] * longest + group.steps[i].end for i in chosen]
+        rows_B, places_B = stage(
+            [[batch.last_rows[i] for i in chosen], places], self._device, torch.int64
+        )
+        logits_BV = self._model.logits(x_TH.index_select(0, rows_B))
+        if logits_BV is None:
+            tokens_B = torch.empty(len(steps), dtype=torch.int64, device=self._device)
+        elif self._sampler.is_argmax(step.seq_id for step in steps):
+            tokens_B = greedy_tokens(logits_BV)
+        else:
+            tokens_B = self._sampler.sample(logits_BV, self._sample_rows(steps))
         tokens_B = self._groups.tp.broadcast(tokens_B)
-        ends = [group.steps[i].start + group.steps[i].num_tokens for i in chosen]
-        self._table.append_sampled(batch.slots[chosen], np.array(ends), tokens_B)
-        if logits_BV is not None:
-            logprobs = self._sampler.logprobs(logits_BV, tokens_B, rows)
-            result.tokens.extend(
-                SampledToken(row.seq_id, token, entry)
-                for row, token, entry in zip(rows, tokens_B.tolist(), logprobs, strict=True)
-            )
+        self._table.tokens_NC.view(-1).index_copy_(0, places_B, tokens_B.to(torch.int32))
+        self._send_tokens(logits_BV, tokens_B, steps, pending)
 
-    def _sample_row(self, step: SequenceStep) -> SampleRow:
-        num_known = step.start + step.num_tokens
-        num_outputs = num_known - self._sequences[step.seq_id].num_prompt_tokens
-        assert step.uniform is not None
-        return SampleRow(step.seq_id, step.uniform, num_outputs)
+    def _send_tokens(
+        self,
+        logits_BV: torch.Tensor | None,
+        tokens_B: torch.Tensor,
+        steps: list[SequenceStep],
+        pending: PendingStep,
+    ) -> None:
+        """Send the sampled tokens and their log-probabilities to the host, from TP rank 0."""
+        if logits_BV is None:
+            return
+        pending.seq_ids = [step.seq_id for step in steps]
+        pending.tokens = to_host(tokens_B)
+        pending.logprobs = self._sampler.logprobs(logits_BV, tokens_B, pending.seq_ids)
+
+    def _sample_rows(self, steps: list[SequenceStep]) -> list[SampleRow]:
+        rows = []
+        for step in steps:
+            assert step.uniform is not None
+            num_outputs = step.end - self._sequences[step.seq_id].num_prompt_tokens
+            rows.append(SampleRow(step.seq_id, step.uniform, num_outputs))
+        return rows
 
     def _score_prompts(
-        self, group: GroupPlan, batch: StepBatch, x_TH: torch.Tensor, result: StepResult
+        self, group: GroupPlan, batch: StepBatch, x_TH: torch.Tensor, pending: PendingStep
     ) -> None:
         """Log-probabilities of the prompt tokens that follow this step's prompt positions."""
         for index, step in enumerate(group.steps):
             sequence = self._sequences[step.seq_id]
             num_top = sequence.params.prompt_logprobs
-            last = min(step.start + step.num_tokens, sequence.num_prompt_tokens - 1)
+            last = min(step.end, sequence.num_prompt_tokens - 1)
             if num_top is None or step.start >= last:
                 continue
             first_row = batch.last_rows[index] - step.num_tokens + 1
-            entries: list[Logprobs] = []
+            pieces: list[PendingLogprobs] = []
             for start in range(step.start, last, PROMPT_ROWS_AT_ONCE):
                 stop = min(start + PROMPT_ROWS_AT_ONCE, last)
                 rows = slice(first_row + start - step.start, first_row + stop - step.start)
                 logits_RV = self._model.logits(x_TH[rows])
                 if logits_RV is not None:
-                    targets = torch.tensor(sequence.token_ids[start + 1 : stop + 1])
-                    targets = targets.to(self._device)
-                    entries += self._sampler.prompt_logprobs(logits_RV, targets, num_top)
-            if entries:
-                result.prompt_logprobs.append(PromptLogprobs(step.seq_id, step.start + 1, entries))
-
-    def _rows(self, rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(rows).to(self._device)
+                    [targets] = stage([sequence.token_ids[start + 1 : stop + 1]], self._device)
+                    targets_R = targets.to(torch.int64)
+                    pieces.append(self._sampler.prompt_logprobs(logits_RV, targets_R, num_top))
+            if pieces:
+                pending.prompt_logprobs.append((step.seq_id, step.start + 1, pieces))

@@ -21,12 +21,15 @@ from moe_engine.config.hf import load_model_config
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.engine import memory
+from moe_engine.engine.profiling import StepMemory, StepProfiler
 from moe_engine.engine.runner import ModelRunner
 from moe_engine.engine.startup import StartupClock
 from moe_engine.errors import ConfigError
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import LayerContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
+from moe_engine.ops import native
+from moe_engine.types.messages import MemoryLedger
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much of it is done, and the whole."""
@@ -48,9 +51,13 @@ class RankRuntime:
 
     Construct, `load`, then `start` with the number of KV blocks that all ranks agreed on; after
     that, `runner` executes plans. ``clock`` is told of every phase.
+
+    Attributes:
+        ledger: where the memory went, once started.
     """
 
     runner: ModelRunner
+    ledger: MemoryLedger
 
     def __init__(
         self,
@@ -71,6 +78,7 @@ class RankRuntime:
         self.max_model_len = pick_max_model_len(config, self.model_config)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self._steps = StepMemory(activations=0, graphs=0)
         # Before `join`, for which all ranks wait, none of them has taken memory for weights.
         self._free_at_start, _ = self._memory()
         self.clock.mark("device")
@@ -112,24 +120,24 @@ class RankRuntime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.clock.mark("weights")
+        if self.device.type == "cuda":
+            progress("warming up", 0, 1)
+            self._steps = self._measure_steps()
+            self.clock.mark("warm-up")
         free, total = self._memory()
         self.budget = memory.kv_budget(
-            self.model_config, self.config, self.dtype, free // ranks_here, total
+            self.model_config,
+            self.config,
+            self.dtype,
+            free // ranks_here,
+            total,
+            self._steps.activations + self._steps.graphs,
         )
         return memory.choose_num_blocks(self.budget, self.config, self.max_model_len)
 
     def start(self, num_blocks: int) -> None:
         """Allocate the KV cache and get ready to execute plans."""
-        heads = local_kv_heads(self.model_config, self.layout.attention_tp, self.layout.tp_rank)
-        kv = KVCache(
-            self.model_config.num_hidden_layers,
-            num_blocks,
-            self.config.cache.block_size,
-            len(heads),
-            self.model_config.head_dim,
-            self.dtype,
-            self.device,
-        )
+        kv = self._kv_cache(num_blocks)
         self.clock.mark("KV cache")
         self.runner = ModelRunner(
             self.config,
@@ -140,7 +148,62 @@ class RankRuntime:
             self.max_model_len,
             self.device,
         )
-        self.clock.mark("runner")
+        graphs = self._capture_graphs() if self.uses_graphs else 0
+        self.clock.mark("CUDA graphs" if self.uses_graphs else "runner")
+        free, total = self._memory()
+        self.ledger = MemoryLedger(
+            total=total,
+            at_start=total - self._free_at_start if total else 0,
+            weights=memory.weight_bytes(self.model_config, self.config, self.dtype),
+            activations=self._steps.activations,
+            graphs_reserved=self._steps.graphs,
+            graphs=graphs,
+            kv_cache=num_blocks * self.budget.block_bytes,
+            free=free,
+        )
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Steps that may be launched before the oldest has answered."""
+        configured = self.config.scheduler.pipeline_depth
+        return configured or (2 if self.device.type == "cuda" else 1)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether decode steps are CUDA graphs; only compiled kernels can be captured."""
+        return self.config.cuda_graphs and self.device.type == "cuda" and native.has_triton()
+
+    def _measure_steps(self) -> StepMemory:
+        """Run the largest steps once, on a KV cache of one block."""
+        profiler = StepProfiler(
+            self.config,
+            self.model_config,
+            self._model,
+            self._kv_cache(1),
+            self.groups,
+            self.max_model_len,
+            self.device,
+        )
+        return profiler.measure(with_graphs=self.uses_graphs)
+
+    def _capture_graphs(self) -> int:
+        """Capture the decode steps; returns the bytes that it took."""
+        free, _ = self._memory()
+        self.runner.capture_graphs()
+        torch.cuda.empty_cache()
+        return free - self._memory()[0]
+
+    def _kv_cache(self, num_blocks: int) -> KVCache:
+        heads = local_kv_heads(self.model_config, self.layout.attention_tp, self.layout.tp_rank)
+        return KVCache(
+            self.model_config.num_hidden_layers,
+            num_blocks,
+            self.config.cache.block_size,
+            len(heads),
+            self.model_config.head_dim,
+            self.dtype,
+            self.device,
+        )
 
     def _memory(self) -> tuple[int, int]:
         """(free bytes for this machine's ranks, total bytes of the GPU or 0 on a CPU)."""

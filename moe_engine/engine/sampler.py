@@ -11,18 +11,19 @@ Where this differs from vLLM:
 - Equally likely tokens are ranked by id, where vLLM gives all of them the worst rank.
 - NaN logits count as -inf. If nothing is left to choose, the token is 0.
 
-Nothing here waits for the device, except the two methods that return log-probabilities.
+Nothing here waits for the device.
 
 Shapes: B rows of the batch, R some of them, N positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moe_engine.engine.pending import LogprobRows, PendingLogprobs, to_host
 from moe_engine.ops.sampling import (
     apply_output_penalties,
     apply_repetition_penalty,
@@ -36,12 +37,15 @@ from moe_engine.ops.sampling import (
     top_logprobs,
 )
 from moe_engine.types.sampling import SamplingParams
-from moe_engine.types.step import Logprobs, NewSequence
+from moe_engine.types.step import NewSequence
 
 _GREEDY_BELOW_TEMPERATURE = 1e-5
 
 # Ranking takes int64 temporaries of the size of the logits; this bounds them for long prompts.
 _LOGPROB_ROWS_AT_ONCE = 128
+
+# Filters and the draw take about ten times the memory of the logits; this bounds them likewise.
+_DRAW_ROWS_AT_ONCE = 64
 
 # A positive repetition penalty must stay positive in float32.
 _SMALLEST_REPETITION_PENALTY = torch.finfo(torch.float32).tiny
@@ -83,6 +87,12 @@ class _SequenceState:
     def is_greedy(self) -> bool:
         return self.params.temperature < _GREEDY_BELOW_TEMPERATURE
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the most likely token of the raw logits is always the one."""
+        extras = (self.bias, self.early_stop_ids, self.output_counts_V)
+        return self.is_greedy and all(extra is None for extra in extras)
+
 
 class Sampler:
     """Samples the sequences of one DP group and remembers what their penalties need."""
@@ -92,6 +102,8 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._states: dict[int, _SequenceState] = {}
+        self._not_argmax: set[int] = set()
+        self._with_logprobs: set[int] = set()
         self._one = torch.ones(1, dtype=torch.int32, device=device)
 
     def admit(self, sequence: NewSequence) -> None:
@@ -110,7 +122,7 @@ class Sampler:
         output_ids = sequence.token_ids[sequence.num_prompt_tokens :]
         # A stop id that the model has no logit for cannot be sampled, so needs no mask.
         stop_ids = [stop_id for stop_id in sequence.stop_ids if stop_id < self._vocab_size]
-        self._states[sequence.seq_id] = _SequenceState(
+        state = _SequenceState(
             params=params,
             bias=self._bias(params.logit_bias) if params.logit_bias else None,
             early_stop_ids=(
@@ -119,10 +131,24 @@ class Sampler:
             output_counts_V=self._counts(output_ids) if penalizes_output else None,
             prompt_mask_V=self._counts(prompt_ids) > 0 if penalizes_prompt else None,
         )
+        self._states[sequence.seq_id] = state
+        if not state.is_argmax:
+            self._not_argmax.add(sequence.seq_id)
+        if params.logprobs is not None:
+            self._with_logprobs.add(sequence.seq_id)
 
     def retire(self, seq_id: int) -> None:
         """Forget a sequence."""
         del self._states[seq_id]
+        self._not_argmax.discard(seq_id)
+        self._with_logprobs.discard(seq_id)
+
+    def is_argmax(self, seq_ids: Iterable[int]) -> bool:
+        """Whether `sample` would take the most likely token of the raw logits for all of them.
+
+        Then it need not be called at all.
+        """
+        return self._not_argmax.isdisjoint(seq_ids)
 
     def sample(self, logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
         """Choose the next token of every row and count it among its sequence's outputs.
@@ -138,6 +164,8 @@ class Sampler:
         """
         assert logits_BV.shape == (len(rows), self._vocab_size)
         states = [self._states[row.seq_id] for row in rows]
+        if all(state.is_argmax for state in states):
+            return greedy_tokens(logits_BV)
         adjusted_BV = self._adjust(to_float32_without_nan(logits_BV), rows, states)
         drawn = [i for i, state in enumerate(states) if not state.is_greedy]
         if not drawn:
@@ -158,44 +186,42 @@ class Sampler:
         return tokens_B
 
     def logprobs(
-        self, logits_BV: torch.Tensor, tokens_B: torch.Tensor, rows: Sequence[SampleRow]
-    ) -> list[Logprobs | None]:
+        self, logits_BV: torch.Tensor, tokens_B: torch.Tensor, seq_ids: Sequence[int]
+    ) -> PendingLogprobs | None:
         """Raw log-probabilities of the sampled tokens, for the rows whose request wants them.
 
         Raw means the float32 log-softmax of the logits before any bias, penalty or temperature.
-        Waits for the device if a row wants them.
 
         Args:
-            logits_BV: the logits that `sample` got.
-            tokens_B: int64, what it returned.
-            rows: the rows that it got.
+            logits_BV: [B, vocab_size] of any float dtype.
+            tokens_B: int64, what was sampled.
+            seq_ids: the sequences of the B rows.
+
+        Returns:
+            None if no row wants them.
         """
-        num_tops = [self._states[row.seq_id].params.logprobs for row in rows]
-        wanted = [i for i, num_top in enumerate(num_tops) if num_top is not None]
-        results: list[Logprobs | None] = [None] * len(rows)
-        if not wanted:
-            return results
-        wanted_R = self._to_device(wanted, torch.int64)
-        found = self._logprobs(
-            logits_BV.index_select(0, wanted_R),
-            tokens_B.index_select(0, wanted_R),
-            [num_top for num_top in num_tops if num_top is not None],
-        )
-        for i, logprobs in zip(wanted, found, strict=True):
-            results[i] = logprobs
-        return results
+        if self._with_logprobs.isdisjoint(seq_ids):
+            return None
+        rows = [row for row, seq_id in enumerate(seq_ids) if seq_id in self._with_logprobs]
+        num_tops = [self._states[seq_ids[row]].params.logprobs or 0 for row in rows]
+        if len(rows) < len(seq_ids):
+            rows_R = self._to_device(rows, torch.int64)
+            logits_BV, tokens_B = logits_BV[rows_R], tokens_B[rows_R]
+        return PendingLogprobs(self._logprobs(logits_BV, tokens_B, max(num_tops)), rows, num_tops)
 
     def prompt_logprobs(
         self, logits_NV: torch.Tensor, target_ids_N: torch.Tensor, num_top: int
-    ) -> list[Logprobs]:
-        """Raw log-probabilities of prompt tokens; waits for the device.
+    ) -> PendingLogprobs:
+        """Raw log-probabilities of prompt tokens.
 
         Args:
             logits_NV: [N, vocab_size] of any float dtype, at the positions before the targets.
             target_ids_N: int64, the prompt tokens that come next.
             num_top: how many alternatives to report.
         """
-        return self._logprobs(logits_NV, target_ids_N, [num_top] * len(logits_NV))
+        rows = list(range(len(target_ids_N)))
+        parts = self._logprobs(logits_NV, target_ids_N, num_top)
+        return PendingLogprobs(parts, rows, [num_top] * len(rows))
 
     def _adjust(
         self,
@@ -248,6 +274,18 @@ class Sampler:
         states: Sequence[_SequenceState],
     ) -> torch.Tensor:
         """Temperature, filters and the draw, for rows that are not greedy; int64 [R]."""
+        parts = []
+        for start in range(0, len(rows), _DRAW_ROWS_AT_ONCE):
+            part = slice(start, start + _DRAW_ROWS_AT_ONCE)
+            parts.append(self._draw_part(logits_RV[part], rows[part], states[part]))
+        return torch.cat(parts)
+
+    def _draw_part(
+        self,
+        logits_RV: torch.Tensor,
+        rows: Sequence[SampleRow],
+        states: Sequence[_SequenceState],
+    ) -> torch.Tensor:
         assert all(0.0 <= row.uniform < 1.0 for row in rows)
         temperatures = [state.params.temperature for state in states]
         logits_RV = scale_by_temperature(logits_RV, self._to_device(temperatures, torch.float32))
@@ -290,20 +328,16 @@ class Sampler:
         return logits_BV.index_copy(0, chosen_R, apply(logits_BV.index_select(0, chosen_R), some))
 
     def _logprobs(
-        self, logits_NV: torch.Tensor, token_ids_N: torch.Tensor, num_tops: list[int]
-    ) -> list[Logprobs]:
-        """One `Logprobs` per row, with as many alternatives as ``num_tops`` says."""
-        results: list[Logprobs] = []
-        max_top = min(max(num_tops, default=0), self._vocab_size)
-        for start in range(0, len(num_tops), _LOGPROB_ROWS_AT_ONCE):
+        self, logits_NV: torch.Tensor, token_ids_N: torch.Tensor, num_top: int
+    ) -> list[LogprobRows]:
+        """Log-probabilities of every row, on their way to the host."""
+        num_top = min(num_top, self._vocab_size)
+        parts = []
+        for start in range(0, len(token_ids_N), _LOGPROB_ROWS_AT_ONCE):
             part = slice(start, start + _LOGPROB_ROWS_AT_ONCE)
-            tensors = top_logprobs(logits_NV[part], token_ids_N[part], max_top)
-            columns = (token_ids_N[part].tolist(), *(tensor.tolist() for tensor in tensors))
-            for num_top, token_id, logprob, rank, top_ids, tops in zip(
-                num_tops[part], *columns, strict=True
-            ):
-                results.append(Logprobs(token_id, logprob, rank, top_ids[:num_top], tops[:num_top]))
-        return results
+            found = top_logprobs(logits_NV[part], token_ids_N[part], num_top)
+            parts.append(LogprobRows(*map(to_host, (token_ids_N[part], *found))))
+        return parts
 
     def _bias(self, logit_bias: dict[int, float]) -> tuple[torch.Tensor, torch.Tensor]:
         return (

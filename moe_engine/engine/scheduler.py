@@ -152,7 +152,7 @@ class Scheduler:
 
         Retired sequences alone are no reason for a step; they go with the next one.
         """
-        if len(self._in_flight) >= self._config.pipeline_depth:
+        if len(self._in_flight) >= (self._config.pipeline_depth or 1):
             return None
         for group in self._groups:
             for sequence in group.plan_running():

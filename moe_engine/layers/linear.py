@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
+from moe_engine.ops.linear import linear
 
 
 class ColumnParallelLinear(nn.Module):
@@ -41,7 +41,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """The local outputs of all projections side by side, [T, sum of local rows]."""
-        return F.linear(x_TI, self.weight, self.bias)
+        return linear(x_TI, self.weight, self.bias)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint, named ``<prefix><projection>.weight`` / ``.bias``."""
@@ -73,7 +73,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """The full output [T, O], the same on every rank of the TP group."""
-        out_TO = self._tp.all_reduce(F.linear(x_TI, self.weight))
+        out_TO = self._tp.all_reduce(linear(x_TI, self.weight))
         return out_TO if self.bias is None else out_TO + self.bias
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:

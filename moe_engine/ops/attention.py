@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_engine.ops import cudnn_prefill, native
+from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, plan_prefills
 from moe_engine.ops.reference import attention as reference
 
 
@@ -58,6 +60,12 @@ class PagedBatch:
         """T."""
         return self.num_decodes + sum(span.query_len for span in self.prefills)
 
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """First row and number of rows of each sequence."""
+        decodes = [(row, 1) for row in range(self.num_decodes)]
+        return decodes + [(span.first_row, span.query_len) for span in self.prefills]
+
 
 def paged_attention(
     q_TND: torch.Tensor,
@@ -67,22 +75,100 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attend causally to the cache, which already holds this step's keys and values; [T, N, D].
 
+    On a GPU with Triton, decodes go to one kernel and prefills to cuDNN or another kernel, as
+    `plan_prefills` has it; nothing waits for the device. Elsewhere the reference does it all.
+    A decode's output does not depend on the rest of the batch.
+
     Args:
-        cache: keys and values of one layer, each [B, L, G, D].
-        scale: factor on the scores, usually D ** -0.5.
+        q_TND: float32, bfloat16 or float16, contiguous.
+        cache: keys and values of one layer, each [B, L, G, D], contiguous, in the dtype of the
+            queries or float8_e4m3fn.
+        scale: positive factor on the scores, usually D ** -0.5.
     """
     k_cache_BLGD, v_cache_BLGD = cache
     assert q_TND.shape[1] % k_cache_BLGD.shape[2] == 0, (q_TND.shape, k_cache_BLGD.shape)
     assert q_TND.shape[2] == k_cache_BLGD.shape[3], (q_TND.shape, k_cache_BLGD.shape)
     assert batch.num_tokens == q_TND.shape[0], (batch.num_tokens, q_TND.shape)
-    spans = [(row, 1) for row in range(batch.num_decodes)]
-    spans += [(span.first_row, span.query_len) for span in batch.prefills]
-    return reference.paged_attention(
-        q_TND,
+    if not (q_TND.is_cuda and native.has_triton()):
+        return reference.paged_attention(
+            q_TND,
+            k_cache_BLGD,
+            v_cache_BLGD,
+            batch.block_tables_SB,
+            batch.context_lens_S,
+            batch.rows,
+            scale,
+        )
+    assert q_TND.is_contiguous(), q_TND.stride()
+    assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
+    assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
+    with torch.cuda.device(q_TND.device):
+        return _on_gpu(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale)
+
+
+def _on_gpu(
+    q_TND: torch.Tensor,
+    k_cache_BLGD: torch.Tensor,
+    v_cache_BLGD: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+) -> torch.Tensor:
+    from moe_engine.kernels.paged_decode import paged_decode
+    from moe_engine.kernels.paged_prefill import paged_prefill
+
+    groups: list[PrefillGroup] = []
+    if batch.prefills:
+        groups = plan_prefills(batch.prefills, cudnn_prefill.usable(q_TND, k_cache_BLGD))
+    if (
+        len(groups) == 1
+        and groups[0].implementation is Implementation.CUDNN
+        and batch.num_decodes == 0
+    ):
+        return cudnn_prefill.attend(
+            q_TND,
+            k_cache_BLGD,
+            v_cache_BLGD,
+            batch.slots_T,
+            groups[0].num_spans,
+            groups[0].padded_len,
+            scale,
+        )
+
+    out_TND = torch.empty_like(q_TND)
+    paged_decode(
+        q_TND[: batch.num_decodes],
         k_cache_BLGD,
         v_cache_BLGD,
         batch.block_tables_SB,
         batch.context_lens_S,
-        spans,
         scale,
+        out_TND[: batch.num_decodes],
+        use_pdl=native.has_dependent_launch(q_TND.device),
     )
+    for group in groups:
+        spans = batch.prefills[group.first : group.first + group.num_spans]
+        if group.implementation is Implementation.CUDNN:
+            rows = slice(spans[0].first_row, spans[-1].first_row + spans[-1].query_len)
+            out_TND[rows] = cudnn_prefill.attend(
+                q_TND[rows],
+                k_cache_BLGD,
+                v_cache_BLGD,
+                batch.slots_T[rows],
+                group.num_spans,
+                group.padded_len,
+                scale,
+            )
+        else:
+            paged_prefill(
+                q_TND,
+                k_cache_BLGD,
+                v_cache_BLGD,
+                batch.block_tables_SB,
+                batch.context_lens_S,
+                batch.query_starts_S,
+                batch.num_decodes + group.first,
+                [span.query_len for span in spans],
+                scale,
+                out_TND,
+            )
+    return out_TND

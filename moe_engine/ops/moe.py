@@ -1,16 +1,31 @@
 """Router and expert feed-forward operators.
 
+The experts' feed-forward has several implementations (`EXPERT_FFNS`), among which
+`choose_expert_ffn` picks by device and batch.
+
 Shape legend: T tokens, R rows, H hidden size, E experts or local expert slots, K experts per token,
 P = R × K pairs of a row and one of its experts, I intermediate size, J = 2 × I.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from moe_engine.ops import hopper, native
 from moe_engine.ops.reference import moe as reference
+from moe_engine.ops.reference import norm as norm_reference
+
+# What the kernels take; any other dtype runs on the reference.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Regimes on Hopper, measured with `benchmarks.bench_expert_ffn`.
+STREAMING_MAX_ROWS = 1
+# (average pairs of an expert up to which, tokens of a tile); beyond the last, `LARGEST_TILE`.
+GROUPED_TILES = ((1, 16), (40, 64), (128, 128))
+LARGEST_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -44,11 +59,26 @@ def route(
     """
     assert x_TH.shape[1] == router_EH.shape[1], (x_TH.shape, router_EH.shape)
     assert 1 <= top_k <= router_EH.shape[0], (top_k, router_EH.shape)
+    if _runs_triton(x_TH):
+        from moe_engine.kernels import router as kernels
+
+        with torch.cuda.device(x_TH.device):
+            ids_TK, weights_TK = kernels.route(
+                x_TH, router_EH.contiguous(), top_k, normalize, num_tokens_1
+            )
+        return ids_TK, weights_TK
     return reference.route(x_TH, router_EH, top_k, normalize, num_tokens_1)
 
 
 def group_by_expert(slot_ids_RK: torch.Tensor, num_experts: int) -> ExpertGroups:
     """Sort the pairs by expert slot, leaving out ids below 0; nothing waits for the device."""
+    if slot_ids_RK.is_cuda and native.has_triton():
+        from moe_engine.kernels import expert_grouping as kernels
+
+        with torch.cuda.device(slot_ids_RK.device):
+            return ExpertGroups(
+                *kernels.group_by_expert(_int32_ids(slot_ids_RK).view(-1), num_experts)
+            )
     return ExpertGroups(*reference.group_by_expert(slot_ids_RK, num_experts))
 
 
@@ -61,7 +91,172 @@ def expert_ffn(
 ) -> torch.Tensor:
     """Weighted sum of each row's local experts; see `ops.reference.moe.expert_ffn`."""
     num_slots, doubled, hidden = gate_up_EJH.shape
-    assert x_RH.shape[1] == hidden, (x_RH.shape, gate_up_EJH.shape)
+    assert x_RH.shape == (slot_ids_RK.shape[0], hidden), (x_RH.shape, gate_up_EJH.shape)
     assert down_EHI.shape == (num_slots, hidden, doubled // 2), down_EHI.shape
+    assert gate_up_EJH.is_contiguous(), gate_up_EJH.stride()
+    assert down_EHI.is_contiguous(), down_EHI.stride()
     assert slot_ids_RK.shape == weights_RK.shape, (slot_ids_RK.shape, weights_RK.shape)
-    return reference.expert_ffn(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
+    implementation = EXPERT_FFNS[choose_expert_ffn(x_RH, slot_ids_RK, gate_up_EJH)]
+    return implementation(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
+
+
+def sum_choices(
+    y_PH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum of each row's K outputs in float32, in order of choice; [R, H] in y's dtype.
+
+    Args:
+        y_PH: an expert's output for each pair.
+        slot_ids_RK: outputs whose id is below 0 are left out, whatever they hold.
+        weights_RK: float32.
+    """
+    _check_choices(y_PH, slot_ids_RK, weights_RK)
+    if _runs_triton(y_PH):
+        from moe_engine.kernels import combine as kernels
+
+        with torch.cuda.device(y_PH.device):
+            summed_RH: torch.Tensor = kernels.sum_choices(
+                y_PH.contiguous(), _int32_ids(slot_ids_RK), weights_RK.contiguous()
+            )
+        return summed_RH
+    return reference.sum_choices(y_PH, slot_ids_RK, weights_RK)
+
+
+def sum_add_rms_norm(
+    y_PH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    residual_RH: torch.Tensor,
+    norm_weight_H: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.norm.add_rms_norm` of `sum_choices`, in one launch.
+
+    Returns:
+        ``(normed, new_residual)``, two new tensors [R, H].
+    """
+    _check_choices(y_PH, slot_ids_RK, weights_RK)
+    hidden = y_PH.shape[1]
+    assert residual_RH.shape == (slot_ids_RK.shape[0], hidden), (residual_RH.shape, y_PH.shape)
+    assert norm_weight_H.shape == (hidden,), (norm_weight_H.shape, y_PH.shape)
+    if _runs_triton(y_PH):
+        from moe_engine.kernels import combine as kernels
+
+        with torch.cuda.device(y_PH.device):
+            normed_RH, new_residual_RH = kernels.sum_add_rms_norm(
+                y_PH.contiguous(),
+                _int32_ids(slot_ids_RK),
+                weights_RK.contiguous(),
+                residual_RH,
+                norm_weight_H,
+                eps,
+            )
+        return normed_RH, new_residual_RH
+    summed_RH = reference.sum_choices(y_PH, slot_ids_RK, weights_RK)
+    return norm_reference.add_rms_norm(summed_RH, residual_RH, norm_weight_H, eps)
+
+
+def choose_expert_ffn(
+    x_RH: torch.Tensor, slot_ids_RK: torch.Tensor, gate_up_EJH: torch.Tensor
+) -> str:
+    """The name of the implementation that is best for these arguments."""
+    if not _runs_triton(x_RH):
+        return "reference"
+    if not hopper.takes_experts(x_RH, gate_up_EJH):
+        return "triton"
+    return "streaming" if x_RH.shape[0] <= STREAMING_MAX_ROWS else "grouped"
+
+
+def _triton_expert_ffn(
+    x_RH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+) -> torch.Tensor:
+    """Grouping, two grouped matrix products, and the sum; runs wherever Triton does."""
+    from moe_engine.kernels import expert_ffn as kernels
+
+    if slot_ids_RK.numel() == 0:
+        return torch.zeros_like(x_RH)
+    if x_RH.stride(1) != 1:
+        x_RH = x_RH.contiguous()
+    num_experts, top_k = gate_up_EJH.shape[0], slot_ids_RK.shape[1]
+    groups = group_by_expert(slot_ids_RK, num_experts)
+    offsets_E1, pairs_P = groups.offsets_E1, groups.pairs_P
+    config = kernels.config_for(slot_ids_RK.numel(), num_experts, x_RH.dtype)
+    with torch.cuda.device(x_RH.device):
+        h_PI = kernels.gate_up(x_RH, gate_up_EJH, offsets_E1, pairs_P, top_k, config.gate_up)
+        y_PH = kernels.down(h_PI, down_EHI, offsets_E1, pairs_P, config.down)
+    return sum_choices(y_PH, slot_ids_RK, weights_RK)
+
+
+def tokens_per_tile(num_pairs: int, num_experts: int) -> int:
+    """The tile of `hopper.grouped_expert_ffn` that is best for this many pairs."""
+    for most_per_expert, tile in GROUPED_TILES:
+        if num_pairs <= most_per_expert * num_experts:
+            return tile
+    return LARGEST_TILE
+
+
+def _grouped_expert_ffn(
+    x_RH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+) -> torch.Tensor:
+    """Grouping, the two products on Hopper's tensor cores, and the sum."""
+    num_experts = gate_up_EJH.shape[0]
+    groups = group_by_expert(slot_ids_RK, num_experts)
+    y_PH = hopper.grouped_expert_ffn(
+        x_RH,
+        groups.offsets_E1,
+        groups.pairs_P,
+        slot_ids_RK.shape[1],
+        gate_up_EJH,
+        down_EHI,
+        tokens_per_tile(slot_ids_RK.numel(), num_experts),
+    )
+    return sum_choices(y_PH, slot_ids_RK, weights_RK)
+
+
+def _streaming_expert_ffn(
+    x_RH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+) -> torch.Tensor:
+    """No grouping: every row reads its experts for itself."""
+    return hopper.streaming_expert_ffn(
+        x_RH, _int32_ids(slot_ids_RK), weights_RK.contiguous(), gate_up_EJH, down_EHI
+    )
+
+
+ExpertFFN = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
+
+# Implementations of `expert_ffn`, which checks the arguments, by name.
+EXPERT_FFNS: dict[str, ExpertFFN] = {
+    "reference": reference.expert_ffn,
+    "triton": _triton_expert_ffn,
+    "grouped": _grouped_expert_ffn,
+    "streaming": _streaming_expert_ffn,
+}
+
+
+def _check_choices(y_PH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor) -> None:
+    assert y_PH.shape[0] == slot_ids_RK.numel(), (y_PH.shape, slot_ids_RK.shape)
+    assert weights_RK.shape == slot_ids_RK.shape, (weights_RK.shape, slot_ids_RK.shape)
+    assert weights_RK.dtype == torch.float32, weights_RK.dtype
+
+
+def _runs_triton(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and native.has_triton()
+
+
+def _int32_ids(ids: torch.Tensor) -> torch.Tensor:
+    """``ids`` as contiguous int32, the same tensor if it is that already."""
+    return ids.to(torch.int32).contiguous()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_engine.ops import native
 from moe_engine.ops.reference import rope as reference
 from moe_engine.ops.reference.rope import rope_cos_sin, rope_frequencies
 
@@ -52,6 +53,29 @@ def norm_rope_write(
     assert q_weight_D.shape == k_weight_D.shape == (head_dim,), (q_weight_D.shape, head_dim)
     assert qkv_TX.shape[0] == positions_T.shape[0] == slots_T.shape[0], qkv_TX.shape
     assert qkv_TX.shape[1] % head_dim == 0, (qkv_TX.shape, head_dim)
+    if qkv_TX.is_cuda and native.has_triton():
+        from moe_engine.kernels import norm_rope as kernels
+
+        assert qkv_TX.stride(1) == 1, qkv_TX.stride()
+        assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
+        assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
+        assert rope.cos_PF.is_contiguous(), rope.cos_PF.stride()
+        assert rope.sin_PF.is_contiguous(), rope.sin_PF.stride()
+        with torch.cuda.device(qkv_TX.device):
+            q_TND: torch.Tensor = kernels.norm_rope_write(
+                qkv_TX,
+                q_weight_D,
+                k_weight_D,
+                eps,
+                rope.cos_PF,
+                rope.sin_PF,
+                positions_T,
+                k_cache_BLGD,
+                v_cache_BLGD,
+                slots_T,
+                use_pdl=native.has_dependent_launch(qkv_TX.device),
+            )
+        return q_TND
     return reference.norm_rope_write(
         qkv_TX,
         q_weight_D,

@@ -90,6 +90,30 @@ class LoadProgress(Message, frozen=True):
     total: int
 
 
+class MemoryLedger(Message, frozen=True):
+    """What the memory of rank 0's device went to, in bytes; measured on a GPU.
+
+    Attributes:
+        total: the device's; 0 on a CPU.
+        at_start: taken before the engine allocated anything, by others and by libraries.
+        weights: computed from the model's shape.
+        activations: the most that a step takes, measured with the largest one; 0 on a CPU.
+        graphs_reserved: kept free for the CUDA graphs when the KV cache was sized.
+        graphs: what capturing them took.
+        kv_cache: computed from the number of blocks.
+        free: once everything is up.
+    """
+
+    total: int = 0
+    at_start: int = 0
+    weights: int = 0
+    activations: int = 0
+    graphs_reserved: int = 0
+    graphs: int = 0
+    kv_cache: int = 0
+    free: int = 0
+
+
 class EngineReady(Message, frozen=True):
     """Core -> front end: all ranks are up; the limits that requests are checked against.
 
@@ -104,6 +128,7 @@ class EngineReady(Message, frozen=True):
     eos_token_ids: list[int]
     summary: str
     startup_s: dict[str, float] = {}
+    memory: MemoryLedger = MemoryLedger()
     measured_memory: dict[str, int] = {}
 
 

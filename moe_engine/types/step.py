@@ -53,6 +53,11 @@ class SequenceStep:
     new_blocks: list[int] = field(default_factory=list)
     uniform: float | None = None
 
+    @property
+    def end(self) -> int:
+        """The position after the last one computed, which a sampled token takes."""
+        return self.start + self.num_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:

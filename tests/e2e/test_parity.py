@@ -42,7 +42,7 @@ class LogitsOfAllPositions:
             for prompt, greedy in zip(reference.prompts, reference.greedy, strict=True)
         ]
         plan, numbers = plan_for(sequences, groups.layout.attention_dp)
-        runtime.runner.execute(plan)
+        runtime.runner.launch(plan)
         if groups.layout.tp_rank != 0:
             return
         own = numbers[groups.layout.dp_rank]

@@ -241,7 +241,7 @@ class World:
         if plan is not None:
             self._check_plan(plan)
             self.results.append(self.device.execute(plan))
-            assert len(self.results) <= self.config.pipeline_depth
+            assert len(self.results) <= (self.config.pipeline_depth or 1)
         assert self.scheduler.num_in_flight == len(self.results)
         return plan
 

@@ -1,29 +1,43 @@
 """A step's tensors, against what the plan says in words."""
 
-import numpy as np
+import random
+
+import pytest
 import torch
 
-from moe_engine.engine.batch import SequenceTable
+from moe_engine.engine.batch import build_batch
+from moe_engine.engine.table import SequenceTable
 from moe_engine.ops.attention import PrefillSpan
+from moe_engine.ops.decode import append_tokens
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import NewSequence, SequenceStep
 
 BLOCK_SIZE = 4
+CPU = torch.device("cpu")
 
 
-def admitted(table, seq_id, token_ids):
-    table.admit(NewSequence(seq_id, token_ids, len(token_ids), SamplingParams()))
+def sequence(seq_id, token_ids):
+    return NewSequence(seq_id, token_ids, len(token_ids), SamplingParams())
+
+
+def build(table, steps):
+    return build_batch(table, steps, table.advance(steps))
+
+
+def append(table, slot, position, token):
+    slots, positions = (torch.tensor([value], dtype=torch.int32) for value in (slot, position))
+    append_tokens(slots, positions, torch.tensor([token]), table.tokens_NC)
 
 
 def test_mixed_step_lays_out_each_sequences_tokens_positions_and_slots():
-    table = SequenceTable(3, 32, BLOCK_SIZE, torch.device("cpu"))
+    table = SequenceTable(3, 32, BLOCK_SIZE, CPU)
     prompts = {7: list(range(100, 109)), 8: [5], 9: list(range(200, 210))}
-    for seq_id, prompt in prompts.items():
-        admitted(table, seq_id, prompt)
-    table.build([SequenceStep(7, 0, 6, [20, 3]), SequenceStep(8, 0, 1, [4])])
-    table.append_sampled(np.array([1]), np.array([1]), torch.tensor([77]))
+    table.admit([sequence(seq_id, prompt) for seq_id, prompt in prompts.items()])
+    table.advance([SequenceStep(7, 0, 6, [20, 3]), SequenceStep(8, 0, 1, [4])])
+    append(table, 1, 1, 77)
     steps = [SequenceStep(9, 4, 5, [9, 1, 30]), SequenceStep(8, 1, 1), SequenceStep(7, 6, 3, [0])]
-    batch = table.build(steps)
+    slots = table.advance(steps)
+    batch = build_batch(table, steps, slots)
     paged = batch.paged
     assert batch.token_ids_T.tolist() == [77, *range(204, 209), *range(106, 109)]
     assert batch.positions_T.tolist() == [1, 4, 5, 6, 7, 8, 6, 7, 8]
@@ -34,32 +48,107 @@ def test_mixed_step_lays_out_each_sequences_tokens_positions_and_slots():
     assert paged.query_starts_S.tolist() == [0, 1, 6, 9]
     assert paged.block_tables_SB[0, :1].tolist() == [4]
     assert paged.block_tables_SB[1:].tolist() == [[9, 1, 30], [20, 3, 0]]
-    assert batch.last_rows.tolist() == [5, 0, 8]
-    assert batch.slots.tolist() == [2, 1, 0]
+    assert batch.last_rows == [5, 0, 8]
+    assert slots == [2, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_row_is_where_its_sequence_says(seed):
+    """Random steps on a table in use, each row looked up by itself in plain Python."""
+    choose = random.Random(seed)
+    block_size = choose.choice((1, 4, 16))
+    table = SequenceTable(12, 96, block_size, CPU)
+    tokens, blocks = {}, {}
+    for seq_id in range(choose.randrange(1, 12)):
+        tokens[seq_id] = [choose.randrange(1000) for _ in range(choose.randrange(1, 96))]
+        blocks[seq_id] = []
+        if choose.random() < 0.5:
+            table.admit([sequence(100 + seq_id, [1] * 90)])
+            table.retire(100 + seq_id)
+        table.admit([sequence(seq_id, tokens[seq_id])])
+    starts = dict.fromkeys(tokens, 0)
+    for _ in range(3):
+        steps = []
+        for seq_id in choose.sample(sorted(tokens), len(tokens)):
+            left = len(tokens[seq_id]) - starts[seq_id]
+            if left == 0:
+                continue
+            count = choose.choice((1, left, choose.randint(1, left)))
+            needed = -(-(starts[seq_id] + count) // block_size) - len(blocks[seq_id])
+            new_blocks = [choose.randrange(500) for _ in range(needed + choose.randrange(2))]
+            new_blocks = new_blocks[: -(-96 // block_size) - len(blocks[seq_id])]
+            blocks[seq_id] += new_blocks
+            steps.append(SequenceStep(seq_id, starts[seq_id], count, new_blocks))
+            starts[seq_id] += count
+        check_rows(build(table, steps), steps, tokens, blocks, block_size)
+
+
+def check_rows(batch, steps, tokens, blocks, block_size):
+    paged = batch.paged
+    singles = [step for step in steps if step.num_tokens == 1]
+    in_row_order = singles + [step for step in steps if step.num_tokens > 1]
+    assert paged.num_decodes == len(singles)
+    rows, starts = [], [0]
+    for step in in_row_order:
+        for position in range(step.start, step.start + step.num_tokens):
+            block = blocks[step.seq_id][position // block_size]
+            slot = block * block_size + position % block_size
+            rows.append((tokens[step.seq_id][position], position, slot))
+        starts.append(len(rows))
+    found = zip(
+        batch.token_ids_T.tolist(), batch.positions_T.tolist(), paged.slots_T.tolist(), strict=True
+    )
+    assert list(found) == rows
+    assert paged.num_tokens == len(rows)
+    assert paged.query_starts_S.tolist() == starts
+    contexts = [step.start + step.num_tokens for step in in_row_order]
+    assert paged.context_lens_S.tolist() == contexts
+    for step, context, table in zip(
+        in_row_order, contexts, paged.block_tables_SB.tolist(), strict=True
+    ):
+        used = -(-context // block_size)
+        assert table[:used] == blocks[step.seq_id][:used]
+    spans = zip(starts, in_row_order, contexts, strict=False)
+    assert paged.prefills == tuple(
+        PrefillSpan(start, step.num_tokens, context)
+        for start, step, context in spans
+        if step.num_tokens > 1
+    )
+    ends = {step.seq_id: start - 1 for step, start in zip(in_row_order, starts[1:], strict=True)}
+    assert batch.last_rows == [ends[step.seq_id] for step in steps]
 
 
 def test_slot_of_a_retired_sequence_starts_afresh():
-    table = SequenceTable(1, 16, BLOCK_SIZE, torch.device("cpu"))
-    admitted(table, 1, list(range(16)))
-    table.build([SequenceStep(1, 0, 16, [3, 2, 1, 0])])
+    table = SequenceTable(1, 16, BLOCK_SIZE, CPU)
+    table.admit([sequence(1, list(range(16)))])
+    build(table, [SequenceStep(1, 0, 16, [3, 2, 1, 0])])
     table.retire(1)
-    admitted(table, 2, [50, 51])
-    batch = table.build([SequenceStep(2, 0, 2, [5])])
+    table.admit([sequence(2, [50, 51])])
+    batch = build(table, [SequenceStep(2, 0, 2, [5])])
     assert batch.token_ids_T.tolist() == [50, 51]
     assert batch.paged.slots_T.tolist() == [20, 21]
     assert batch.paged.block_tables_SB.tolist() == [[5]]
 
 
 def test_last_token_of_a_full_context_is_kept():
-    table = SequenceTable(1, 4, BLOCK_SIZE, torch.device("cpu"))
-    admitted(table, 1, [1, 2, 3])
-    table.build([SequenceStep(1, 0, 3, [0])])
-    table.append_sampled(np.array([0]), np.array([3]), torch.tensor([9]))
-    assert table.build([SequenceStep(1, 3, 1)]).token_ids_T.tolist() == [9]
+    table = SequenceTable(1, 4, BLOCK_SIZE, CPU)
+    table.admit([sequence(1, [1, 2, 3])])
+    build(table, [SequenceStep(1, 0, 3, [0])])
+    append(table, 0, 3, 9)
+    assert build(table, [SequenceStep(1, 3, 1)]).token_ids_T.tolist() == [9]
+
+
+def test_laying_out_needs_no_value_from_the_device():
+    # A meta tensor has no values: reading one, or a shape that depends on one, raises.
+    table = SequenceTable(3, 32, BLOCK_SIZE, torch.device("meta"))
+    table.admit([sequence(1, [5, 6, 7]), sequence(2, [8])])
+    batch = build(table, [SequenceStep(1, 0, 3, [4]), SequenceStep(2, 0, 1, [6])])
+    assert batch.token_ids_T.shape == (4,)
+    assert batch.paged.slots_T.device.type == "meta"
 
 
 def test_idle_step_is_empty():
-    batch = SequenceTable(2, 8, BLOCK_SIZE, torch.device("cpu")).build([])
+    batch = build(SequenceTable(2, 8, BLOCK_SIZE, CPU), [])
     assert batch.token_ids_T.shape == batch.positions_T.shape == (0,)
     assert batch.paged.num_decodes == 0
     assert batch.paged.prefills == ()

@@ -80,7 +80,7 @@ def test_startup_timeout_is_positive(seconds):
 
 @pytest.mark.parametrize("depth", [0, 3])
 def test_one_or_two_steps_may_be_under_way(depth):
-    assert [SchedulerConfig(pipeline_depth=d).pipeline_depth for d in (1, 2)] == [1, 2]
+    assert [SchedulerConfig(pipeline_depth=d).pipeline_depth for d in (None, 1, 2)] == [None, 1, 2]
     message = refusal(SchedulerConfig, pipeline_depth=depth)
     assert message == f"pipeline_depth is {depth}; it must be 1 or 2"
 

@@ -24,10 +24,12 @@ from moe_engine.engine.memory import (
     size,
     weight_bytes,
 )
+from moe_engine.engine.summary import memory_lines
 from moe_engine.errors import ConfigError
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import LayerContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
+from moe_engine.types.messages import MemoryLedger
 
 MIB = 1 << 20
 SHAPE = {
@@ -150,7 +152,28 @@ def test_a_gpu_keeps_back_the_share_that_may_not_be_used():
     config = config_of(memory_utilization=0.75)
     budget = kv_budget(model_config(), config, BF16, free=50 * GIB, total=80 * GIB)
     assert budget.available == 30 * GIB
-    assert budget.source == "50.00 GiB free less 25% of 80.00 GiB"
+    assert budget.source == (
+        "50.00 GiB free less 25% of 80.00 GiB and 0.00 KiB for activations and graphs"
+    )
+
+
+def test_activations_and_graphs_are_kept_back_from_the_kv_cache():
+    config = config_of(memory_utilization=0.75)
+    budget = kv_budget(model_config(), config, BF16, free=50 * GIB, total=80 * GIB, working=3 * GIB)
+    assert budget.available == 27 * GIB
+    assert budget.source.endswith("and 3.00 GiB for activations and graphs")
+
+
+def test_kv_cache_memory_may_not_take_what_steps_need():
+    config = config_of(kv_cache_memory=4 * GIB)
+    model = model_config()
+    assert kv_budget(model, config, BF16, 10 * GIB, 80 * GIB, 6 * GIB).available == 4 * GIB
+    with pytest.raises(ConfigError) as caught:
+        kv_budget(model, config, BF16, 10 * GIB, 80 * GIB, 7 * GIB)
+    assert str(caught.value) == (
+        "the KV cache may take 4.00 GiB (kv_cache_memory), but 10.00 GiB are free "
+        "and steps need 7.00 GiB"
+    )
 
 
 def test_a_gpu_that_others_have_filled_leaves_less_than_nothing():
@@ -166,6 +189,30 @@ def test_a_gpu_that_others_have_filled_leaves_less_than_nothing():
 def test_a_cpu_takes_its_default_but_at_most_half_of_what_is_free(free, available):
     budget = kv_budget(model_config(), config_of(), BF16, free=free, total=0)
     assert (budget.available, budget.source) == (available, "the default of a CPU rank")
+
+
+def test_ledger_of_a_gpu_names_every_part():
+    ledger = MemoryLedger(
+        total=80 * GIB,
+        at_start=GIB,
+        weights=60 * GIB,
+        activations=2 * GIB,
+        graphs_reserved=GIB,
+        graphs=GIB // 2,
+        kv_cache=8 * GIB,
+        free=9 * GIB,
+    )
+    assert memory_lines(ledger) == [
+        "memory    per rank: weights 60.00 GiB, KV cache 8.00 GiB",
+        "          CUDA graphs 512.00 MiB (1.00 GiB reserved), free 9.00 GiB, of which steps take "
+        "up to 2.00 GiB",
+        "          of 80.00 GiB, 1.00 GiB of it taken before",
+    ]
+
+
+def test_ledger_of_a_cpu_has_what_was_computed():
+    ledger = MemoryLedger(weights=3 * MIB, kv_cache=2 * MIB, free=GIB)
+    assert memory_lines(ledger) == ["memory    per rank: weights 3.00 MiB, KV cache 2.00 MiB"]
 
 
 # Number of blocks.

@@ -107,8 +107,8 @@ def test_empty_batch_gives_no_tokens():
     tokens = sampler.sample(torch.empty(0, 5), [])
     assert tokens.shape == (0,)
     assert tokens.dtype == torch.int64
-    assert sampler.logprobs(torch.empty(0, 5), tokens, []) == []
-    assert sampler.prompt_logprobs(torch.empty(0, 5), tokens, 3) == []
+    assert sampler.logprobs(torch.empty(0, 5), tokens, []) is None
+    assert sampler.prompt_logprobs(torch.empty(0, 5), tokens, 3).result() == []
 
 
 # Single features.

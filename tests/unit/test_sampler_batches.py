@@ -46,6 +46,61 @@ def test_sampling_does_not_change_the_logits():
     assert torch.equal(logits, original)
 
 
+def test_draws_in_pieces_are_the_same(monkeypatch):
+    rng = np.random.default_rng(8)
+    references = random_sequences(rng, 25, 50)
+    logits = torch.from_numpy(rng.standard_normal((25, 50)) * 3)
+    rows = rows_of(references, rng.random(25).tolist())
+    expected = sampler_of(50, *references).sample(logits, rows)
+    monkeypatch.setattr("moe_engine.engine.sampler._DRAW_ROWS_AT_ONCE", 4)
+    assert torch.equal(sampler_of(50, *references).sample(logits, rows), expected)
+
+
+# Who can do without the sampler.
+
+
+@pytest.mark.parametrize(
+    ("options", "is_argmax"),
+    [
+        ({}, True),
+        ({"temperature": 1e-6, "top_p": 0.5, "top_k": 3, "logprobs": 5, "min_tokens": 0}, True),
+        ({"temperature": 1e-4}, False),
+        ({"logit_bias": {1: 1.0}}, False),
+        ({"min_tokens": 2}, False),  # the stop token must not be taken too early
+        ({"repetition_penalty": 1.1}, False),
+        ({"frequency_penalty": 0.1}, False),
+        ({"presence_penalty": -0.1}, False),
+    ],
+)
+def test_only_plain_greedy_rows_are_an_argmax(options, is_argmax):
+    plain = Reference(GREEDY, [1], stop_ids=[4])
+    other = Reference(SamplingParams(**({"temperature": 0.0} | options)), [1], stop_ids=[4])
+    both = sampler_of(20, plain, other)
+    assert both.is_argmax([1]) == both.is_argmax([0, 1]) == is_argmax
+    assert both.is_argmax([0])
+    assert both.is_argmax([])
+    both.retire(1)
+    assert both.is_argmax([0, 1])  # nothing of a retired sequence stays behind
+
+
+def test_a_batch_that_is_only_greedy_copies_no_logits(monkeypatch):
+    def refuse(logits):
+        raise AssertionError("the logits were copied")
+
+    monkeypatch.setattr("moe_engine.engine.sampler.to_float32_without_nan", refuse)
+    logits = torch.randn(3, 500).bfloat16()
+    logits[1, 7] = torch.inf
+    logits[1, 3] = torch.nan
+    logits[2] = torch.nan
+    references = [Reference(GREEDY, [1]), Reference(GREEDY, [2], [3]), Reference(GREEDY, [4])]
+    tokens = sampler_of(500, *references).sample(logits, rows_of(references, [0.5] * 3))
+    assert tokens.tolist() == [int(logits[0].argmax()), 7, 0]
+
+    biased = [*references, Reference(SamplingParams(temperature=0.0, logit_bias={2: 1.0}), [1])]
+    with pytest.raises(AssertionError, match="copied"):
+        sampler_of(500, *biased).sample(torch.randn(4, 500).bfloat16(), rows_of(biased, [0.5] * 4))
+
+
 # The host never waits.
 
 

@@ -24,9 +24,10 @@ def test_logprobs_are_raw_and_only_for_rows_that_want_them():
     rows = rows_of(references, [0.3, 0.5, 0.7, 0.9])
     sampler = sampler_of(10, *references)
     tokens = sampler.sample(logits, rows)
-    found = sampler.logprobs(logits, tokens, rows)
+    pending = sampler.logprobs(logits, tokens, range(4))
+    assert pending.rows == [1, 2, 3]
+    found = [None, *pending.result()]
     expected = torch.log_softmax(logits, dim=-1)
-    assert found[0] is None
     for row, num_top in enumerate(num_tops[1:], start=1):
         order = logits[row].argsort(descending=True).tolist()
         token = int(tokens[row])
@@ -44,8 +45,7 @@ def test_greedy_token_has_rank_1_among_equals():
     sampler = sampler_of(4, reference)
     logits, rows = torch.tensor([[0.0, 5.0, 5.0, 5.0]]), [SampleRow(0, 0.5, 0)]
     tokens = sampler.sample(logits, rows)
-    (found,) = sampler.logprobs(logits, tokens, rows)
-    assert found is not None
+    (found,) = sampler.logprobs(logits, tokens, [0]).result()
     assert (found.token_id, found.rank, found.top_ids) == (1, 1, [1, 2])
 
 
@@ -53,7 +53,7 @@ def test_greedy_token_has_rank_1_among_equals():
 def test_prompt_logprobs_match_log_softmax(num_positions):
     logits = torch.randn(num_positions, 11).to(torch.bfloat16)
     targets = torch.randint(11, (num_positions,))
-    found = Sampler(11, CPU).prompt_logprobs(logits, targets, 2)
+    found = Sampler(11, CPU).prompt_logprobs(logits, targets, 2).result()
     expected = torch.log_softmax(logits.float(), dim=-1)
     assert [entry.token_id for entry in found] == targets.tolist()
     assert [entry.logprob for entry in found] == pytest.approx(
@@ -66,6 +66,7 @@ def test_prompt_logprobs_match_log_softmax(num_positions):
 
 
 def test_more_alternatives_than_tokens_report_all():
-    (found,) = Sampler(2, CPU).prompt_logprobs(torch.tensor([[0.0, 1.0]]), torch.tensor([0]), 20)
+    logits, targets = torch.tensor([[0.0, 1.0]]), torch.tensor([0])
+    (found,) = Sampler(2, CPU).prompt_logprobs(logits, targets, 20).result()
     assert found.top_ids == [1, 0]
     assert found.rank == 2

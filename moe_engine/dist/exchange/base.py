@@ -55,9 +55,12 @@ class Exchange(Protocol):
     Attributes:
         shards_tokens: True if the ranks of an attention-TP group, which all hold the same tokens,
             must bring disjoint shares of them; False if every rank brings all of its tokens.
+        is_capturable: whether a CUDA graph can hold a dispatch and a combine, since neither waits
+            for the device; their shapes then follow from the number of tokens alone.
     """
 
     shards_tokens: bool
+    is_capturable: bool
 
     def dispatch(
         self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -33,6 +33,7 @@ class CollectiveExchange:
     """One copy of a token per destination rank; its expert ids and weights ride along."""
 
     shards_tokens = True
+    is_capturable = False
 
     def __init__(self, shard: ExpertShard, ep: Communicator) -> None:
         self._shard = shard

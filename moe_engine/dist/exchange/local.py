@@ -11,6 +11,7 @@ class LocalExchange:
     """Nothing moves: every expert is here."""
 
     shards_tokens = False
+    is_capturable = True
 
     def dispatch(
         self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -12,6 +12,7 @@ class ReplicatedExchange:
     """Every rank runs its own experts on all tokens; one all-reduce adds the results."""
 
     shards_tokens = False
+    is_capturable = True
 
     def __init__(self, shard: ExpertShard, ep: Communicator) -> None:
         self._shard = shard

@@ -37,7 +37,8 @@ def paged_attention(
 
     Args:
         q_TND: queries of all sequences.
-        k_cache_BLGD, v_cache_BLGD: the cache, holding also this step's keys and values.
+        k_cache_BLGD, v_cache_BLGD: the cache, holding also this step's keys and values; of any
+            floating dtype.
         block_tables_SB: int32, the blocks of each sequence, at least ceil(C / L) of them.
         context_lens_S: int32, tokens in the cache per sequence; with 0 its outputs are 0.
         spans: per sequence its first row and its number of rows, which are the last positions of
@@ -56,8 +57,8 @@ def paged_attention(
             continue
         rows = slice(first, first + query_len)
         used = blocks[: -(-context_len // block_size)]
-        k_CGD = k_cache_BLGD[used].flatten(0, 1)[:context_len]
-        v_CGD = v_cache_BLGD[used].flatten(0, 1)[:context_len]
+        k_CGD = k_cache_BLGD[used].flatten(0, 1)[:context_len].to(q_TND.dtype)
+        v_CGD = v_cache_BLGD[used].flatten(0, 1)[:context_len].to(q_TND.dtype)
         mask = None
         if query_len > 1:
             positions = torch.arange(context_len, device=q_TND.device)

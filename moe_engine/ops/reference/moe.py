@@ -86,3 +86,18 @@ def expert_ffn(
         weighted = y.to(torch.float32) * weights_RK.reshape(-1)[chosen, None]
         out_RH.index_add_(0, rows, weighted)
     return out_RH.to(x_RH.dtype)
+
+
+def sum_choices(
+    y_PH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum of each row's K outputs in float32, those with an id below 0 left out; [R, H].
+
+    Example, K = 2, H = 1: y [1, 2, 3, arbitrary], ids [[0, 1], [0, -1]], weights
+    [[1, 0.5], [2, 9]]: [[2], [6]].
+    """
+    num_rows, num_choices = slot_ids_RK.shape
+    y_RKH = y_PH.view(num_rows, num_choices, y_PH.shape[1]).to(torch.float32)
+    weighted_RKH = y_RKH * weights_RK[:, :, None]
+    summed_RH = weighted_RKH.masked_fill((slot_ids_RK < 0)[:, :, None], 0.0).sum(dim=1)
+    return summed_RH.to(y_PH.dtype)

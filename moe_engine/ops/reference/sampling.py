@@ -68,8 +68,11 @@ def apply_output_penalties(
 
 
 def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row, int64 [B]; the lowest id where several are."""
-    return torch.argmax(logits_BV, dim=-1)
+    """The most likely token of each row, int64 [B]; the lowest id where several are.
+
+    NaN counts as -inf; a row of -inf alone gives 0.
+    """
+    return torch.argmax(logits_BV.masked_fill(logits_BV.isnan(), -torch.inf), dim=-1)
 
 
 def scale_by_temperature(logits_RV: torch.Tensor, temperature_R: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,11 @@ import os
 if os.environ.get("RANK") == os.environ.get("RANK_THAT_RAISES", "none"):
     from moe_engine.engine.runner import ModelRunner
 
-    execute = ModelRunner.execute
+    launch = ModelRunner.launch
 
-    def execute_then_raise(self, plan):
+    def launch_or_raise(self, plan):
         if plan.step_id == 5:
             raise ValueError("planted")
-        return execute(self, plan)
+        return launch(self, plan)
 
-    ModelRunner.execute = execute_then_raise
+    ModelRunner.launch = launch_or_raise

@@ -1,0 +1,226 @@
+"""Candidates for the launch tables of the attention kernels, timed one against the other.
+
+A decode's tiles decide its output's bits, so one row of tiles must serve every batch; its splits
+and stages may differ from batch to batch. So the table has the best launch for each kind of tiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from benchmarks import attention_cases as cases
+from benchmarks.gpu_timing import num_rotations, seconds_per_call
+from moe_engine.kernels.norm_rope import norm_rope_write
+from moe_engine.kernels.paged_decode import paged_decode
+from moe_engine.kernels.paged_decode_table import DecodeLaunch, DecodeTiles
+from moe_engine.kernels.paged_prefill import paged_prefill
+from moe_engine.kernels.paged_prefill_table import PrefillTiles
+from moe_engine.ops import native
+
+REPLAYS = 5
+COMPILERS = 12
+# (tiles, stages that fit into shared memory)
+DECODE_TILES = (
+    (DecodeTiles(64, 4, 16), (3, 4, 6)),
+    (DecodeTiles(64, 8, 16), (3, 4, 6)),
+    (DecodeTiles(128, 8, 16), (2, 3)),
+    (DecodeTiles(32, 4, 16), (4, 6)),
+)
+# (batch, context, (splits, least tokens a program))
+DECODE_CASES: tuple[tuple[int, int | str, tuple[tuple[int, int], ...]], ...] = (
+    (1, 576, ((16, 64), (8, 64), (16, 128))),
+    (1, 2048, ((16, 64), (8, 64))),
+    (8, 576, ((16, 64), (16, 128), (4, 64), (2, 64))),
+    (8, 2048, ((16, 64), (8, 64), (4, 64))),
+    (32, 576, ((1, 1), (2, 64), (4, 64), (16, 64))),
+    (32, 2048, ((1, 1), (2, 64), (4, 64))),
+    (64, 576, ((1, 1), (4, 2048), (2, 64))),
+    (64, 2048, ((1, 1), (2, 64))),
+    (64, "mixed", ((1, 1), (4, 1024), (8, 512))),
+    (256, 576, ((1, 1), (4, 2048))),
+    (256, 2048, ((1, 1),)),
+    (256, "mixed", ((1, 1), (4, 2048))),
+)
+PREFILL_TILES = (
+    PrefillTiles(128, 64, 8, 3),
+    PrefillTiles(128, 64, 8, 2),
+    PrefillTiles(128, 128, 8, 2),
+    PrefillTiles(128, 128, 8, 3),
+    PrefillTiles(64, 64, 4, 3),
+    PrefillTiles(64, 64, 4, 2),
+    PrefillTiles(128, 32, 8, 3),
+    PrefillTiles(256, 64, 16, 2),
+)
+PREFILL_CASES = {
+    "16x512": [(512, 512)] * 16,
+    "1x8192": [(8192, 8192)],
+    "2048 after 6144": [(2048, 8192)],
+}
+# (heads a program, tokens a program, warps)
+NORM_ROPE_LAUNCHES = (
+    (8, 1, 1), (8, 1, 2), (16, 1, 2), (16, 1, 4), (64, 1, 8), (8, 2, 4), (8, 4, 4), (8, 8, 8),
+    (16, 2, 8), (4, 8, 4),
+)  # fmt: skip
+NORM_ROPE_TOKENS = (1, 8, 64, 256, 8192)
+
+Cache = tuple[torch.Tensor, torch.Tensor]
+Timed = dict[str, Any]
+
+
+def tune(cache: Cache) -> list[Timed]:
+    """Time all candidates; prints the best for each case and returns everything."""
+    return [*_tune_norm_rope(cache), *_tune_decode(cache), *_tune_prefill(cache)]
+
+
+def _compile(calls: Iterable[Callable[[], object]]) -> list[bool]:
+    """Run each call once, many at a time, so that their kernels compile side by side."""
+
+    def attempt(call: Callable[[], object]) -> bool:
+        try:
+            call()
+        except Exception as error:  # too much shared memory, most likely
+            print(f"left out: {type(error).__name__}: {str(error)[:120]}")
+            return False
+        return True
+
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        works = list(pool.map(attempt, calls))
+    torch.cuda.synchronize()
+    return works
+
+
+def _tune_decode(cache: Cache) -> list[Timed]:
+    use_pdl = native.has_dependent_launch(cache[0].device)
+    inputs = {case[:2]: _decode_inputs(case[0], case[1]) for case in DECODE_CASES}
+
+    def call(
+        one: cases.Inputs, tiles: DecodeTiles, launch: DecodeLaunch, last_arriver: bool
+    ) -> Callable[[], None]:
+        out = torch.empty_like(one.q_TND)
+        batch = one.batch
+        return lambda: paged_decode(
+            one.q_TND, *cache, batch.block_tables_SB, batch.context_lens_S, cases.SCALE, out,
+            tiles=tiles, launch=launch, last_arriver=last_arriver, use_pdl=use_pdl,
+        )  # fmt: skip
+
+    smallest = inputs[(1, 576)][0]
+    variants = [
+        (tiles, num_stages, splits, last)
+        for tiles, stages in DECODE_TILES
+        for num_stages in stages
+        for splits, last in ((1, True), (16, True), (16, False))
+    ]
+    call(smallest, DECODE_TILES[0][0], DecodeLaunch(16, 64), True)()
+    works = _compile(
+        call(smallest, tiles, DecodeLaunch(splits, 64, num_stages), last)
+        for tiles, num_stages, splits, last in variants
+    )
+    working = {variant for variant, fine in zip(variants, works, strict=True) if fine}
+
+    timed: list[Timed] = []
+    print("decode, us: best of each tile x warps as (splits, least tokens, stages, merge)")
+    for batch_size, context, splits in DECODE_CASES:
+        columns = []
+        for tiles, stages in DECODE_TILES:
+            best: Timed | None = None
+            for (num_splits, min_tokens), num_stages in itertools.product(splits, stages):
+                for last in (True, False) if num_splits > 1 and batch_size <= 8 else (True,):
+                    variant = (tiles, num_stages, 16 if num_splits > 1 else 1, last)
+                    if variant not in working:
+                        continue
+                    launch = DecodeLaunch(num_splits, min_tokens, num_stages)
+                    calls = [
+                        call(one, tiles, launch, last) for one in inputs[(batch_size, context)]
+                    ]
+                    row = {
+                        "kernel": "decode",
+                        "case": [batch_size, context],
+                        "tiles": [tiles.tile, tiles.num_warps],
+                        "launch": [num_splits, min_tokens, num_stages, "last" if last else "2nd"],
+                        "us": seconds_per_call(calls, REPLAYS) * 1e6,
+                    }
+                    timed.append(row)
+                    if best is None or row["us"] < best["us"]:
+                        best = row
+            if best is not None:
+                how = ",".join(map(str, best["launch"]))
+                columns.append(f"{tiles.tile}x{tiles.num_warps} {best['us']:.1f} ({how})")
+        print(f"{batch_size:>4} x {context:<6}", " | ".join(columns), flush=True)
+    return timed
+
+
+def _decode_inputs(batch_size: int, context: int | str) -> list[cases.Inputs]:
+    contexts = cases.decode_contexts(batch_size, context)
+    num_bytes = sum(contexts) * cases.TOKEN_BYTES * 2
+    return [
+        cases.make_inputs([(1, length) for length in contexts])
+        for _ in range(num_rotations(num_bytes))
+    ]
+
+
+def _tune_prefill(cache: Cache) -> list[Timed]:
+    inputs = {name: cases.make_inputs(lens) for name, lens in PREFILL_CASES.items()}
+
+    def call(one: cases.Inputs, tiles: PrefillTiles) -> Callable[[], None]:
+        out = torch.empty_like(one.q_TND)
+        batch = one.batch
+        query_lens = [span.query_len for span in batch.prefills]
+        return lambda: paged_prefill(
+            one.q_TND, *cache, batch.block_tables_SB, batch.context_lens_S, batch.query_starts_S,
+            0, query_lens, cases.SCALE, out, tiles=tiles,
+        )  # fmt: skip
+
+    works = _compile(call(inputs["2048 after 6144"], tiles) for tiles in PREFILL_TILES)
+    timed: list[Timed] = []
+    print("prefill, us, by (rows, keys, warps, stages)")
+    for tiles, fine in zip(PREFILL_TILES, works, strict=True):
+        if not fine:
+            continue
+        shape = [tiles.rows, tiles.keys, tiles.num_warps, tiles.num_stages]
+        columns = []
+        for name, one in inputs.items():
+            us = seconds_per_call([call(one, tiles)], REPLAYS) * 1e6
+            columns.append(f"{name} {us:.0f}")
+            timed.append({"kernel": "prefill", "case": name, "tiles": shape, "us": us})
+        print(f"{shape!s:<20}", " | ".join(columns), flush=True)
+    return timed
+
+
+def _tune_norm_rope(cache: Cache) -> list[Timed]:
+    width = (cases.NUM_HEADS + 2 * cases.NUM_KV_HEADS) * cases.HEAD_DIM
+    q_weight_D, k_weight_D = torch.rand(2, cases.HEAD_DIM, device="cuda").bfloat16()
+    angles = torch.rand(40960, cases.HEAD_DIM // 2, device="cuda")
+    order = torch.randperm(cases.NUM_BLOCKS * cases.BLOCK_SIZE, device="cuda")
+    use_pdl = native.has_dependent_launch(cache[0].device)
+
+    def call(num_tokens: int, launch: tuple[int, int, int]) -> Callable[[], torch.Tensor]:
+        qkv_TX = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)
+        positions_T = torch.randint(0, 40960, (num_tokens,), device="cuda")
+        return lambda: norm_rope_write(
+            qkv_TX, q_weight_D, k_weight_D, 1e-6, angles, angles, positions_T, cache[0], cache[1],
+            order[:num_tokens], launch=launch, use_pdl=use_pdl,
+        )  # fmt: skip
+
+    works = _compile(call(8, launch) for launch in NORM_ROPE_LAUNCHES)
+    timed: list[Timed] = []
+    print("norm_rope_write, us, by (heads, tokens, warps), best four")
+    for num_tokens in NORM_ROPE_TOKENS:
+        count = num_rotations(2 * 2 * num_tokens * width)
+        rows: list[Timed] = []
+        for launch, fine in zip(NORM_ROPE_LAUNCHES, works, strict=True):
+            if fine:
+                calls = [call(num_tokens, launch) for _ in range(count)]
+                us = seconds_per_call(calls, REPLAYS) * 1e6
+                rows.append(
+                    {"kernel": "norm_rope", "case": num_tokens, "launch": list(launch), "us": us}
+                )
+        rows.sort(key=lambda row: row["us"])
+        best = " | ".join(f"{row['launch']} {row['us']:.2f}" for row in rows[:4])
+        print(f"{num_tokens:>5} tokens", best, flush=True)
+        timed += rows
+    return timed

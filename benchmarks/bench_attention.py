@@ -1,0 +1,275 @@
+"""Attention on one GPU: query and key preparation, decode and prefill, against measured ceilings.
+
+    python -m benchmarks.bench_attention --json FILE          # check, then time what is committed
+    python -m benchmarks.bench_attention --json FILE --tune   # time candidates for the tables
+
+Heads as in Qwen3-30B-A3B: 32 query heads, 4 KV heads, 128 wide, bfloat16. Every kernel is checked
+against float32 attention first. Decode reads bytes, prefill does arithmetic, so their ceilings are
+a copy's bytes/s and a product's FLOP/s, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import attention_cases as cases
+from benchmarks.attention_tune import tune
+from benchmarks.gpu_timing import measure_ceilings, num_rotations, seconds_per_call
+from benchmarks.machine import describe_machine
+from moe_engine.kernels.norm_rope import norm_rope_write
+from moe_engine.kernels.paged_decode import paged_decode
+from moe_engine.kernels.paged_prefill import paged_prefill
+from moe_engine.ops import cudnn_prefill, native
+from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.reference.rope import norm_rope_write as reference_norm_rope_write
+
+BATCHES = (1, 8, 32, 64, 128, 256)
+# FlashInfer 0.6's tensor-core decode on an H200, microseconds.
+PEER_US = {
+    576: (8.8, 12.3, 18.0, 27.6, 49.7, 91.0),
+    2048: (9.5, 15.4, 45.0, 70.0, 134.0, 257.0),
+}
+PREFILLS = {
+    "16x512": [(512, 512)] * 16,
+    "1x8192": [(8192, 8192)],
+    "64x128": [(128, 128)] * 64,
+    "2048 after 6144": [(2048, 8192)],
+    "mixed": [(n, n) for n in (3000, 100, 700, 40, 1500, 260, 2000, 592)],
+}
+# H200, microseconds: cuDNN, FlashInfer's FA3.
+PREFILL_PEER_US = {"16x512": 97.0, "1x8192": 892.0}
+NORM_ROPE_TOKENS = (1, 8, 64, 256, 2048, 8192)
+NUM_POSITIONS = 40960
+EPS = 1e-6
+
+Row = dict[str, Any]
+Cache = tuple[torch.Tensor, torch.Tensor]
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--tune", action="store_true", help="time candidates for the tables")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_attention needs an NVIDIA GPU")
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    ceilings = measure_ceilings()
+    cache = cases.make_cache()
+    result: dict[str, Any] = {
+        "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
+        "ceilings": ceilings,
+    }
+    print(
+        f"{torch.cuda.get_device_name()}: copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
+        f"matmul {ceilings['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s"
+    )
+    if arguments.tune:
+        result["tune"] = tune(cache)
+    else:
+        result["rows"] = measure(cache, ceilings)
+    result["seconds"] = time.perf_counter() - start
+    print(f"{result['seconds']:.0f} s in all")
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(cache: Cache, ceilings: dict[str, float]) -> list[Row]:
+    """Check and time every kernel as it is committed."""
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        if "bytes_per_s" in row:
+            rate, ceiling = row["bytes_per_s"], ceilings["copy_bytes_per_s"]
+        else:
+            rate, ceiling = row["flop_per_s"], ceilings["matmul_flop_per_s"]
+        row["share_of_ceiling"] = rate / ceiling
+        peer = f"{row['peer_us']:7.1f}" if row.get("peer_us") else "      -"
+        print(
+            f"{row['kernel']:<22} {row['case']:<18} {row['us']:8.1f} us  peer {peer}  "
+            f"{rate / 1e12:7.2f} T/s  {100 * row['share_of_ceiling']:5.1f} %  "
+            f"error {row['error']:.1e}",
+            flush=True,
+        )
+        rows.append(row)
+
+    for num_tokens in NORM_ROPE_TOKENS:
+        add(norm_rope_row(num_tokens, cache))
+    for context in (576, 2048, "mixed"):
+        for index, batch_size in enumerate(BATCHES):
+            peer = PEER_US[context][index] if isinstance(context, int) else None
+            add(decode_row(batch_size, context, cache, "decode", peer))
+    for how in ({"use_pdl": False}, {"last_arriver": False, "use_pdl": True}):
+        name = "decode, no PDL" if "last_arriver" not in how else "decode, 2nd kernel"
+        for batch_size in (1, 8):
+            add(decode_row(batch_size, 576, cache, name, **how))
+    narrow = (cache[0].to(torch.float8_e4m3fn), cache[1].to(torch.float8_e4m3fn))
+    for batch_size in (64, 256):
+        add(decode_row(batch_size, 576, narrow, "decode, fp8"))
+    for name, lens in PREFILLS.items():
+        for row in prefill_rows(name, lens, cache):
+            add(row)
+    for length in (4352, 4608, 4864):
+        print(f"cuDNN's first call of 1x{length}: {cudnn_first_call_ms(length, cache):.0f} ms")
+    return rows
+
+
+def norm_rope_row(num_tokens: int, cache: Cache) -> Row:
+    """Preparation of T tokens: the projection's output is read once, q, k and v written once."""
+    width = (cases.NUM_HEADS + 2 * cases.NUM_KV_HEADS) * cases.HEAD_DIM
+    num_bytes = 2 * 2 * num_tokens * width
+    angles = torch.rand(NUM_POSITIONS, cases.HEAD_DIM // 2, device="cuda")
+    cos_PF, sin_PF = angles.cos(), angles.sin()
+    q_weight_D, k_weight_D = torch.rand(2, cases.HEAD_DIM, device="cuda").bfloat16()
+    order = torch.randperm(cases.NUM_BLOCKS * cases.BLOCK_SIZE, device="cuda")
+    use_pdl = native.has_dependent_launch(order.device)
+
+    def make(index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        qkv_TX = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)
+        positions_T = torch.randint(0, NUM_POSITIONS, (num_tokens,), device="cuda")
+        first = (index * num_tokens) % (len(order) - num_tokens)
+        return qkv_TX, positions_T, order[first : first + num_tokens]
+
+    def prepare(
+        qkv_TX: torch.Tensor, positions_T: torch.Tensor, slots_T: torch.Tensor
+    ) -> torch.Tensor:
+        return norm_rope_write(
+            qkv_TX, q_weight_D, k_weight_D, EPS, cos_PF, sin_PF, positions_T, cache[0], cache[1],
+            slots_T, use_pdl=use_pdl,
+        )  # fmt: skip
+
+    qkv_TX, positions_T, slots_T = make(0)
+    q_TND = prepare(qkv_TX, positions_T, slots_T)
+    written = [tensor.flatten(0, 1)[slots_T] for tensor in cache]
+    expected_TND = reference_norm_rope_write(
+        qkv_TX, q_weight_D, k_weight_D, EPS, (cos_PF, sin_PF), positions_T, cache[0], cache[1],
+        slots_T,
+    )  # fmt: skip
+    expected = [expected_TND, *(tensor.flatten(0, 1)[slots_T] for tensor in cache)]
+    error = max(
+        (ours.float() - theirs.float()).abs().max().item()
+        for ours, theirs in zip([q_TND, *written], expected, strict=True)
+    )
+    assert error <= 2**-4, f"norm_rope_write of {num_tokens} tokens is off by {error}"
+
+    inputs = [make(index) for index in range(num_rotations(num_bytes))]
+    seconds = seconds_per_call([partial(prepare, *one) for one in inputs])
+    return {
+        "kernel": "norm_rope_write",
+        "case": f"{num_tokens} tokens",
+        "us": seconds * 1e6,
+        "bytes_per_s": num_bytes / seconds,
+        "error": error,
+    }
+
+
+def decode_row(
+    batch_size: int,
+    context: int | str,
+    cache: Cache,
+    name: str,
+    peer_us: float | None = None,
+    **how: Any,
+) -> Row:
+    """Decode of a batch; ``how`` goes to the kernel, None: the operator."""
+    contexts = cases.decode_contexts(batch_size, context)
+    num_bytes = sum(contexts) * cases.TOKEN_BYTES * cache[0].itemsize
+    inputs = [
+        cases.make_inputs([(1, length) for length in contexts])
+        for _ in range(num_rotations(num_bytes))
+    ]
+
+    def attend(one: cases.Inputs) -> torch.Tensor:
+        if not how:
+            return paged_attention(one.q_TND, cache, one.batch, cases.SCALE)
+        out = torch.empty_like(one.q_TND)
+        batch = one.batch
+        paged_decode(
+            one.q_TND, *cache, batch.block_tables_SB, batch.context_lens_S, cases.SCALE, out, **how
+        )
+        return out
+
+    return {
+        "kernel": name,
+        "case": f"{batch_size} x {context}",
+        "peer_us": peer_us,
+        **_timed(inputs, cache, attend, num_bytes=num_bytes),
+    }
+
+
+def prefill_rows(name: str, lens: list[tuple[int, int]], cache: Cache) -> list[Row]:
+    """Prefill by the operator, by the Triton kernel and, for equal whole prompts, by cuDNN."""
+    inputs = [cases.make_inputs(lens) for _ in range(3)]
+    flop = sum(
+        4 * cases.NUM_HEADS * cases.HEAD_DIM * (query * context - query * (query - 1) / 2)
+        for query, context in lens
+    )
+
+    def triton(one: cases.Inputs) -> torch.Tensor:
+        out, batch = torch.empty_like(one.q_TND), one.batch
+        query_lens = [span.query_len for span in batch.prefills]
+        paged_prefill(
+            one.q_TND, *cache, batch.block_tables_SB, batch.context_lens_S, batch.query_starts_S,
+            0, query_lens, cases.SCALE, out,
+        )  # fmt: skip
+        return out
+
+    def cudnn(one: cases.Inputs) -> torch.Tensor:
+        return cudnn_prefill.attend(
+            one.q_TND, *cache, one.batch.slots_T, len(lens), lens[0][0], cases.SCALE
+        )
+
+    def operator(one: cases.Inputs) -> torch.Tensor:
+        return paged_attention(one.q_TND, cache, one.batch, cases.SCALE)
+
+    ways = {"prefill, operator": operator, "prefill, triton": triton}
+    if set(lens) == {(lens[0][0], lens[0][0])}:
+        ways["prefill, cudnn"] = cudnn
+    peer_us = PREFILL_PEER_US.get(name)
+    return [
+        {"kernel": kernel, "case": name, "peer_us": peer_us} | _timed(inputs, cache, way, flop=flop)
+        for kernel, way in ways.items()
+    ]
+
+
+def _timed(
+    inputs: list[cases.Inputs],
+    cache: Cache,
+    attend: Callable[[cases.Inputs], torch.Tensor],
+    *,
+    num_bytes: float | None = None,
+    flop: float | None = None,
+) -> Row:
+    error = cases.worst_difference(inputs[0], cache, attend(inputs[0]))
+    assert error < cases.TOLERANCE, f"attention is off by {error}"
+    seconds = seconds_per_call([partial(attend, one) for one in inputs])
+    rate: Row = {}
+    if num_bytes is not None:
+        rate["bytes_per_s"] = num_bytes / seconds
+    if flop is not None:
+        rate["flop_per_s"] = flop / seconds
+    return {"us": seconds * 1e6, "error": error, **rate}
+
+
+def cudnn_first_call_ms(length: int, cache: Cache) -> float:
+    """What a shape that cuDNN has not seen costs the host."""
+    one = cases.make_inputs([(length, length)])
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    cudnn_prefill.attend(one.q_TND, *cache, one.batch.slots_T, 1, length, cases.SCALE)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The MoE layer's pieces on one GPU: experts by every implementation, router, grouping, sums.
+
+    python -m benchmarks.bench_expert_ffn [--json FILE] [--tokens 1,8,64] [--skew zipf] [--tune]
+
+Every implementation in `ops.moe.EXPERT_FFNS` that a CUDA graph can hold is compared with the
+float32 reference first, and the benchmark ends if one is wrong. A time is a graph's of many calls
+that go round several layers' weights, so weights come from memory, divided by their number. The
+weight bytes of the experts hit, over the time, are set against a device copy's rate, and the
+operations against a large matrix product's, both of the same run.
+
+``--tune`` instead times the configurations of `benchmarks.tune_moe` and prints the best ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.graph_timing import describe_gpu, measure_gpu_ceilings, time_graph
+from benchmarks.moe_workload import Batch, Dims, Layer, make_batches
+from benchmarks.tune_moe import tune
+from moe_engine.ops import moe
+from moe_engine.ops.reference import moe as reference
+from moe_engine.ops.reference import sampling as sampling_reference
+from moe_engine.ops.sampling import greedy_tokens
+
+NUM_LAYERS = 3
+# Gate matrices for the router: more than the L2 cache holds.
+NUM_GATES = 256
+# An implementation this many times slower than the floor is not timed at larger batches.
+HOPELESS = 6.0
+VOCAB_SIZE = 151_936
+GREEDY_ROWS = (1, 8, 64, 256)
+
+
+def main() -> None:
+    """Parse the options, measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=768)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument(
+        "--tokens", type=_int_list, default=_int_list("1,2,4,8,16,32,64,128,256,512,1024,4096,8192")
+    )
+    parser.add_argument("--skew", choices=["even", "zipf"], default="even")
+    parser.add_argument("--tune", action="store_true", help="time candidate configurations")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    dims = Dims(options.hidden, options.intermediate, options.experts, options.top_k)
+    layers = [Layer.random(dims) for _ in range(NUM_LAYERS)]
+    zipf = options.skew == "zipf"
+    results: dict[str, Any] = {
+        "machine": describe_gpu(),
+        "ceilings": measure_gpu_ceilings(),
+        "dims": vars(dims),
+        "skew": options.skew,
+    }
+    print(json.dumps({key: results[key] for key in ("machine", "ceilings")}))
+    if options.tune:
+        results["tuning"] = tune(dims, layers, options.tokens, zipf)
+    else:
+        # The reference waits for the device, which a graph cannot.
+        names = [name for name in moe.EXPERT_FFNS if name != "reference"]
+        results["experts"] = []
+        for num_tokens in sorted(options.tokens):
+            row = bench_experts(dims, layers, num_tokens, zipf, results["ceilings"], names)
+            results["experts"].append(row)
+            names = [name for name in names if row["share_of_floor"][name] > 1 / HOPELESS]
+        results["small"] = [bench_small(dims, num_tokens, zipf) for num_tokens in options.tokens]
+        results["greedy"] = [bench_greedy(num_rows) for num_rows in GREEDY_ROWS]
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def bench_experts(
+    dims: Dims,
+    layers: list[Layer],
+    num_tokens: int,
+    zipf: bool,
+    ceilings: dict[str, float],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Microseconds of the implementations ``names`` and of Triton's parts, at one batch size."""
+    batches = make_batches(dims, layers, num_tokens, 24 if num_tokens <= 16 else 6, zipf)
+    num_hit = sum(batch.num_experts_hit() for batch in batches) / len(batches)
+    row: dict[str, Any] = {"tokens": num_tokens, "experts_hit": num_hit, "us": {}}
+    for name in names:
+        expert_ffn = moe.EXPERT_FFNS[name]
+        batches[0].check(name, expert_ffn(*batches[0].arguments))
+        calls = [partial(expert_ffn, *batch.arguments) for batch in batches]
+        row["us"][name] = time_graph(calls)
+    row["us"].update(_triton_parts(dims, batches))
+    row["us"].update(_torch_grouped_mm(dims, batches))
+
+    weight_bytes = num_hit * dims.expert_bytes
+    operations = num_tokens * dims.top_k * 6 * dims.hidden * dims.intermediate
+    row["floor_us"] = max(
+        weight_bytes / ceilings["copy_tb_per_s"] / 1e6,
+        operations / ceilings["matmul_tflops"] / 1e6,
+    )
+    row["tb_per_s"] = {name: weight_bytes / row["us"][name] / 1e6 for name in names}
+    row["tflops"] = {name: operations / row["us"][name] / 1e6 for name in names}
+    row["share_of_floor"] = {name: row["floor_us"] / row["us"][name] for name in names}
+    print(
+        f"{num_tokens:5d} tokens, {num_hit:5.1f} experts, floor {row['floor_us']:7.1f} us:",
+        ", ".join(f"{name} {us:.1f}" for name, us in row["us"].items()),
+        "|",
+        ", ".join(
+            f"{name} {row['tb_per_s'][name]:.2f} TB/s {row['tflops'][name]:.0f} TFLOP/s "
+            f"{row['share_of_floor'][name]:.0%}"
+            for name in names
+        ),
+        flush=True,
+    )
+    return row
+
+
+def _triton_parts(dims: Dims, batches: Sequence[Batch]) -> dict[str, float]:
+    from moe_engine.kernels import expert_ffn as kernels
+
+    num_pairs = batches[0].ids_TK.numel()
+    config = kernels.config_for(num_pairs, dims.num_experts, torch.bfloat16)
+    groups = [moe.group_by_expert(batch.ids_TK, dims.num_experts) for batch in batches]
+
+    def gate_up(i: int) -> torch.Tensor:
+        batch, group = batches[i], groups[i]
+        return kernels.gate_up(
+            batch.x_TH,
+            batch.layer.gate_up_EJH,
+            group.offsets_E1,
+            group.pairs_P,
+            dims.top_k,
+            config.gate_up,
+        )
+
+    h_PI = gate_up(0)
+
+    def down(i: int) -> torch.Tensor:
+        batch, group = batches[i], groups[i]
+        return kernels.down(
+            h_PI,
+            batch.layer.down_EHI,
+            group.offsets_E1,
+            group.pairs_P,
+            config.down,
+        )
+
+    return {
+        "triton gate_up": time_graph([partial(gate_up, i) for i in range(len(batches))]),
+        "triton down": time_graph([partial(down, i) for i in range(len(batches))]),
+    }
+
+
+def _torch_grouped_mm(dims: Dims, batches: Sequence[Batch]) -> dict[str, float]:
+    """PyTorch's two grouped products alone, on rows that are gathered beforehand."""
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    ends_E = [
+        moe.group_by_expert(batch.ids_TK, dims.num_experts).offsets_E1[1:].clone()
+        for batch in batches
+    ]
+    x_PH = batches[0].x_TH.repeat_interleave(dims.top_k, dim=0)
+    h_PI = torch.randn(len(x_PH), dims.intermediate, device="cuda", dtype=torch.bfloat16)
+
+    def product(a: torch.Tensor, weights: list[torch.Tensor], i: int) -> torch.Tensor:
+        out: torch.Tensor = grouped_mm(a, weights[i].transpose(1, 2), offs=ends_E[i])
+        return out
+
+    gate_up = [batch.layer.gate_up_EJH for batch in batches]
+    down = [batch.layer.down_EHI for batch in batches]
+    calls = range(len(batches))
+    try:
+        return {
+            "torch gate_up": time_graph([partial(product, x_PH, gate_up, i) for i in calls]),
+            "torch down": time_graph([partial(product, h_PI, down, i) for i in calls]),
+        }
+    except RuntimeError as error:
+        print(f"torch's grouped_mm does not run: {error}")
+        return {}
+
+
+def bench_small(dims: Dims, num_tokens: int, zipf: bool) -> dict[str, Any]:
+    """Microseconds of the kernels around the experts, at one batch size."""
+    num_calls = 256 if num_tokens <= 512 else 16
+    gates = torch.randn(
+        NUM_GATES, dims.num_experts, dims.hidden, device="cuda", dtype=torch.bfloat16
+    )
+    layer = Layer(gates, gates)
+    batch = Batch.random(dims, layer, num_tokens, zipf)
+    x_TH, ids_TK = batch.x_TH, batch.ids_TK
+    y_PH = torch.randn(ids_TK.numel(), dims.hidden, device="cuda", dtype=torch.bfloat16)
+    weight_H = torch.rand(dims.hidden, device="cuda").bfloat16()
+    num_tokens_1 = torch.tensor([num_tokens], dtype=torch.int32, device="cuda")
+    _check_small(dims, gates[0], batch, y_PH)
+
+    def route(i: int) -> object:
+        return moe.route(x_TH, gates[i % NUM_GATES], dims.top_k, True, num_tokens_1)
+
+    calls = range(num_calls)
+    row = {
+        "tokens": num_tokens,
+        "route": time_graph([partial(route, i) for i in calls]),
+        "group_by_expert": time_graph(
+            [lambda: moe.group_by_expert(ids_TK, dims.num_experts)] * num_calls
+        ),
+        "sum_choices": time_graph(
+            [lambda: moe.sum_choices(y_PH, ids_TK, batch.weights_TK)] * num_calls
+        ),
+        "sum_add_rms_norm": time_graph(
+            [lambda: moe.sum_add_rms_norm(y_PH, ids_TK, batch.weights_TK, x_TH, weight_H, 1e-6)]
+            * num_calls
+        ),
+    }
+    print(", ".join(f"{name} {value:.2f}" for name, value in row.items()), flush=True)
+    return row
+
+
+def _check_small(dims: Dims, gate_EH: torch.Tensor, batch: Batch, y_PH: torch.Tensor) -> None:
+    """`SystemExit` if one of the small kernels is wrong."""
+    ids_TK, _ = moe.route(batch.x_TH, gate_EH, dims.top_k, True)
+    logits_TE = batch.x_TH.double() @ gate_EH.double().t()
+    chosen_TK = logits_TE.gather(1, ids_TK.long())
+    best_TK = logits_TE.topk(dims.top_k, dim=1).values
+    groups = moe.group_by_expert(batch.ids_TK, dims.num_experts)
+    offsets_E1, pairs_P = reference.group_by_expert(batch.ids_TK, dims.num_experts)
+    summed, expected = (
+        ops.sum_choices(y_PH, batch.ids_TK, batch.weights_TK).float() for ops in (moe, reference)
+    )
+    checks = {
+        "route": torch.allclose(chosen_TK, best_TK, rtol=1e-4, atol=1e-2),
+        "group_by_expert": torch.equal(groups.offsets_E1, offsets_E1)
+        and torch.equal(groups.pairs_P, pairs_P),
+        "sum_choices": torch.allclose(summed, expected, rtol=1e-2, atol=1e-2),
+    }
+    wrong = [name for name, is_right in checks.items() if not is_right]
+    if wrong:
+        raise SystemExit(f"wrong at {len(batch.x_TH)} tokens: {', '.join(wrong)}")
+
+
+def bench_greedy(num_rows: int) -> dict[str, Any]:
+    """Microseconds of the greedy choice; few rows' logits are in L2, where lm_head leaves them."""
+    logits_BV = torch.randn(num_rows, VOCAB_SIZE, device="cuda", dtype=torch.bfloat16)
+    expected_B = sampling_reference.greedy_tokens(logits_BV.cpu())
+    if not torch.equal(greedy_tokens(logits_BV).cpu(), expected_B):
+        raise SystemExit(f"the greedy choice is wrong at {num_rows} rows")
+    us = time_graph([lambda: greedy_tokens(logits_BV)] * 16)
+    print(f"greedy, {num_rows} rows: {us:.2f} us", flush=True)
+    return {"rows": num_rows, "us": us, "tb_per_s": logits_BV.nbytes / us / 1e6}
+
+
+def _int_list(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

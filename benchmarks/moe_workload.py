@@ -1,0 +1,122 @@
+"""Layers of random experts, and tokens routed to them.
+
+Shape legend: T tokens, H hidden size, E experts, K experts per token, I intermediate size,
+J = 2 × I.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_engine.ops.reference import moe as reference
+
+# An output may be off by this share of its norm: intermediate results are bfloat16.
+TOLERANCE = 1.5e-2
+# Rows that are compared with the float32 reference.
+CHECKED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of one MoE layer."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights in bfloat16."""
+        return 3 * self.hidden * self.intermediate * 2
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's experts, bfloat16 on the GPU."""
+
+    gate_up_EJH: torch.Tensor
+    down_EHI: torch.Tensor
+
+    @classmethod
+    def random(cls, dims: Dims) -> Layer:
+        """Weights that keep the size of what goes through them."""
+        gate_up = torch.empty(
+            dims.num_experts,
+            2 * dims.intermediate,
+            dims.hidden,
+            dtype=torch.bfloat16,
+            device="cuda",
+        )
+        down = torch.empty(
+            dims.num_experts, dims.hidden, dims.intermediate, dtype=torch.bfloat16, device="cuda"
+        )
+        return cls(
+            gate_up.normal_(std=dims.hidden**-0.5), down.normal_(std=dims.intermediate**-0.5)
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens for one call of one layer."""
+
+    layer: Layer
+    x_TH: torch.Tensor
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+
+    @classmethod
+    def random(cls, dims: Dims, layer: Layer, num_tokens: int, zipf: bool) -> Batch:
+        """Distinct experts per token, drawn evenly or with odds 1, 1/2, 1/3, ..."""
+        shape = (num_tokens, dims.num_experts)
+        keys_TE = -torch.empty(shape, device="cuda").exponential_().log()
+        if zipf:
+            keys_TE -= torch.arange(1, dims.num_experts + 1, device="cuda").log()
+            keys_TE = keys_TE[:, torch.randperm(dims.num_experts, device="cuda")]
+        ids_TK = keys_TE.topk(dims.top_k, dim=1).indices.to(torch.int32)
+        weights_TK = torch.rand(num_tokens, dims.top_k, device="cuda")
+        return cls(
+            layer,
+            torch.randn(num_tokens, dims.hidden, device="cuda", dtype=torch.bfloat16),
+            ids_TK,
+            weights_TK / weights_TK.sum(dim=1, keepdim=True),
+        )
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        """As `ops.moe.expert_ffn` takes them."""
+        layer = self.layer
+        return self.x_TH, self.ids_TK, self.weights_TK, layer.gate_up_EJH, layer.down_EHI
+
+    def num_experts_hit(self) -> int:
+        """Experts with at least one token; waits for the device."""
+        return len(self.ids_TK.unique())
+
+    def check(self, name: str, out_TH: torch.Tensor) -> None:
+        """`SystemExit` if some rows of ``out_TH`` are not what float32 gives."""
+        rows = torch.randperm(len(out_TH), device="cuda")[:CHECKED_ROWS]
+        expected = reference.expert_ffn(
+            self.x_TH[rows].float(),
+            self.ids_TK[rows],
+            self.weights_TK[rows],
+            self.layer.gate_up_EJH.float(),
+            self.layer.down_EHI.float(),
+        )
+        errors = (out_TH[rows].float() - expected).norm(dim=1) / expected.norm(dim=1)
+        worst = float(errors.nan_to_num(nan=float("inf")).max())
+        if worst > TOLERANCE:
+            raise SystemExit(
+                f"{name} at {len(out_TH)} tokens is wrong: a row is off by {worst:.3g} of its "
+                f"norm, more than {TOLERANCE}; nothing was timed"
+            )
+
+
+def make_batches(
+    dims: Dims, layers: list[Layer], num_tokens: int, num_batches: int, zipf: bool
+) -> list[Batch]:
+    """Batches that go round the layers."""
+    return [
+        Batch.random(dims, layers[i % len(layers)], num_tokens, zipf) for i in range(num_batches)
+    ]

@@ -1,0 +1,194 @@
+"""Times candidate configurations of the Triton MoE kernels and prints the best per batch size.
+
+Run as ``python -m benchmarks.bench_expert_ffn --tune``. Compiling takes longer than timing, so
+worker processes compile everything first, into Triton's cache on disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.graph_timing import time_graph
+from benchmarks.moe_workload import Batch, Dims, Layer, make_batches
+from moe_engine.ops import moe
+
+ROUTER_TOKENS = (128, 256, 512, 1024, 2048)
+MAX_COMPILERS = 14
+# Results of two configurations may differ by this share of their norm.
+TOLERANCE = 1e-2
+
+
+def tune(
+    dims: Dims, layers: list[Layer], tokens: Sequence[int], zipf: bool
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Microseconds by product or "router", batch size, and configuration."""
+    from moe_engine.kernels.expert_ffn import GemmConfig
+
+    jobs = [
+        (product, config, dims)
+        for num_tokens in tokens
+        for product in ("gate_up", "down")
+        for config in _candidates(dims, num_tokens)
+    ]
+    jobs = list(dict.fromkeys(jobs))
+    num_compilers = min(MAX_COMPILERS, os.cpu_count() or 1, len(jobs))
+    with multiprocessing.get_context("spawn").Pool(num_compilers) as pool:
+        pool.map(_compile, jobs, chunksize=1)
+
+    results: dict[str, dict[str, dict[str, float]]] = {"gate_up": {}, "down": {}}
+    for num_tokens in tokens:
+        batches = make_batches(dims, layers, num_tokens, 12 if num_tokens <= 16 else 6, zipf)
+        for product, run in _products(dims, batches).items():
+            times: dict[GemmConfig, float] = {}
+            expected = None
+            for config in _candidates(dims, num_tokens):
+                try:
+                    out = run(0, config)
+                except Exception as error:
+                    # Too much shared memory or too many registers: not a candidate here.
+                    print(f"{product} {config}: {type(error).__name__}")
+                    continue
+                expected = out if expected is None else expected
+                _check_alike(f"{product} {config}", out, expected)
+                calls = [partial(run, i, config) for i in range(len(batches))]
+                times[config] = time_graph(calls)
+            best = sorted(times, key=times.__getitem__)
+            for config in best[:4]:
+                print(f"{num_tokens:5d} tokens {product:8s} {times[config]:8.1f} us {config}")
+            results[product][str(num_tokens)] = {str(c): times[c] for c in best}
+    results["router"] = tune_router(dims)
+    return results
+
+
+def tune_router(dims: Dims) -> dict[str, dict[str, float]]:
+    """Microseconds of the router's two kernels around the number of tokens where they change."""
+    from moe_engine.kernels import router
+
+    gates = torch.randn(256, dims.num_experts, dims.hidden, device="cuda", dtype=torch.bfloat16)
+    results: dict[str, dict[str, float]] = {}
+    usual = router.SPLIT_MAX_TOKENS
+    try:
+        for num_tokens in ROUTER_TOKENS:
+            x_TH = torch.randn(num_tokens, dims.hidden, device="cuda", dtype=torch.bfloat16)
+            results[str(num_tokens)] = {}
+            for name, limit in (("split", num_tokens), ("whole", 0)):
+                router.SPLIT_MAX_TOKENS = limit
+                calls = [
+                    partial(router.route, x_TH, gates[i], dims.top_k, True, None)
+                    for i in range(128)
+                ]
+                results[str(num_tokens)][name] = time_graph(calls)
+            print(f"router {num_tokens} tokens: {results[str(num_tokens)]}")
+    finally:
+        router.SPLIT_MAX_TOKENS = usual
+    return results
+
+
+def _candidates(dims: Dims, num_tokens: int) -> list[Any]:
+    """Configurations worth trying at a batch size."""
+    from moe_engine.kernels.expert_ffn import GemmConfig
+
+    num_pairs = num_tokens * dims.top_k
+    mean_pairs = num_pairs / min(num_pairs, dims.num_experts)
+    if mean_pairs <= 40:
+        # Streaming the weights: enough of them under way, in programs that share a multiprocessor.
+        rows = [16] if mean_pairs <= 4 else [16, 32] if mean_pairs <= 12 else [32, 64]
+        return [
+            GemmConfig(block_m, block_n, block_k, 4, stages, swap)
+            for block_m, (block_n, block_k, stages), swap in itertools.product(
+                rows,
+                [
+                    (32, 128, 4),
+                    (32, 256, 3),
+                    (64, 64, 4),
+                    (64, 128, 2),
+                    (64, 128, 3),
+                    (64, 128, 4),
+                    (64, 256, 3),
+                    (128, 64, 4),
+                    (128, 128, 3),
+                ],
+                [False, True],
+            )
+            if not swap or block_n >= 64
+        ]
+    return [
+        GemmConfig(block_m, block_n, 64, warps, stages)
+        for block_m, block_n, warps, stages in [
+            (64, 64, 4, 4),
+            (64, 128, 4, 3),
+            (64, 128, 4, 4),
+            (64, 256, 8, 3),
+            (128, 64, 4, 4),
+            (128, 64, 8, 4),
+            (128, 128, 8, 3),
+            (128, 128, 8, 4),
+            (128, 256, 8, 3),
+            (128, 256, 8, 4),
+            (256, 128, 8, 3),
+        ]
+    ]
+
+
+def _products(
+    dims: Dims, batches: Sequence[Batch]
+) -> dict[str, Callable[[int, Any], torch.Tensor]]:
+    """Each product as a function of the batch's index and a configuration."""
+    from moe_engine.kernels import expert_ffn as kernels
+
+    groups = [moe.group_by_expert(batch.ids_TK, dims.num_experts) for batch in batches]
+    num_pairs = batches[0].ids_TK.numel()
+    h_PI = torch.randn(num_pairs, dims.intermediate, device="cuda", dtype=torch.bfloat16)
+
+    def gate_up(i: int, config: kernels.GemmConfig) -> torch.Tensor:
+        batch, group = batches[i], groups[i]
+        weight_EJH = batch.layer.gate_up_EJH
+        return kernels.gate_up(
+            batch.x_TH, weight_EJH, group.offsets_E1, group.pairs_P, dims.top_k, config
+        )
+
+    def down(i: int, config: kernels.GemmConfig) -> torch.Tensor:
+        batch, group = batches[i], groups[i]
+        return kernels.down(h_PI, batch.layer.down_EHI, group.offsets_E1, group.pairs_P, config)
+
+    return {"gate_up": gate_up, "down": down}
+
+
+def _check_alike(name: str, out: torch.Tensor, expected: torch.Tensor) -> None:
+    """`SystemExit` if two configurations do not agree."""
+    error = float((out.float() - expected.float()).norm() / expected.float().norm())
+    if not error <= TOLERANCE:
+        raise SystemExit(f"{name} is off by {error:.3g} of the norm of the first configuration's")
+
+
+def _compile(job: tuple[str, Any, Dims]) -> None:
+    """Compile one kernel into the cache on disk, in a worker process; what fails fails later."""
+    from moe_engine.kernels import expert_ffn as kernels
+
+    product, config, dims = job
+    device = torch.device("cuda", torch.cuda.current_device())
+    x, i32 = torch.bfloat16, torch.int32
+    sizes = {"HIDDEN": dims.hidden, "INTERMEDIATE": dims.intermediate}
+    options = kernels._options(dims.num_experts, config, device)
+    try:
+        if product == "gate_up":
+            kernels._gate_up_kernel.warmup(
+                *(x, x, i32, i32, x, dims.num_experts, dims.hidden),
+                TOP_K=dims.top_k,
+                grid=(1,),
+                **sizes,
+                **options,
+            )
+        else:
+            kernels._down_kernel.warmup(
+                *(x, x, i32, i32, x, dims.num_experts), grid=(1,), **sizes, **options
+            )
+    except Exception as error:
+        print(f"{product} {config} does not compile: {error}")

@@ -1,0 +1,92 @@
+// How the persistent blocks of a grouped product share out its tiles.
+#pragma once
+
+#include <cstdint>
+
+namespace moe_engine {
+
+constexpr int kMaxExperts = 1024;
+
+// The pairs of an expert are split evenly into as few groups of at most `group_size` as there can
+// be, and a group evenly over the blocks of a cluster. A tile is a group and a range of rows of the
+// expert's weight.
+struct TileTable {
+  std::int32_t offsets[kMaxExperts + 1];  // first pair of every expert
+  std::int32_t groups[kMaxExperts + 1];   // groups before every expert
+};
+
+// Fills the table from `offsets` [num_experts + 1]; all threads of the block.
+__device__ inline void fill_tile_table(TileTable& table, const std::int32_t* offsets,
+                                       int num_experts, int group_size) {
+  if (threadIdx.x < 32) {
+    const int lane = threadIdx.x;
+    int before = 0;
+    for (int first = 0; first < num_experts; first += 32) {
+      const int expert = first + lane;
+      const bool real = expert < num_experts;
+      const int begin = real ? offsets[expert] : 0;
+      const int end = real ? offsets[expert + 1] : 0;
+      int sum = (end - begin + group_size - 1) / group_size;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(0xFFFFFFFF, sum, distance);
+        if (lane >= distance) sum += other;
+      }
+      if (real) {
+        table.offsets[expert] = begin;
+        table.offsets[expert + 1] = end;
+        table.groups[expert + 1] = before + sum;
+      }
+      before += __shfl_sync(0xFFFFFFFF, sum, 31);
+    }
+    if (lane == 0) table.groups[0] = 0;
+  }
+  __syncthreads();
+}
+
+// The tiles of one block: number `number`, then every `stride`-th. Tiles of a group are neighbours,
+// so that blocks that run at the same time read the same rows.
+struct TileWalk {
+  const TileTable* table;
+  int num_row_tiles;
+  int cluster_size;
+  int rank;  // of this block in its cluster
+  int number;
+  int stride;
+  int num_tiles;
+  int expert = 0;
+  // Of the present tile; a block may have no pairs while others of its cluster do.
+  int row_tile = 0;
+  int first_pair = 0;
+  int num_pairs = 0;
+
+  // Moves to the present number; false if there is no such tile.
+  __device__ __forceinline__ bool find() {
+    if (number >= num_tiles) return false;
+    const int group = number / num_row_tiles;
+    row_tile = number - group * num_row_tiles;
+    while (table->groups[expert + 1] <= group) ++expert;
+    const int all_pairs = table->offsets[expert + 1] - table->offsets[expert];
+    const int num_groups = table->groups[expert + 1] - table->groups[expert];
+    const int index = group - table->groups[expert];
+    const int begin = static_cast<int>(static_cast<std::int64_t>(all_pairs) * index / num_groups);
+    const int end =
+        static_cast<int>(static_cast<std::int64_t>(all_pairs) * (index + 1) / num_groups);
+    first_pair = table->offsets[expert] + begin;
+    num_pairs = end - begin;
+    if (cluster_size > 1) {
+      const int share = (num_pairs + 8 * cluster_size - 1) / (8 * cluster_size) * 8;
+      const int first = min(rank * share, num_pairs);
+      num_pairs = min(share, num_pairs - first);
+      // A block without pairs stays at ones that exist.
+      if (num_pairs > 0) first_pair += first;
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ bool next() {
+    number += stride;
+    return find();
+  }
+};
+
+}  // namespace moe_engine

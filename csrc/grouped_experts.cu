@@ -1,0 +1,454 @@
+// Grouped matrix products for a mixture of experts.
+//
+// The weights are the M side of the tensor cores (64 rows per instruction) and the pairs, few of
+// them in decode, the N side, so that a tile fits any number of pairs from 8 up. Blocks are
+// persistent and walk over the tiles. In each, producer warps keep a ring of stages in shared
+// memory full, with the copy engine for weights and h and cp.async for gathered rows of x, across
+// the borders of tiles; consumer warpgroups multiply and store. For many pairs two blocks form a
+// cluster: they work on two halves of a group and the same rows of the weight, of which each loads
+// half for both.
+//
+// gate and up rows alternate in groups of 8 within a tile (the copy engine does that while it
+// loads), so that a thread holds the gate and the up value of the same element.
+#include <algorithm>
+
+#include "expert_tiles.cuh"
+#include "grouped_experts.h"
+#include "launch.cuh"
+#include "ring.cuh"
+#include "tensor_map.h"
+
+// For other architectures than Hopper the kernel is empty, and nothing that it calls is used.
+#pragma nv_diag_suppress 177
+
+namespace moe_engine {
+namespace {
+
+constexpr int kStoredAtOnce = 32;  // pairs
+
+template <bool kGateUp_, int kWarpgroups_, int kBlocks_, int kTokens_, int kStepAtoms_,
+          int kStages_, int kProducerWarps_, int kCluster_>
+struct Shape : RingShape<kWarpgroups_, kBlocks_, kTokens_, kStepAtoms_, kStages_, kCluster_,
+                         /*kTokensByThreads_=*/kGateUp_> {
+  static constexpr bool kGateUp = kGateUp_;
+  static constexpr int kProducerWarps = kProducerWarps_;
+  static constexpr int kLoadedRows = Shape::kRows / kCluster_;  // of the weights, by one block
+  static constexpr int kThreads = 32 * (Shape::kConsumerWarps + kProducerWarps_);
+  static constexpr bool kMovesRegisters = Shape::kAccumulators > 64;
+  // What a warpgroup makes of one pair, in pieces of 16 bytes: 8 consecutive elements.
+  static constexpr int kPieces = kBlocks_ * (kGateUp_ ? 4 : 8);
+  static constexpr int kStoreBytes = kStoredAtOnce * kPieces * 16;  // of a warpgroup
+  static constexpr int kTokenBox =  // pairs that one copy of h takes
+      kTokens_ <= 64 ? kTokens_ : (kTokens_ % 64 == 0 ? 64 : 72);
+};
+
+template <typename S>
+struct SharedTail {
+  RingBarriers<S::kStages> barriers;
+  TileTable table;
+};
+
+template <typename S>
+constexpr int shared_bytes() {
+  return 1024 + S::kStages * S::kStageBytes + S::kWarpgroups * S::kStoreBytes +
+         static_cast<int>(sizeof(SharedTail<S>));
+}
+
+struct Parameters {
+  const std::int32_t* offsets;
+  const std::int32_t* pairs;
+  const __nv_bfloat16* x;
+  std::int64_t x_stride;
+  __nv_bfloat16* out;
+  int num_experts;
+  int top_k;
+  int depth;          // K: elements of a row of the weights
+  int out_width;      // intermediate or hidden
+  int num_row_tiles;  // tiles over the rows of one expert's weight
+};
+
+// One thread. The blocks of a cluster each load their share of the rows, for all.
+template <typename S>
+__device__ __forceinline__ void load_weights(const Ring<S>& ring, const CUtensorMap* map,
+                                             const TileWalk& tile, int step, int stage) {
+  const int first_row =
+      tile.row_tile * S::kRows + (S::kCluster > 1 ? tile.rank : 0) * S::kLoadedRows;
+#pragma unroll
+  for (int atom = 0; atom < S::kStepAtoms; ++atom) {
+    std::uint32_t to = ring.weights(stage) + atom * S::kWeightAtomBytes;
+    const int k = (step * S::kStepAtoms + atom) * kAtom;
+    std::uint64_t* full = &ring.full[stage];
+    if constexpr (S::kCluster > 1) {
+      constexpr std::uint16_t kAll = (1 << S::kCluster) - 1;
+      to += tile.rank * S::kLoadedRows * kAtomBytes;
+      if constexpr (S::kGateUp) {
+        multicast_box_5d(to, map, full, kAll, kEvictNormal, k, 0, 0, first_row / 16, tile.expert);
+      } else {
+        multicast_box_3d(to, map, full, kAll, kEvictNormal, k, first_row, tile.expert);
+      }
+    } else if constexpr (S::kGateUp) {
+      copy_box_5d(to, map, full, kEvictFirst, k, 0, 0, first_row / 16, tile.expert);
+    } else {
+      copy_box_3d(to, map, full, kEvictFirst, k, first_row, tile.expert);
+    }
+  }
+}
+
+// One thread: weights and rows of h, both through the copy engine.
+template <typename S>
+__device__ void produce_down(const Parameters& p, const Ring<S>& ring, const CUtensorMap* weights,
+                             const CUtensorMap* h, TileWalk tile, int num_steps) {
+  bool more = tile.find();
+  // The weights do not depend on the kernel before this one: a ring full of them is on its way
+  // while that one ends.
+  TileWalk ahead = tile;
+  bool more_ahead = more;
+  int ahead_step = 0;
+  for (int stage = 0; stage < S::kStages && more_ahead; ++stage) {
+    barrier_arrive_expecting(&ring.full[stage], S::kStageBytes);
+    load_weights(ring, weights, ahead, ahead_step, stage);
+    if (++ahead_step == num_steps) {
+      ahead_step = 0;
+      more_ahead = ahead.next();
+    }
+  }
+  wait_for_previous_kernels();
+
+  RingPosition<S::kStages> at;
+  int used = 0;
+  for (; more; more = tile.next()) {
+    for (int step = 0; step < num_steps; ++step) {
+      if (used < S::kStages) {
+        ++used;
+      } else {
+        barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+        barrier_arrive_expecting(&ring.full[at.stage], S::kStageBytes);
+        load_weights(ring, weights, tile, step, at.stage);
+      }
+#pragma unroll
+      for (int atom = 0; atom < S::kStepAtoms; ++atom) {
+        const int k = (step * S::kStepAtoms + atom) * kAtom;
+#pragma unroll
+        for (int token = 0; token < S::kTokens; token += S::kTokenBox) {
+          copy_box_2d(ring.tokens(at.stage) + atom * S::kTokenAtomBytes + token * kAtomBytes, h,
+                      &ring.full[at.stage], k, tile.first_pair + token);
+        }
+      }
+      at.advance();
+    }
+  }
+}
+
+// All producer warps: weights through the copy engine, rows of x gathered 16 bytes at a time.
+template <typename S>
+__device__ void produce_gate_up(const Parameters& p, const Ring<S>& ring,
+                                const CUtensorMap* weights, TileWalk tile, int num_steps) {
+  constexpr int kThreads = 32 * S::kProducerWarps;
+  constexpr int kRowsAtOnce = kThreads / 8;
+  constexpr int kRowsPerThread = (S::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int thread = threadIdx.x - 32 * S::kConsumerWarps;
+  const int chunk = thread % 8;
+  const int first_row = thread / 8;
+  const uint4* const x = reinterpret_cast<const uint4*>(p.x);
+  const std::uint32_t x_stride_chunks = p.x_stride / 8;
+  RingPosition<S::kStages> at;
+  bool filled = false;
+  for (bool more = tile.find(); more; more = tile.next()) {
+    std::uint32_t rows[kRowsPerThread];  // in units of 16 bytes
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      // Columns past the last pair are computed and not stored.
+      const int pair = max(0, min(first_row + i * kRowsAtOnce, tile.num_pairs - 1));
+      rows[i] = p.pairs[tile.first_pair + pair] / p.top_k * x_stride_chunks + chunk;
+    }
+    const int num_rows = (tile.num_pairs + 7) / 8 * 8;
+    for (int step = 0; step < num_steps; ++step) {
+      if (filled) barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      if (thread == 0) {
+        barrier_arrive_expecting(&ring.full[at.stage], S::kWeightBytes);
+        load_weights(ring, weights, tile, step, at.stage);
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        const int row = first_row + i * kRowsAtOnce;
+        if (row < num_rows) {
+          const std::uint32_t to =
+              ring.tokens(at.stage) + row * kAtomBytes + ((chunk ^ (row % 8)) * 16);
+#pragma unroll
+          for (int atom = 0; atom < S::kStepAtoms; ++atom) {
+            copy_16_bytes(to + atom * S::kTokenAtomBytes,
+                          x + rows[i] + (step * S::kStepAtoms + atom) * (kAtomBytes / 16));
+          }
+        }
+      }
+      barrier_arrive_after_copies(&ring.full[at.stage]);
+      at.advance();
+      filled = filled || at.stage == 0;
+    }
+  }
+}
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+// The rows of the output that the pairs of a tile go to: pair 32 * i + lane is number i.
+template <typename S>
+struct Destinations {
+  static constexpr int kCount = (S::kTokens + kStoredAtOnce - 1) / kStoredAtOnce;
+  int rows[kCount];
+
+  // Read before the product, which hides the time that takes.
+  __device__ __forceinline__ void load(const Parameters& p, const TileWalk& tile, int lane) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int pair = tile.first_pair + kStoredAtOnce * i + lane;
+      rows[i] = pair;
+      if constexpr (!S::kGateUp) {
+        rows[i] = kStoredAtOnce * i + lane < tile.num_pairs ? p.pairs[pair] : 0;
+      }
+    }
+  }
+};
+
+// Stores what a warpgroup has made of a tile. 32 pairs at a time go through its buffer, transposed,
+// so that neighbouring threads store neighbouring pieces of a pair's row. The pieces of a row are
+// swizzled to spread them over the banks.
+template <typename S>
+__device__ __forceinline__ void store(const Parameters& p, const TileWalk& tile, const float* acc,
+                                      const Destinations<S>& destinations, const char* buffer) {
+  constexpr int kPieces = S::kPieces;
+  constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
+  const int warpgroup = threadIdx.x / 128;
+  const int warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t row_address = shared_address(buffer) + lane * kPieces * 16;
+  const auto transpose = [&](int piece, const std::uint32_t (&packed)[4]) {
+    store_transposed_x4(row_address + (piece ^ (lane & kMask)) * 16, packed[0], packed[1],
+                        packed[2], packed[3]);
+  };
+  const int first_element = (tile.row_tile * S::kWarpgroups + warpgroup) * kPieces * 8;
+#pragma unroll
+  for (int i = 0; i < Destinations<S>::kCount; ++i) {
+    constexpr int kPairs = kStoredAtOnce;
+    if (kPairs * i >= tile.num_pairs) break;
+#pragma unroll
+    for (int block = 0; block < S::kBlocks; ++block) {
+      std::uint32_t packed[2][4] = {};
+#pragma unroll
+      for (int j = 0; j < 4 && kPairs * i + 8 * j < S::kTokens; ++j) {
+        const float* d = acc + block * (S::kTokens / 2) + (kPairs / 8 * i + j) * 4;
+        if constexpr (S::kGateUp) {
+          packed[0][j] = pack_bf16(silu(d[0]) * d[2], silu(d[1]) * d[3]);
+        } else {
+          packed[0][j] = pack_bf16(d[0], d[1]);
+          packed[1][j] = pack_bf16(d[2], d[3]);
+        }
+      }
+      if constexpr (S::kGateUp) {
+        transpose(4 * block + warp, packed[0]);
+      } else {
+        transpose(8 * block + 2 * warp, packed[0]);
+        transpose(8 * block + 2 * warp + 1, packed[1]);
+      }
+    }
+    sync_warpgroup(warpgroup);
+#pragma unroll
+    for (int k = 0; k < kPairs * kPieces / 128; ++k) {
+      const int index = k * 128 + static_cast<int>(threadIdx.x % 128);
+      const int pair = index / kPieces;
+      const int piece = index % kPieces;
+      const std::int64_t row = __shfl_sync(0xFFFFFFFF, destinations.rows[i], pair);
+      const int element = first_element + 8 * piece;
+      if (kPairs * i + pair < tile.num_pairs && element < p.out_width) {
+        *reinterpret_cast<uint4*>(p.out + row * p.out_width + element) =
+            reinterpret_cast<const uint4*>(buffer)[pair * kPieces + (piece ^ (pair & kMask))];
+      }
+    }
+    sync_warpgroup(warpgroup);
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ void consume(const Parameters& p, const Ring<S>& ring,
+                                        const char* buffer, TileWalk tile, int num_steps) {
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  RingPosition<S::kStages> at;
+  float acc[S::kAccumulators] = {};
+  for (bool more = tile.find(); more; more = tile.next()) {
+    Destinations<S> destinations;
+    destinations.load(p, tile, lane);
+    multiply_narrowly<S>(ring, at, acc, tile.num_pairs, num_steps, warp / 4, lane);
+    store<S>(p, tile, acc, destinations, buffer);
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    grouped_gemm_kernel(const __grid_constant__ CUtensorMap weights,
+                        const __grid_constant__ CUtensorMap h, const Parameters p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ char shared[];
+  char* const stages = align_stages(shared);
+  char* const buffers = stages + S::kStages * S::kStageBytes;
+  auto& tail = *reinterpret_cast<SharedTail<S>*>(buffers + S::kWarpgroups * S::kStoreBytes);
+  const Ring<S> ring{shared_address(stages), tail.barriers.full, tail.barriers.empty};
+  const int warp = threadIdx.x / 32;
+
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&weights);
+    if constexpr (!S::kGateUp) prefetch_tensor_map(&h);
+    init_ring<S>(tail.barriers, S::kGateUp ? 1 + 32 * S::kProducerWarps : 1);
+  }
+  if constexpr (S::kGateUp) {
+    wait_for_previous_kernels();
+    let_next_kernel_start();
+  }
+  // down: gate_up let this kernel start when it could read the groups itself.
+  constexpr int kGroup = S::kTokens * S::kCluster;
+  fill_tile_table(tail.table, p.offsets, p.num_experts, kGroup);
+  int rank = 0;
+  if constexpr (S::kCluster > 1) {
+    cluster_sync();  // nobody writes to a block whose barriers are not ready
+    rank = block_in_cluster();
+  }
+  const TileWalk walk{&tail.table,
+                      p.num_row_tiles,
+                      S::kCluster,
+                      rank,
+                      static_cast<int>(blockIdx.x) / S::kCluster,
+                      static_cast<int>(gridDim.x) / S::kCluster,
+                      tail.table.groups[p.num_experts] * p.num_row_tiles};
+  const int num_steps = p.depth / (kAtom * S::kStepAtoms);
+
+  if (warp >= S::kConsumerWarps) {
+    if constexpr (S::kMovesRegisters) give_registers<56>();
+    if constexpr (S::kGateUp) {
+      produce_gate_up<S>(p, ring, &weights, walk, num_steps);
+    } else if (threadIdx.x == 32 * S::kConsumerWarps) {
+      produce_down<S>(p, ring, &weights, &h, walk, num_steps);
+    }
+  } else {
+    if constexpr (S::kMovesRegisters) take_registers<224>();
+    if constexpr (!S::kGateUp) {
+      wait_for_previous_kernels();
+      let_next_kernel_start();
+    }
+    consume<S>(p, ring, buffers + warp / 4 * S::kStoreBytes, walk, num_steps);
+  }
+  if constexpr (S::kCluster > 1) {
+    __syncwarp();
+    cluster_sync();  // nobody ends while others still write to it
+  }
+#else
+  __trap();
+#endif
+}
+
+template <typename S>
+void launch(const CUtensorMap& weights, const CUtensorMap& h, const Parameters& p,
+            std::int64_t num_pairs, cudaStream_t stream) {
+  static const int num_sms = [] {
+    int device = 0;
+    int count = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    CHECK_CUDA(cudaFuncSetAttribute(
+        grouped_gemm_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<S>()));
+    return count;
+  }();
+  const std::int64_t most_tiles =
+      (num_pairs / (S::kTokens * S::kCluster) + std::min<std::int64_t>(num_pairs, p.num_experts)) *
+      p.num_row_tiles;
+  const int clusters = static_cast<int>(std::min<std::int64_t>(most_tiles, num_sms / S::kCluster));
+  launch_dependent("grouped_gemm_kernel", grouped_gemm_kernel<S>, dim3(clusters * S::kCluster),
+                   S::kThreads, shared_bytes<S>(), stream, S::kCluster, weights, h, p);
+}
+
+template <typename S>
+void launch_gate_up(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream) {
+  const std::uint64_t row_bytes = std::uint64_t{2} * args.hidden;
+  const std::uint64_t intermediate = args.intermediate;
+  const CUtensorMap weights = bf16_tensor_map(
+      args.gate_up, {{std::uint64_t(args.hidden), 2, kAtom},
+                     {8, row_bytes, 8},
+                     {2, intermediate * row_bytes, 2},
+                     {intermediate / 8, 8 * row_bytes, S::kLoadedRows / 16},
+                     {std::uint64_t(args.num_experts), 2 * intermediate * row_bytes, 1}});
+  p.out = static_cast<__nv_bfloat16*>(args.h);
+  p.depth = args.hidden;
+  p.out_width = args.intermediate;
+  p.num_row_tiles = (2 * args.intermediate + S::kRows - 1) / S::kRows;
+  launch<S>(weights, weights, p, args.num_pairs, stream);
+}
+
+template <typename S>
+void launch_down(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream) {
+  const std::uint64_t row_bytes = std::uint64_t{2} * args.intermediate;
+  const std::uint64_t hidden = args.hidden;
+  const CUtensorMap weights =
+      bf16_tensor_map(args.down, {{std::uint64_t(args.intermediate), 2, kAtom},
+                                  {hidden, row_bytes, S::kLoadedRows},
+                                  {std::uint64_t(args.num_experts), hidden * row_bytes, 1}});
+  const CUtensorMap h =
+      bf16_tensor_map(args.h, {{std::uint64_t(args.intermediate), 2, kAtom},
+                               {std::uint64_t(args.num_pairs), row_bytes, S::kTokenBox}});
+  p.out = static_cast<__nv_bfloat16*>(args.y);
+  p.depth = args.intermediate;
+  p.out_width = args.hidden;
+  p.num_row_tiles = (args.hidden + S::kRows - 1) / S::kRows;
+  launch<S>(weights, h, p, args.num_pairs, stream);
+}
+
+// kStages is the number of stages of 128 elements of K; narrower ones are used where K needs it.
+template <int kTokens, int kStages>
+void launch_narrow(const ExpertFfnArgs& args, const Parameters& p, cudaStream_t stream) {
+  if (args.hidden % 128 == 0) {
+    launch_gate_up<Shape<true, 1, 1, kTokens, 2, kStages, 1, 1>>(args, p, stream);
+  } else {
+    launch_gate_up<Shape<true, 1, 1, kTokens, 1, 2 * kStages, 1, 1>>(args, p, stream);
+  }
+  if (args.intermediate % 128 == 0) {
+    launch_down<Shape<false, 1, 1, kTokens, 2, kStages, 1, 1>>(args, p, stream);
+  } else {
+    launch_down<Shape<false, 1, 1, kTokens, 1, 2 * kStages, 1, 1>>(args, p, stream);
+  }
+}
+
+template <int kBlocks, int kTokens, int kStages, int kCluster>
+void launch_wide(const ExpertFfnArgs& args, const Parameters& p, cudaStream_t stream) {
+  launch_gate_up<Shape<true, 2, kBlocks, kTokens, 1, kStages, 4, kCluster>>(args, p, stream);
+  launch_down<Shape<false, 2, kBlocks, kTokens, 1, kStages, 4, kCluster>>(args, p, stream);
+}
+
+}  // namespace
+
+void grouped_expert_ffn(const ExpertFfnArgs& args, cudaStream_t stream) {
+  if (args.num_experts > kMaxExperts) {
+    throw std::invalid_argument("num_experts is " + std::to_string(args.num_experts) +
+                                "; the limit is " + std::to_string(kMaxExperts));
+  }
+  if (args.num_pairs == 0) return;
+  Parameters p{};
+  p.offsets = args.offsets;
+  p.pairs = args.pairs;
+  p.x = static_cast<const __nv_bfloat16*>(args.x);
+  p.x_stride = args.x_stride;
+  p.num_experts = args.num_experts;
+  p.top_k = args.top_k;
+  switch (args.tokens_per_tile) {
+    case 16:
+      return launch_narrow<16, 10>(args, p, stream);
+    case 32:
+      return launch_narrow<32, 8>(args, p, stream);
+    case 64:
+      return launch_wide<1, 64, 8, 1>(args, p, stream);
+    case 128:
+      return launch_wide<1, 128, 6, 1>(args, p, stream);
+    case 256:
+      return launch_wide<2, 144, 4, 2>(args, p, stream);
+  }
+  throw std::invalid_argument("tokens_per_tile is " + std::to_string(args.tokens_per_tile) +
+                              "; it is 16, 32, 64, 128 or 256");
+}
+
+}  // namespace moe_engine

@@ -1,0 +1,99 @@
+// wgmma: D[64, N] += A[64, 16] x B[N, 16]^T by the four warps of a warpgroup, bf16 in, float32 out.
+//
+// A and B lie in shared memory, rows of 64 elements (128 bytes) with the copy engine's 128-byte
+// swizzle. Thread t of the warpgroup holds of D the rows r = 16 * (t / 32) + (t % 32) / 4 and
+// r + 8, and of every group j of 8 columns the columns c = 8 * j + 2 * (t % 4) and c + 1:
+//   d[4j] = D[r][c], d[4j + 1] = D[r][c + 1], d[4j + 2] = D[r + 8][c], d[4j + 3] = D[r + 8][c + 1]
+// Source: PTX ISA 8.8, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
+#pragma once
+
+#include <cstdint>
+
+namespace moe_engine {
+
+// Describes a matrix of 128-byte rows, swizzled in groups of 8 rows (1024 bytes). Adding bytes / 16
+// moves it: 2 to the next 16 elements of the rows.
+__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address) {
+  constexpr std::uint64_t kGroupStride = 1024 / 16;
+  constexpr std::uint64_t kSwizzle128 = 1;
+  return (address & 0x3FFFF) / 16 | kGroupStride << 32 | kSwizzle128 << 62;
+}
+
+__device__ __forceinline__ void wgmma_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most kPending committed groups are still running.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// d: N / 2 registers; overwritten if accumulate is 0.
+template <int N>
+__device__ __forceinline__ void wgmma(float* d, std::uint64_t a, std::uint64_t b, int accumulate);
+
+#define WGMMA_LIST_4 "%0, %1, %2, %3"
+#define WGMMA_LIST_8 \
+  WGMMA_LIST_4       \
+  ", %4, %5, %6, %7"
+#define WGMMA_LIST_16 \
+  WGMMA_LIST_8        \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_LIST_32                                            \
+  WGMMA_LIST_16                                                  \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27" \
+  ", %28, %29, %30, %31"
+#define WGMMA_LIST_48                                            \
+  WGMMA_LIST_32                                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43" \
+  ", %44, %45, %46, %47"
+#define WGMMA_LIST_56 \
+  WGMMA_LIST_48       \
+  ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_LIST_64 \
+  WGMMA_LIST_56       \
+  ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_LIST_72 \
+  WGMMA_LIST_64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71"
+
+#define WGMMA_REGISTERS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define WGMMA_REGISTERS_8(i) WGMMA_REGISTERS_4(i), WGMMA_REGISTERS_4(i + 4)
+#define WGMMA_REGISTERS_16(i) WGMMA_REGISTERS_8(i), WGMMA_REGISTERS_8(i + 8)
+#define WGMMA_REGISTERS_32(i) WGMMA_REGISTERS_16(i), WGMMA_REGISTERS_16(i + 16)
+#define WGMMA_REGISTERS_48(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_16(i + 32)
+#define WGMMA_REGISTERS_56(i) WGMMA_REGISTERS_48(i), WGMMA_REGISTERS_8(i + 48)
+#define WGMMA_REGISTERS_64(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_32(i + 32)
+#define WGMMA_REGISTERS_72(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_8(i + 64)
+
+// kA, kB and kFlag are the numbers of the operands that follow the registers.
+#define WGMMA_SHAPE(kN, kRegisters, kA, kB, kFlag)                                      \
+  template <>                                                                           \
+  __device__ __forceinline__ void wgmma<kN>(float* d, std::uint64_t a, std::uint64_t b, \
+                                            int accumulate) {                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #kFlag                            \
+                 ", 0;\n"                                                               \
+                 "wgmma.mma_async.sync.aligned.m64n" #kN                                \
+                 "k16.f32.bf16.bf16 {" WGMMA_LIST_##kRegisters "}, %" #kA ", %" #kB     \
+                                                               ", p, 1, 1, 0, 0;\n}\n"  \
+                 : WGMMA_REGISTERS_##kRegisters(0)                                      \
+                 : "l"(a), "l"(b), "r"(accumulate));                                    \
+  }
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+WGMMA_SHAPE(8, 4, 4, 5, 6)
+WGMMA_SHAPE(16, 8, 8, 9, 10)
+WGMMA_SHAPE(32, 16, 16, 17, 18)
+WGMMA_SHAPE(64, 32, 32, 33, 34)
+WGMMA_SHAPE(96, 48, 48, 49, 50)
+WGMMA_SHAPE(112, 56, 56, 57, 58)
+WGMMA_SHAPE(128, 64, 64, 65, 66)
+WGMMA_SHAPE(144, 72, 72, 73, 74)
+#endif
+
+}  // namespace moe_engine

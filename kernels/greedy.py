@@ -1,0 +1,135 @@
+"""Greedy sampling: the index of the largest logit of each row, in one launch and one read.
+
+Legend: B rows, V vocabulary, S segments that a row is cut into.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from .launch import COUNTERS_PER_STREAM, arrival_counters, supports_pdl
+
+# Logits that a program looks at together.
+BLOCK = 2048
+# Programs to aim at: as many as the multiprocessors hold, because each has little under way.
+NUM_PROGRAMS = 2048
+MAX_SEGMENTS = 128
+
+# Below the key of -inf.
+_LOWEST_KEY = tl.constexpr(-(2**31))
+_LARGEST_ID = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _argmax_kernel(
+    logits_ptr,
+    partial_ptr,
+    counters_ptr,
+    tokens_ptr,
+    vocab_size,
+    row_stride,
+    BLOCKS_PER_SEGMENT: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr,
+    PADDED_SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Program (segment, row): the best logit of a segment; the row's last one to arrive decides.
+
+    Logits are compared through int32 keys that sort like them (the bits of a float32, with all but
+    the sign flipped if it is negative); NaN counts as -inf, and -0.0 as 0.0.
+
+    Shapes: logits [B, V] of any float dtype with a row stride; partial int32 [B, 2, S], keys and
+    ids; counters int32, one a row, zero before and after; tokens int64 [B].
+
+    Example: logits = [NaN, 2, 5, 5] in two segments: (key of 2, id 1), (key of 5, id 2): 2.
+    """
+    if USE_PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    segment = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    lanes = tl.arange(0, BLOCK)
+    best_keys = tl.full([BLOCK], _LOWEST_KEY, tl.int32)
+    best_ids = tl.full([BLOCK], _LARGEST_ID, tl.int32)
+    first = segment * BLOCKS_PER_SEGMENT * BLOCK
+    for block in range(BLOCKS_PER_SEGMENT):
+        ids = first + block * BLOCK + lanes
+        in_row = ids < vocab_size
+        logits = tl.load(row_ptr + ids, mask=in_row, other=float("-inf")).to(tl.float32)
+        logits = tl.where(logits == logits, logits, float("-inf"))
+        logits = tl.where(logits == 0.0, 0.0, logits)
+        bits = logits.to(tl.int32, bitcast=True)
+        keys = tl.where(in_row, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST_KEY)
+        # Later blocks hold larger ids, which lose a tie.
+        is_better = keys > best_keys
+        best_keys = tl.where(is_better, keys, best_keys)
+        best_ids = tl.where(is_better, ids, best_ids)
+    key = tl.max(best_keys, axis=0)
+    token = tl.min(tl.where(best_keys == key, best_ids, _LARGEST_ID), axis=0)
+
+    if NUM_SEGMENTS == 1:
+        tl.store(tokens_ptr + row, token.to(tl.int64))
+    else:
+        partial_ptr += row * 2 * NUM_SEGMENTS
+        tl.store(partial_ptr + segment, key)
+        tl.store(partial_ptr + NUM_SEGMENTS + segment, token)
+        # Both are stored before the arrival is announced.
+        tl.debug_barrier()
+        num_arrived = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel", scope="gpu")
+        if num_arrived == NUM_SEGMENTS - 1:
+            tl.store(counters_ptr + row, 0)
+            segments = tl.arange(0, PADDED_SEGMENTS)
+            exists = segments < NUM_SEGMENTS
+            # Past the L1 cache, which may hold what was there before.
+            keys = tl.load(
+                partial_ptr + segments, mask=exists, other=_LOWEST_KEY, cache_modifier=".cg"
+            )
+            tokens = tl.load(
+                partial_ptr + NUM_SEGMENTS + segments,
+                mask=exists,
+                other=_LARGEST_ID,
+                cache_modifier=".cg",
+            )
+            best = tl.max(keys, axis=0)
+            token = tl.min(tl.where(keys == best, tokens, _LARGEST_ID), axis=0)
+            tl.store(tokens_ptr + row, token.to(tl.int64))
+
+
+def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
+    """int64 [B] of ``logits_BV`` [B, V], V >= 1; the arguments are checked by the caller."""
+    num_rows, vocab_size = logits_BV.shape
+    tokens_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
+    if num_rows == 0:
+        return tokens_B
+    if logits_BV.stride(1) != 1:
+        logits_BV = logits_BV.contiguous()
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    # A power of two, because each value is another compilation.
+    wanted = min(MAX_SEGMENTS, triton.next_power_of_2(triton.cdiv(NUM_PROGRAMS, num_rows)))
+    if num_rows > COUNTERS_PER_STREAM:
+        wanted = 1
+    blocks_per_segment = triton.cdiv(num_blocks, min(wanted, num_blocks))
+    num_segments = triton.cdiv(num_blocks, blocks_per_segment)
+    partial_B2S = torch.empty(num_rows, 2, num_segments, dtype=torch.int32, device=logits_BV.device)
+    use_pdl = supports_pdl(logits_BV.device)
+    _argmax_kernel[(num_segments, num_rows)](
+        logits_BV,
+        partial_B2S,
+        arrival_counters(logits_BV.device),
+        tokens_B,
+        vocab_size,
+        logits_BV.stride(0),
+        BLOCKS_PER_SEGMENT=blocks_per_segment,
+        NUM_SEGMENTS=num_segments,
+        PADDED_SEGMENTS=triton.next_power_of_2(num_segments),
+        BLOCK=BLOCK,
+        USE_PDL=use_pdl,
+        num_warps=4,
+        launch_pdl=use_pdl,
+    )
+    return tokens_B

@@ -1,0 +1,71 @@
+"""What every launch needs to know: programmatic dependent launch, and counters that stay zero.
+
+Programmatic dependent launch (PDL, compute capability 9.0 and later) lets a kernel start while the
+one before it ends. A kernel launched with it calls ``gdc_wait`` in every program before it touches
+what an earlier kernel wrote or still reads, so that its own end implies the end of all before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+import triton
+
+# One stream's arrival counters, and how many streams of a device get their own.
+COUNTERS_PER_STREAM = 1024
+NUM_STREAMS = 64
+
+
+@functools.cache
+def supports_pdl(device: torch.device) -> bool:
+    """Whether kernels on ``device`` can be launched with ``launch_pdl=True``."""
+    if device.type != "cuda" or torch.version.cuda is None or triton.knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def arrival_counters(device: torch.device) -> torch.Tensor:
+    """int32 [`COUNTERS_PER_STREAM`] of the current stream, zero between kernels.
+
+    A kernel whose programs share a piece of work counts them in here; the last to arrive finishes
+    the work and sets the counter to zero again, so a replayed CUDA graph finds it as it was.
+    Kernels on one stream never overlap, so they may use the same counters; graphs captured on the
+    same stream must not be replayed at the same time on different ones.
+
+    Raises:
+        RuntimeError: the first call for a device is made while a CUDA graph is captured.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _stream_counters(device, stream)
+
+
+@functools.cache
+def _stream_counters(device: torch.device, stream: int) -> torch.Tensor:
+    pool, is_zero = _counter_pool(device)
+    # A capture cannot wait for an event from before it, and need not: it starts on an idle device.
+    if is_zero is not None and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).wait_event(is_zero)
+    return pool[next(_slices[device]) % NUM_STREAMS]
+
+
+_slices: defaultdict[torch.device, Iterator[int]] = defaultdict(itertools.count)
+
+
+@functools.cache
+def _counter_pool(device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Counters for every stream, and the event after which they are zero (None on a CPU)."""
+    if device.type != "cuda":
+        return torch.zeros(NUM_STREAMS, COUNTERS_PER_STREAM, dtype=torch.int32), None
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first use of the arrival counters is inside a CUDA graph capture, which would "
+            "only record that they are set to zero; run the kernel once before capturing"
+        )
+    pool = torch.zeros(NUM_STREAMS, COUNTERS_PER_STREAM, dtype=torch.int32, device=device)
+    is_zero = torch.cuda.Event()
+    is_zero.record(torch.cuda.current_stream(device))
+    return pool, is_zero

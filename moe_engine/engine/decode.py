@@ -1,0 +1,128 @@
+"""A step in which every sequence decodes one token, in memory that never moves.
+
+All that such a step needs from the host are two integers per sequence, its slot and its position;
+the rest happens on the device: look up token ids and cache slots, run the model, take the most
+likely tokens and append them to the sequence table. So the whole of it can be captured in a CUDA
+graph, once for each batch size (see `engine.graphs`).
+
+Shape legend: W rows of the largest batch, S rows of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from moe_engine.cache.kv import KVCache
+from moe_engine.dist.exchange import Exchange
+from moe_engine.dist.groups import ParallelGroups
+from moe_engine.dist.layout import split_evenly
+from moe_engine.engine.table import SequenceTable
+from moe_engine.layers.context import ForwardContext
+from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
+from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
+from moe_engine.ops.sampling import greedy_tokens
+
+_ROW_ALIGNMENT = 16
+
+
+class DecodeStep:
+    """The static memory of decode steps of up to ``max_rows`` sequences, and what runs on it.
+
+    Attributes:
+        max_rows: W.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3MoeForCausalLM,
+        kv: KVCache,
+        table: SequenceTable,
+        groups: ParallelGroups,
+        max_rows: int,
+    ) -> None:
+        self.max_rows = max_rows
+        self._model = model
+        self._kv = kv
+        self._table = table
+        self._groups = groups
+        self._device = table.tokens_NC.device
+        width = -(-max_rows // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        # From the host, in one transfer: the number of sequences, their slots, their positions.
+        self._rows_3W = torch.zeros(3, width, dtype=torch.int32, device=self._device)
+        self._rows_3W[1].fill_(-1)
+        self._inputs = DecodeInputs.empty(max_rows, table.blocks_NB.shape[1], self._device)
+        self._query_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=self._device)
+        self._tokens_W = torch.zeros(max_rows, dtype=torch.int64, device=self._device)
+
+    def load(self, slots: list[int], positions: list[int]) -> None:
+        """Bring a batch to the device; the rows behind it become padding."""
+        size = len(slots)
+        host = torch.empty(self._rows_3W.shape, dtype=torch.int32, pin_memory=self._rows_3W.is_cuda)
+        rows: np.ndarray = host.numpy()
+        rows[0, 0] = size
+        rows[1, :size] = slots
+        rows[1, size:] = -1
+        rows[2, :size] = positions
+        rows[2, size:] = 0
+        self._rows_3W.copy_(host, non_blocking=True)
+
+    def compute(self, num_rows: int, exchange: Exchange) -> torch.Tensor | None:
+        """Run the loaded batch as ``num_rows`` rows; nothing here waits for the device.
+
+        The most likely token of every sequence is left in `tokens` and in the sequence table.
+
+        Returns:
+            Logits [S, V] on the TP group's rank 0, None elsewhere (a collective over the world).
+        """
+        slots_S, positions_S = self._rows_3W[1, :num_rows], self._rows_3W[2, :num_rows]
+        inputs = self._inputs.first(num_rows)
+        prepare_decode(
+            slots_S,
+            positions_S,
+            self._table.tokens_NC,
+            self._table.blocks_NB,
+            self._table.block_size,
+            inputs,
+        )
+        batch = PagedBatch(
+            slots_T=inputs.cache_slots_S,
+            block_tables_SB=inputs.block_tables_SB,
+            context_lens_S=inputs.context_lens_S,
+            query_starts_S=self._query_starts[: num_rows + 1],
+            num_decodes=num_rows,
+            prefills=(),
+        )
+        step = ForwardContext(
+            positions_T=inputs.positions_S,
+            batch=batch,
+            kv=self._kv,
+            exchange=exchange,
+            tp_token_counts=split_evenly(num_rows, self._groups.tp.size),
+            num_tokens_1=self._rows_3W[0, :1],
+        )
+        logits_SV = self._model.logits(self._model(inputs.token_ids_S, step))
+        tokens_S = self._tokens_W[:num_rows]
+        if logits_SV is not None:
+            tokens_S.copy_(greedy_tokens(logits_SV))
+        self._append(num_rows, tokens_S)
+        return logits_SV
+
+    def tokens(self, num_rows: int) -> torch.Tensor:
+        """The tokens of the last `compute`, int64 [S]; overwritten by the next one."""
+        return self._tokens_W[:num_rows]
+
+    def replace_tokens(self, tokens_S: torch.Tensor) -> None:
+        """Take other tokens instead, those of the TP group's rank 0 (a collective over TP)."""
+        self._append(len(tokens_S), tokens_S)
+
+    def _append(self, num_rows: int, tokens_S: torch.Tensor) -> None:
+        tokens_S = self._groups.tp.broadcast(tokens_S)
+        # The token follows the row's own, so its position is the length of the row's context.
+        append_tokens(
+            self._rows_3W[1, :num_rows],
+            self._inputs.context_lens_S[:num_rows],
+            tokens_S,
+            self._table.tokens_NC,
+        )

@@ -1,0 +1,117 @@
+"""CUDA graphs of decode steps, one for each of some batch sizes.
+
+Replaying a graph costs the host microseconds where launching a step's kernels one by one would
+cost it more than the device needs to run them. A batch is padded to the next size captured.
+
+All graphs share one memory pool: only one runs at a time, and what one leaves behind (its logits)
+is used up before the next one starts, by the order of the stream.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any
+
+import torch
+
+from moe_engine.dist.exchange import ExchangeSelector
+from moe_engine.engine.decode import DecodeStep
+
+_BUCKET_STEPS = ((8, 64), (16, 128), (32, 256), (64, 512), (128, None))
+"""(distance, largest size) of the batch sizes from 8 on."""
+
+
+def graph_buckets(max_rows: int) -> list[int]:
+    """Batch sizes to capture, ascending, the last one being ``max_rows``.
+
+    Beyond 32 rows, padding adds less than a quarter.
+
+    Example: ``graph_buckets(100) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]``.
+    """
+    sizes = [1, 2, 4, 8]
+    for distance, largest in _BUCKET_STEPS:
+        largest = max_rows if largest is None else largest
+        sizes += range(sizes[-1] + distance, largest + 1, distance)
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+def pick_bucket(num_rows: int, buckets: list[int]) -> int | None:
+    """The smallest of the ascending ``buckets`` that holds ``num_rows`` rows, None if none does."""
+    index = bisect_left(buckets, num_rows)
+    return buckets[index] if index < len(buckets) else None
+
+
+def capturable_buckets(max_rows: int, exchange: ExchangeSelector) -> list[int]:
+    """The sizes of `graph_buckets` whose exchange backend can be captured."""
+    return [size for size in graph_buckets(max_rows) if exchange.select(size).is_capturable]
+
+
+class DecodeGraphs:
+    """The captured decode steps of one rank.
+
+    Which sizes exist follows from the configuration alone, so every rank replays the same graph
+    for the same plan.
+
+    Attributes:
+        buckets: the batch sizes, ascending.
+    """
+
+    def __init__(self, decode: DecodeStep, exchange: ExchangeSelector) -> None:
+        self.buckets = capturable_buckets(decode.max_rows, exchange)
+        self._decode = decode
+        self._exchange = exchange
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture all sizes, the largest first, whose memory the smaller ones reuse.
+
+        A collective over the world. Each size runs once beforehand, so that everything that
+        happens only once (compiling kernels, loading them, connecting ranks) has happened.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        self._decode.load([], [])
+        for size in reversed(self.buckets):
+            self._decode.compute(size, self._exchange.select(size))
+            self._graphs[size] = self._capture(size, pool)
+
+    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+        """The graph of one size, and where it leaves its logits."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog, senders of results) may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits = self._decode.compute(size, self._exchange.select(size))
+        graph.replay()  # the first replay brings the graph to the device
+        return graph, None if logits is None else _unowned(logits)
+
+    def pick(self, num_rows: int) -> int | None:
+        """The size for a batch, None if it must run without a graph."""
+        return pick_bucket(num_rows, self.buckets)
+
+    def replay(self, size: int) -> torch.Tensor | None:
+        """Run the batch that was loaded.
+
+        Returns:
+            What `DecodeStep.compute` returns, in memory that the next replay overwrites.
+        """
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits
+
+
+class _Memory:
+    """Device memory that belongs to somebody else (see `_unowned`)."""
+
+    def __init__(self, interface: dict[str, object]) -> None:
+        self.__cuda_array_interface__ = interface
+
+
+def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without a claim on it.
+
+    The pool, which lives as long as the graphs, can then give it to the graphs captured next;
+    if each graph held on to its logits, they would add up to half a gigabyte.
+    """
+    as_bytes = tensor.view(torch.uint8)
+    memory = _Memory(as_bytes.__cuda_array_interface__)
+    return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)

@@ -1,0 +1,196 @@
+"""Measures what a step takes on a GPU, before the KV cache takes the rest.
+
+The largest step that the configuration allows is run once, on a KV cache of one block and with
+nothing written to it. That also compiles and loads the kernels, so no request pays for it.
+
+Shape legend: T tokens of the step, R rows that need logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moe_engine.cache.kv import KVCache
+from moe_engine.config import EngineConfig, ModelConfig
+from moe_engine.dist.exchange import ExchangeSelector
+from moe_engine.dist.groups import ParallelGroups
+from moe_engine.dist.layout import split_evenly
+from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.graphs import capturable_buckets
+from moe_engine.engine.runner import PROMPT_ROWS_AT_ONCE
+from moe_engine.engine.sampler import Sampler, SampleRow
+from moe_engine.engine.table import SequenceTable
+from moe_engine.layers.context import ForwardContext
+from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
+from moe_engine.ops.attention import PagedBatch, PrefillSpan
+from moe_engine.types.sampling import SamplingParams
+from moe_engine.types.step import NewSequence
+
+GRAPH_BYTES_PER_LAYER = 256 << 10
+"""What the driver keeps for one layer of one captured graph, rounded up."""
+
+GRAPH_WORKSPACE_BYTES = 96 << 20
+"""What matrix libraries take anew for the stream on which graphs are captured."""
+
+_HARDEST_SAMPLING = SamplingParams(
+    temperature=1.0,
+    top_k=50,
+    top_p=0.9,
+    min_p=0.01,
+    repetition_penalty=1.1,
+    frequency_penalty=0.1,
+    logprobs=20,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes on top of weights and KV cache.
+
+    Attributes:
+        activations: of the largest step of any kind, sampling included.
+        graphs: an estimate, from above, of what capturing the decode steps will take.
+    """
+
+    activations: int
+    graphs: int
+
+
+class StepProfiler:
+    """Runs steps of nonsense through a rank's model; collective over the world.
+
+    Args:
+        kv: may be as small as one block.
+        max_model_len: no sequence is made longer.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        model: Qwen3MoeForCausalLM,
+        kv: KVCache,
+        groups: ParallelGroups,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self._limits = config.scheduler
+        self._model_config = model_config
+        self._model = model
+        self._kv = kv
+        self._groups = groups
+        self._max_model_len = max_model_len
+        self._device = device
+        self._exchange = ExchangeSelector(config.exchange, groups, model_config.num_experts)
+
+    @torch.inference_mode()
+    def measure(self, *, with_graphs: bool) -> StepMemory:
+        """Run the largest steps and see how much the device's allocator has to reserve."""
+        size = self._limits.max_num_batched_tokens
+        for num_tokens in (size, size // 4, size // 16, size // 64):
+            self._run_prefill(max(1, num_tokens))  # workspaces and compiled kernels stay
+        activations = self._reserved_by(lambda: self._run_prefill(size))
+        self._run_decode(self._limits.max_num_seqs)
+        buckets = capturable_buckets(self._limits.max_num_seqs, self._exchange)
+        if not (with_graphs and buckets):
+            return StepMemory(activations, graphs=0)
+        pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
+        num_layers = self._model_config.num_hidden_layers
+        graphs = len(buckets) * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
+        return StepMemory(activations, pool + graphs)
+
+    def _reserved_by(self, run: Callable[[], None]) -> int:
+        """Bytes that the caching allocator has to reserve for ``run``."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_reserved(self._device) - before
+        torch.cuda.empty_cache()
+        return peak
+
+    def _run_prefill(self, num_tokens: int) -> None:
+        """Prompts of so many tokens in all, then the hardest sampling and scoring there is."""
+        table = self._new_table()  # the runner will have one
+        batch, positions = prefill_batch(num_tokens, self._max_model_len, self._kv, self._device)
+        x_TH = self._forward(batch, positions)
+        logits_RV = self._model.logits(x_TH[: self._limits.max_num_seqs])
+        if logits_RV is not None:
+            self._sample(logits_RV)
+            del logits_RV
+        logits_RV = self._model.logits(x_TH[:PROMPT_ROWS_AT_ONCE])
+        if logits_RV is not None:
+            targets_R = torch.zeros(len(logits_RV), dtype=torch.int64, device=self._device)
+            Sampler(logits_RV.shape[1], self._device).prompt_logprobs(logits_RV, targets_R, 20)
+        del table
+
+    def _sample(self, logits_RV: torch.Tensor) -> None:
+        num_rows, vocab_size = logits_RV.shape
+        sampler = Sampler(vocab_size, self._device)
+        for seq_id in range(num_rows):
+            sampler.admit(NewSequence(seq_id, [0], 1, _HARDEST_SAMPLING))
+        rows = [SampleRow(seq_id, 0.5, 0) for seq_id in range(num_rows)]
+        tokens_R = sampler.sample(logits_RV, rows)
+        sampler.logprobs(logits_RV, tokens_R, range(num_rows))
+
+    def _run_decode(self, num_rows: int) -> None:
+        """A decode step of padding rows, with all its static memory."""
+        decode = DecodeStep(
+            self._model, self._kv, self._new_table(), self._groups, self._limits.max_num_seqs
+        )
+        decode.load([], [])
+        decode.compute(num_rows, self._exchange.select(num_rows))
+
+    def _new_table(self) -> SequenceTable:
+        return SequenceTable(
+            self._limits.max_num_seqs, self._max_model_len, self._kv.block_size, self._device
+        )
+
+    def _forward(self, batch: PagedBatch, positions_T: torch.Tensor) -> torch.Tensor:
+        num_tokens = len(positions_T)
+        step = ForwardContext(
+            positions_T=positions_T,
+            batch=batch,
+            kv=self._kv,
+            exchange=self._exchange.select(num_tokens),
+            tp_token_counts=split_evenly(num_tokens, self._groups.layout.attention_tp),
+        )
+        x_TH: torch.Tensor = self._model(torch.zeros_like(positions_T), step)
+        return x_TH
+
+
+def prefill_batch(
+    num_tokens: int, max_model_len: int, kv: KVCache, device: torch.device
+) -> tuple[PagedBatch, torch.Tensor]:
+    """Prompts of ``max_model_len`` tokens (the last one shorter), ``num_tokens`` in all.
+
+    All of them read block 0 and write to its first slot. Returns also their int64 positions.
+    """
+    firsts = list(range(0, num_tokens, max_model_len))
+    spans = [(first, min(max_model_len, num_tokens - first)) for first in firsts]
+    num_decodes = sum(length == 1 for _, length in spans)  # the last prompt at most
+    spans.sort(key=lambda span: span[1] > 1)
+    starts = [0]
+    for _, length in spans:
+        starts.append(starts[-1] + length)
+    contexts = [length for _, length in spans]
+    num_blocks = -(-max(contexts) // kv.block_size)
+    batch = PagedBatch(
+        slots_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        block_tables_SB=torch.zeros(len(spans), num_blocks, dtype=torch.int32, device=device),
+        context_lens_S=torch.tensor(contexts, dtype=torch.int32, device=device),
+        query_starts_S=torch.tensor(starts, dtype=torch.int32, device=device),
+        num_decodes=num_decodes,
+        prefills=tuple(
+            PrefillSpan(start, length, length)
+            for start, length in zip(starts, contexts, strict=False)
+        )[num_decodes:],
+    )
+    positions = torch.cat([torch.arange(length) for length in contexts])
+    return batch, positions.to(device)

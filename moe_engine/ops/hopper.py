@@ -1,0 +1,152 @@
+"""The CUDA kernels for Hopper: grouped experts, streaming experts, streaming linear layers (csrc/).
+
+Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
+which have checked that shapes and dtypes fit together.
+
+Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
+I intermediate size, J = 2 × I, X input width, O output width.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+from moe_engine.ops import native
+
+LINEAR_MAX_ROWS = 16
+"""Rows that the streaming linear layer takes."""
+
+
+@functools.cache
+def extension(device: torch.device) -> ModuleType | None:
+    """`moe_engine._C` where its Hopper kernels run: on compute capability 9.0."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    return native.cuda_extension(device)
+
+
+def takes_experts(x_RH: torch.Tensor, gate_up_EJH: torch.Tensor) -> bool:
+    """Whether the experts' kernels take these rows and weights."""
+    doubled, hidden = gate_up_EJH.shape[1:]
+    return (
+        x_RH.dtype == torch.bfloat16
+        and hidden % 64 == 0
+        and doubled % 128 == 0
+        and gate_up_EJH.shape[0] <= 1024
+        and _rows_are_aligned(x_RH)
+        and extension(x_RH.device) is not None
+    )
+
+
+def takes_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
+    """Whether the streaming linear kernel takes these rows and this weight."""
+    if x_RX.shape[0] > LINEAR_MAX_ROWS or x_RX.dtype != torch.bfloat16:
+        return False
+    if not (_rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
+        return False
+    library = extension(x_RX.device)
+    return library is not None and library.streaming_linear_fits(
+        in_features=weight_OX.shape[1], out_features=weight_OX.shape[0]
+    )
+
+
+def grouped_expert_ffn(
+    x_RH: torch.Tensor,
+    offsets_E1: torch.Tensor,
+    pairs_P: torch.Tensor,
+    top_k: int,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+    tokens_per_tile: int,
+) -> torch.Tensor:
+    """Each pair's expert output, bfloat16 [P, H]; rows of pairs without an expert are undefined.
+
+    Args:
+        offsets_E1, pairs_P: see `ops.moe.ExpertGroups`.
+        tokens_per_tile: 16, 32, 64, 128 or 256; how many pairs of an expert share a read of its
+            weights.
+    """
+    num_experts, hidden, intermediate = down_EHI.shape
+    h_PI = x_RH.new_empty(pairs_P.shape[0], intermediate)
+    y_PH = x_RH.new_empty(pairs_P.shape[0], hidden)
+    library = extension(x_RH.device)
+    assert library is not None
+    with torch.cuda.device(x_RH.device):
+        library.grouped_expert_ffn(
+            offsets=offsets_E1.data_ptr(),
+            pairs=pairs_P.data_ptr(),
+            x=x_RH.data_ptr(),
+            x_stride=x_RH.stride(0),
+            gate_up=gate_up_EJH.data_ptr(),
+            down=down_EHI.data_ptr(),
+            h=h_PI.data_ptr(),
+            y=y_PH.data_ptr(),
+            num_pairs=pairs_P.shape[0],
+            num_experts=num_experts,
+            top_k=top_k,
+            hidden=hidden,
+            intermediate=intermediate,
+            tokens_per_tile=tokens_per_tile,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return y_PH
+
+
+def streaming_expert_ffn(
+    x_RH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+) -> torch.Tensor:
+    """`ops.moe.expert_ffn` for very few rows, which read their experts each for itself."""
+    _, hidden, intermediate = down_EHI.shape
+    h_PI = x_RH.new_empty(slot_ids_RK.numel(), intermediate)
+    out_RH = x_RH.new_empty(x_RH.shape[0], hidden)
+    library = extension(x_RH.device)
+    assert library is not None
+    with torch.cuda.device(x_RH.device):
+        library.streaming_expert_ffn(
+            expert_ids=slot_ids_RK.data_ptr(),
+            expert_weights=weights_RK.data_ptr(),
+            x=x_RH.data_ptr(),
+            x_stride=x_RH.stride(0),
+            gate_up=gate_up_EJH.data_ptr(),
+            down=down_EHI.data_ptr(),
+            h=h_PI.data_ptr(),
+            out=out_RH.data_ptr(),
+            num_tokens=x_RH.shape[0],
+            top_k=slot_ids_RK.shape[1],
+            hidden=hidden,
+            intermediate=intermediate,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out_RH
+
+
+def linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
+    """``x weight^T`` of at most `LINEAR_MAX_ROWS` rows, bfloat16 [R, O]."""
+    num_rows, in_features = x_RX.shape
+    out_RO = x_RX.new_empty(num_rows, weight_OX.shape[0])
+    library = extension(x_RX.device)
+    assert library is not None
+    with torch.cuda.device(x_RX.device):
+        library.streaming_linear(
+            x=x_RX.data_ptr(),
+            x_stride=x_RX.stride(0),
+            weight=weight_OX.data_ptr(),
+            out=out_RO.data_ptr(),
+            num_tokens=num_rows,
+            in_features=in_features,
+            out_features=weight_OX.shape[0],
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out_RO
+
+
+def _rows_are_aligned(x: torch.Tensor) -> bool:
+    """Whether the rows lie side by side in themselves and begin at multiples of 16 bytes."""
+    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0

@@ -1,0 +1,100 @@
+"""Decode steps in static memory give what steps laid out afresh give, whatever the padding."""
+
+import random
+
+import pytest
+import torch
+
+from moe_engine.types.sampling import SamplingParams
+from tests.unit.runner_world import RunnerWorld, mixed_requests
+
+
+def assert_same_outputs(found, expected):
+    for (tokens, logprobs, prompt), (e_tokens, e_logprobs, e_prompt) in zip(
+        found, expected, strict=True
+    ):
+        assert tokens == e_tokens
+        for some, others in ((logprobs, e_logprobs), (prompt, e_prompt)):
+            assert [entry.token_id for entry in some] == [entry.token_id for entry in others]
+            assert [entry.logprob for entry in some] == pytest.approx(
+                [entry.logprob for entry in others], abs=1e-4
+            )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("chunk", [None, 1, 5])
+def test_requests_of_all_kinds_get_the_same_tokens(tmp_path, depth, chunk):
+    requests = mixed_requests(random.Random(depth), 24)
+    options = {"pipeline_depth": depth, "max_prefill_chunk": chunk}
+    expected = RunnerWorld(tmp_path, **options).run(requests)
+    world = RunnerWorld(tmp_path, with_decode_steps=True, **options)
+    assert_same_outputs(world.run(requests), expected)
+    assert {1, 2, 4, 8, 9} & set(world.runner._graphs.sizes_run)
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_every_batch_size_gives_what_each_sequence_gives_alone(tmp_path, size):
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    choose = random.Random(size)
+    prompts = [[choose.randrange(90) for _ in range(choose.randint(1, 9))] for _ in range(size)]
+    world = RunnerWorld(tmp_path, with_decode_steps=True, prefix_cache=False, pipeline_depth=2)
+    together = world.run([(prompt, params) for prompt in prompts])
+    padded = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8, 9: 9}[size]
+    assert padded in world.runner._graphs.sizes_run
+    alone = RunnerWorld(tmp_path, prefix_cache=False)
+    for prompt, output in zip(prompts, together, strict=True):
+        assert [output] == alone.run([(prompt, params)])
+
+
+def test_preempted_sequences_go_on_where_they_were(tmp_path):
+    requests = mixed_requests(random.Random(3), 20)
+    expected = RunnerWorld(tmp_path).run(requests)
+    few = {"num_blocks": 16, "pipeline_depth": 2, "with_decode_steps": True}
+    world = RunnerWorld(tmp_path, **few)
+    assert_same_outputs(world.run(requests), expected)
+    assert world.scheduler.stats().num_preemptions_total > 0
+
+
+def test_padding_rows_write_nothing(tmp_path):
+    world = RunnerWorld(tmp_path, with_decode_steps=True)
+    runner, decode = world.runner, world.runner._decode
+    before = [
+        runner._table.tokens_NC.clone(),
+        *(part.clone() for layer in range(2) for part in runner._kv.layer(layer)),
+    ]
+    with torch.inference_mode():
+        decode.load([], [])
+        decode.compute(8, runner._exchange.select(8))
+    after = [
+        runner._table.tokens_NC,
+        *(part for layer in range(2) for part in runner._kv.layer(layer)),
+    ]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old, new)
+
+
+def test_chunk_of_one_prompt_token_is_no_decode(tmp_path):
+    """It samples nothing, so a graph would write a token over the prompt."""
+    world = RunnerWorld(tmp_path, with_decode_steps=True, max_prefill_chunk=1)
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    prompt = list(range(1, 10))
+    [(tokens, _, _)] = world.run([(prompt, params)])
+    assert len(world.runner._graphs.sizes_run) == 4  # the last prompt token and three outputs
+    [(expected, _, _)] = RunnerWorld(tmp_path).run([(prompt, params)])
+    assert tokens == expected
+
+
+@pytest.mark.parametrize("with_decode_steps", [True, False])
+def test_logits_that_are_not_numbers_are_never_the_most_likely(tmp_path, with_decode_steps):
+    world = RunnerWorld(tmp_path, with_decode_steps=with_decode_steps)
+    model = world.runner._model
+
+    def broken(x_RH):
+        logits = torch.zeros(len(x_RH), 97)
+        logits[:, 7], logits[:, 3] = 5.0, torch.nan
+        return logits
+
+    model.logits = broken
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    [(tokens, _, _)] = world.run([([1, 2], params)])
+    assert tokens == [7, 7, 7]

@@ -32,6 +32,7 @@ from benchmarks.driver import random_prompts
 from moe_engine.config.flat import build_config
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import open_store
+from moe_engine.engine.model_directory import resolve_model
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.types.messages import AddRequest
@@ -95,11 +96,12 @@ class DecodeBench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         options = plain_options(arguments.config, arguments.set)
         longest = arguments.input + WARM_UP_STEPS + RECORDED_STEPS + 8
-        model = find_model(arguments.model or options.get("model"))
+        model = str(resolve_model(find_model(arguments.model or options.get("model"))))
         options |= {
             "model": model,
             "load_format": "dummy",
             "prefix_cache": False,
+            "pipeline_depth": 1,
             "max_model_len": longest,
             "max_num_seqs": max(arguments.batches),
             "num_blocks": max(arguments.batches) * (-(-longest // 16) + 1),
@@ -112,7 +114,7 @@ class DecodeBench:
         self._num_blocks = runtime.load(lambda *_: None)
         runtime.start(self._num_blocks)
         self._runtime = runtime
-        self.model = Path(model or "demo").name
+        self.model = Path(model).name
         self.num_layers = runtime.model_config.num_hidden_layers
         self._scheduler = Scheduler(
             self._config.scheduler,

@@ -12,7 +12,7 @@
 // loads), so that a thread holds the gate and the up value of the same element.
 #include <algorithm>
 
-#include "expert_tiles.cuh"
+#include "expert_store.cuh"
 #include "grouped_experts.h"
 #include "launch.cuh"
 #include "ring.cuh"
@@ -23,8 +23,6 @@
 
 namespace moe_engine {
 namespace {
-
-constexpr int kStoredAtOnce = 32;  // pairs
 
 template <bool kGateUp_, int kWarpgroups_, int kBlocks_, int kTokens_, int kStepAtoms_,
           int kStages_, int kProducerWarps_, int kCluster_>
@@ -53,19 +51,6 @@ constexpr int shared_bytes() {
   return 1024 + S::kStages * S::kStageBytes + S::kWarpgroups * S::kStoreBytes +
          static_cast<int>(sizeof(SharedTail<S>));
 }
-
-struct Parameters {
-  const std::int32_t* offsets;
-  const std::int32_t* pairs;
-  const __nv_bfloat16* x;
-  std::int64_t x_stride;
-  __nv_bfloat16* out;
-  int num_experts;
-  int top_k;
-  int depth;          // K: elements of a row of the weights
-  int out_width;      // intermediate or hidden
-  int num_row_tiles;  // tiles over the rows of one expert's weight
-};
 
 // One thread. The blocks of a cluster each load their share of the rows, for all.
 template <typename S>
@@ -96,8 +81,9 @@ __device__ __forceinline__ void load_weights(const Ring<S>& ring, const CUtensor
 
 // One thread: weights and rows of h, both through the copy engine.
 template <typename S>
-__device__ void produce_down(const Parameters& p, const Ring<S>& ring, const CUtensorMap* weights,
-                             const CUtensorMap* h, TileWalk tile, int num_steps) {
+__device__ void produce_down(const GroupedProduct& p, const Ring<S>& ring,
+                             const CUtensorMap* weights, const CUtensorMap* h, TileWalk tile,
+                             int num_steps) {
   bool more = tile.find();
   // The weights do not depend on the kernel before this one: a ring full of them is on its way
   // while that one ends.
@@ -141,7 +127,7 @@ __device__ void produce_down(const Parameters& p, const Ring<S>& ring, const CUt
 
 // All producer warps: weights through the copy engine, rows of x gathered 16 bytes at a time.
 template <typename S>
-__device__ void produce_gate_up(const Parameters& p, const Ring<S>& ring,
+__device__ void produce_gate_up(const GroupedProduct& p, const Ring<S>& ring,
                                 const CUtensorMap* weights, TileWalk tile, int num_steps) {
   constexpr int kThreads = 32 * S::kProducerWarps;
   constexpr int kRowsAtOnce = kThreads / 8;
@@ -188,87 +174,8 @@ __device__ void produce_gate_up(const Parameters& p, const Ring<S>& ring,
   }
 }
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
-
-// The rows of the output that the pairs of a tile go to: pair 32 * i + lane is number i.
 template <typename S>
-struct Destinations {
-  static constexpr int kCount = (S::kTokens + kStoredAtOnce - 1) / kStoredAtOnce;
-  int rows[kCount];
-
-  // Read before the product, which hides the time that takes.
-  __device__ __forceinline__ void load(const Parameters& p, const TileWalk& tile, int lane) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int pair = tile.first_pair + kStoredAtOnce * i + lane;
-      rows[i] = pair;
-      if constexpr (!S::kGateUp) {
-        rows[i] = kStoredAtOnce * i + lane < tile.num_pairs ? p.pairs[pair] : 0;
-      }
-    }
-  }
-};
-
-// Stores what a warpgroup has made of a tile. 32 pairs at a time go through its buffer, transposed,
-// so that neighbouring threads store neighbouring pieces of a pair's row. The pieces of a row are
-// swizzled to spread them over the banks.
-template <typename S>
-__device__ __forceinline__ void store(const Parameters& p, const TileWalk& tile, const float* acc,
-                                      const Destinations<S>& destinations, const char* buffer) {
-  constexpr int kPieces = S::kPieces;
-  constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
-  const int warpgroup = threadIdx.x / 128;
-  const int warp = threadIdx.x / 32 % 4;
-  const int lane = threadIdx.x % 32;
-  const std::uint32_t row_address = shared_address(buffer) + lane * kPieces * 16;
-  const auto transpose = [&](int piece, const std::uint32_t (&packed)[4]) {
-    store_transposed_x4(row_address + (piece ^ (lane & kMask)) * 16, packed[0], packed[1],
-                        packed[2], packed[3]);
-  };
-  const int first_element = (tile.row_tile * S::kWarpgroups + warpgroup) * kPieces * 8;
-#pragma unroll
-  for (int i = 0; i < Destinations<S>::kCount; ++i) {
-    constexpr int kPairs = kStoredAtOnce;
-    if (kPairs * i >= tile.num_pairs) break;
-#pragma unroll
-    for (int block = 0; block < S::kBlocks; ++block) {
-      std::uint32_t packed[2][4] = {};
-#pragma unroll
-      for (int j = 0; j < 4 && kPairs * i + 8 * j < S::kTokens; ++j) {
-        const float* d = acc + block * (S::kTokens / 2) + (kPairs / 8 * i + j) * 4;
-        if constexpr (S::kGateUp) {
-          packed[0][j] = pack_bf16(silu(d[0]) * d[2], silu(d[1]) * d[3]);
-        } else {
-          packed[0][j] = pack_bf16(d[0], d[1]);
-          packed[1][j] = pack_bf16(d[2], d[3]);
-        }
-      }
-      if constexpr (S::kGateUp) {
-        transpose(4 * block + warp, packed[0]);
-      } else {
-        transpose(8 * block + 2 * warp, packed[0]);
-        transpose(8 * block + 2 * warp + 1, packed[1]);
-      }
-    }
-    sync_warpgroup(warpgroup);
-#pragma unroll
-    for (int k = 0; k < kPairs * kPieces / 128; ++k) {
-      const int index = k * 128 + static_cast<int>(threadIdx.x % 128);
-      const int pair = index / kPieces;
-      const int piece = index % kPieces;
-      const std::int64_t row = __shfl_sync(0xFFFFFFFF, destinations.rows[i], pair);
-      const int element = first_element + 8 * piece;
-      if (kPairs * i + pair < tile.num_pairs && element < p.out_width) {
-        *reinterpret_cast<uint4*>(p.out + row * p.out_width + element) =
-            reinterpret_cast<const uint4*>(buffer)[pair * kPieces + (piece ^ (pair & kMask))];
-      }
-    }
-    sync_warpgroup(warpgroup);
-  }
-}
-
-template <typename S>
-__device__ __forceinline__ void consume(const Parameters& p, const Ring<S>& ring,
+__device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& ring,
                                         const char* buffer, TileWalk tile, int num_steps) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -285,7 +192,7 @@ __device__ __forceinline__ void consume(const Parameters& p, const Ring<S>& ring
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap weights,
-                        const __grid_constant__ CUtensorMap h, const Parameters p) {
+                        const __grid_constant__ CUtensorMap h, const GroupedProduct p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char shared[];
   char* const stages = align_stages(shared);
@@ -345,7 +252,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 }
 
 template <typename S>
-void launch(const CUtensorMap& weights, const CUtensorMap& h, const Parameters& p,
+void launch(const CUtensorMap& weights, const CUtensorMap& h, const GroupedProduct& p,
             std::int64_t num_pairs, cudaStream_t stream) {
   static const int num_sms = [] {
     int device = 0;
@@ -365,7 +272,7 @@ void launch(const CUtensorMap& weights, const CUtensorMap& h, const Parameters& 
 }
 
 template <typename S>
-void launch_gate_up(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream) {
+void launch_gate_up(const ExpertFfnArgs& args, GroupedProduct p, cudaStream_t stream) {
   const std::uint64_t row_bytes = std::uint64_t{2} * args.hidden;
   const std::uint64_t intermediate = args.intermediate;
   const CUtensorMap weights = bf16_tensor_map(
@@ -382,7 +289,7 @@ void launch_gate_up(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream
 }
 
 template <typename S>
-void launch_down(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream) {
+void launch_down(const ExpertFfnArgs& args, GroupedProduct p, cudaStream_t stream) {
   const std::uint64_t row_bytes = std::uint64_t{2} * args.intermediate;
   const std::uint64_t hidden = args.hidden;
   const CUtensorMap weights =
@@ -401,7 +308,7 @@ void launch_down(const ExpertFfnArgs& args, Parameters p, cudaStream_t stream) {
 
 // kStages is the number of stages of 128 elements of K; narrower ones are used where K needs it.
 template <int kTokens, int kStages>
-void launch_narrow(const ExpertFfnArgs& args, const Parameters& p, cudaStream_t stream) {
+void launch_narrow(const ExpertFfnArgs& args, const GroupedProduct& p, cudaStream_t stream) {
   if (args.hidden % 128 == 0) {
     launch_gate_up<Shape<true, 1, 1, kTokens, 2, kStages, 1, 1>>(args, p, stream);
   } else {
@@ -415,7 +322,7 @@ void launch_narrow(const ExpertFfnArgs& args, const Parameters& p, cudaStream_t 
 }
 
 template <int kBlocks, int kTokens, int kStages, int kCluster>
-void launch_wide(const ExpertFfnArgs& args, const Parameters& p, cudaStream_t stream) {
+void launch_wide(const ExpertFfnArgs& args, const GroupedProduct& p, cudaStream_t stream) {
   launch_gate_up<Shape<true, 2, kBlocks, kTokens, 1, kStages, 4, kCluster>>(args, p, stream);
   launch_down<Shape<false, 2, kBlocks, kTokens, 1, kStages, 4, kCluster>>(args, p, stream);
 }
@@ -428,7 +335,7 @@ void grouped_expert_ffn(const ExpertFfnArgs& args, cudaStream_t stream) {
                                 "; the limit is " + std::to_string(kMaxExperts));
   }
   if (args.num_pairs == 0) return;
-  Parameters p{};
+  GroupedProduct p{};
   p.offsets = args.offsets;
   p.pairs = args.pairs;
   p.x = static_cast<const __nv_bfloat16*>(args.x);

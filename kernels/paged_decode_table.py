@@ -45,8 +45,10 @@ class DecodeLaunch:
 
 # (most pairs of sequence and KV head, launch): the first row that fits.
 LAUNCHES = (
-    (64, DecodeLaunch(num_splits=16, min_tokens=64)),
-    (160, DecodeLaunch(num_splits=8, min_tokens=1024)),
+    (16, DecodeLaunch(num_splits=16, min_tokens=64, num_stages=6)),
+    (80, DecodeLaunch(num_splits=16, min_tokens=128, num_stages=3)),
+    (160, DecodeLaunch(num_splits=2, min_tokens=1024, num_stages=3)),
+    (512, DecodeLaunch(num_splits=4, min_tokens=2048, num_stages=3)),
     (MAX_SPLIT_PAIRS, DecodeLaunch(num_splits=4, min_tokens=4096, num_stages=3)),
 )
 WIDEST_LAUNCH = DecodeLaunch(num_splits=1, min_tokens=1, num_stages=3)

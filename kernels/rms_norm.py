@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+
+from .launch import supports_pdl
 
 # Elements that a program holds at once: one long row, or several short ones.
 TILE_ELEMENTS = 2048
@@ -31,6 +34,7 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Normalise BLOCK_R rows; with HAS_RESIDUAL, add and store the residual first.
 
@@ -46,6 +50,10 @@ def _rms_norm_kernel(
     columns = tl.arange(0, BLOCK_H)[None, :]
     mask = (rows < num_rows) & (columns < num_columns)
     dtype = out_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    if USE_PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
 
     x = tl.load(x_ptr + rows * x_row_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -58,7 +66,6 @@ def _rms_norm_kernel(
 
     mean_square = tl.sum(x * x, axis=1, keep_dims=True) / num_columns
     normed = (x * tl.rsqrt(mean_square + eps)).to(dtype).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows * num_columns + columns, (normed * weight).to(dtype), mask=mask)
 
 
@@ -95,6 +102,7 @@ def _launch(
     block_h = triton.next_power_of_2(num_columns)
     block_r = max(1, TILE_ELEMENTS // block_h)
     grid = (triton.cdiv(num_rows, block_r),)
+    use_pdl = supports_pdl(x.device)
     _rms_norm_kernel[grid](
         x_RH,
         residual_RH,
@@ -109,7 +117,9 @@ def _launch(
         HAS_RESIDUAL=residual is not None,
         BLOCK_R=block_r,
         BLOCK_H=block_h,
+        USE_PDL=use_pdl,
         num_warps=8 if block_h > TILE_ELEMENTS else 4,
+        launch_pdl=use_pdl,
     )
 
 

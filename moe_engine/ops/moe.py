@@ -24,7 +24,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Regimes on Hopper, measured with `benchmarks.bench_expert_ffn`.
 STREAMING_MAX_ROWS = 1
 # (average pairs of an expert up to which, tokens of a tile); beyond the last, `LARGEST_TILE`.
-GROUPED_TILES = ((1, 16), (40, 64), (128, 128))
+GROUPED_TILES = ((0.25, 16), (40, 64), (128, 128))
 LARGEST_TILE = 256
 
 

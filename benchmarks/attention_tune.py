@@ -15,12 +15,12 @@ import torch
 
 from benchmarks import attention_cases as cases
 from benchmarks.gpu_timing import num_rotations, seconds_per_call
+from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
 from moe_engine.kernels.paged_decode_table import DecodeLaunch, DecodeTiles
 from moe_engine.kernels.paged_prefill import paged_prefill
 from moe_engine.kernels.paged_prefill_table import PrefillTiles
-from moe_engine.ops import native
 
 REPLAYS = 5
 COMPILERS = 12
@@ -95,7 +95,7 @@ def _compile(calls: Iterable[Callable[[], object]]) -> list[bool]:
 
 
 def _tune_decode(cache: Cache) -> list[Timed]:
-    use_pdl = native.has_dependent_launch(cache[0].device)
+    use_pdl = supports_pdl(cache[0].device)
     inputs = {case[:2]: _decode_inputs(case[0], case[1]) for case in DECODE_CASES}
 
     def call(
@@ -196,7 +196,7 @@ def _tune_norm_rope(cache: Cache) -> list[Timed]:
     q_weight_D, k_weight_D = torch.rand(2, cases.HEAD_DIM, device="cuda").bfloat16()
     angles = torch.rand(40960, cases.HEAD_DIM // 2, device="cuda")
     order = torch.randperm(cases.NUM_BLOCKS * cases.BLOCK_SIZE, device="cuda")
-    use_pdl = native.has_dependent_launch(cache[0].device)
+    use_pdl = supports_pdl(cache[0].device)
 
     def call(num_tokens: int, launch: tuple[int, int, int]) -> Callable[[], torch.Tensor]:
         qkv_TX = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)

@@ -25,10 +25,11 @@ from benchmarks import attention_cases as cases
 from benchmarks.attention_tune import tune
 from benchmarks.gpu_timing import measure_ceilings, num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
+from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
 from moe_engine.kernels.paged_prefill import paged_prefill
-from moe_engine.ops import cudnn_prefill, native
+from moe_engine.ops import cudnn_prefill
 from moe_engine.ops.attention import paged_attention
 from moe_engine.ops.reference.rope import norm_rope_write as reference_norm_rope_write
 
@@ -132,7 +133,7 @@ def norm_rope_row(num_tokens: int, cache: Cache) -> Row:
     cos_PF, sin_PF = angles.cos(), angles.sin()
     q_weight_D, k_weight_D = torch.rand(2, cases.HEAD_DIM, device="cuda").bfloat16()
     order = torch.randperm(cases.NUM_BLOCKS * cases.BLOCK_SIZE, device="cuda")
-    use_pdl = native.has_dependent_launch(order.device)
+    use_pdl = supports_pdl(order.device)
 
     def make(index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         qkv_TX = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)

@@ -95,7 +95,8 @@ class DecodeBench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         options = plain_options(arguments.config, arguments.set)
-        longest = arguments.input + WARM_UP_STEPS + RECORDED_STEPS + 8
+        # The first sequences decode while others, one a step at worst, compute their prompts.
+        longest = arguments.input + WARM_UP_STEPS + RECORDED_STEPS + 8 + max(arguments.batches)
         model = str(resolve_model(find_model(arguments.model or options.get("model"))))
         options |= {
             "model": model,

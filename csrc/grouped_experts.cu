@@ -254,19 +254,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 template <typename S>
 void launch(const CUtensorMap& weights, const CUtensorMap& h, const GroupedProduct& p,
             std::int64_t num_pairs, cudaStream_t stream) {
-  static const int num_sms = [] {
-    int device = 0;
-    int count = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    CHECK_CUDA(cudaFuncSetAttribute(
-        grouped_gemm_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<S>()));
-    return count;
-  }();
+  CHECK_CUDA(cudaFuncSetAttribute(grouped_gemm_kernel<S>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<S>()));
   const std::int64_t most_tiles =
       (num_pairs / (S::kTokens * S::kCluster) + std::min<std::int64_t>(num_pairs, p.num_experts)) *
       p.num_row_tiles;
-  const int clusters = static_cast<int>(std::min<std::int64_t>(most_tiles, num_sms / S::kCluster));
+  const int clusters =
+      static_cast<int>(std::min<std::int64_t>(most_tiles, num_multiprocessors() / S::kCluster));
   launch_dependent("grouped_gemm_kernel", grouped_gemm_kernel<S>, dim3(clusters * S::kCluster),
                    S::kThreads, shared_bytes<S>(), stream, S::kCluster, weights, h, p);
 }

@@ -19,10 +19,11 @@ struct ExpertFfnArgs {
   std::int64_t num_pairs;       // rows * top_k, a bound on offsets[num_experts]
   int num_experts;
   int top_k;
-  int hidden;           // a multiple of 64
-  int intermediate;     // a multiple of 64
-  int tokens_per_tile;  // 16, 32, 64, 128 or 256: pairs of an expert that share a read of its
-                        // weight
+  int hidden;        // a multiple of 64
+  int intermediate;  // a multiple of 64
+  // 16, 32, 64, 128 or 256 (288 in fact, in two halves): how many pairs of an expert share a read
+  // of its weights, at most.
+  int tokens_per_tile;
 };
 
 // y[pair] = down[e] (silu(gate[e] x) * (up[e] x)) for every pair of an expert e and a row x; rows

@@ -7,6 +7,15 @@
 
 namespace moe_engine {
 
+// Multiprocessors of the current device.
+inline int num_multiprocessors() {
+  int device = 0;
+  int count = 0;
+  CHECK_CUDA(cudaGetDevice(&device));
+  CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Launches with programmatic dependent launch: the kernel must call wait_for_previous_kernels()
 // in every thread that reads or writes what earlier kernels touch. Blocks form clusters of
 // cluster_size along x.

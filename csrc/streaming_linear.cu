@@ -23,6 +23,7 @@ constexpr int kStep = 32;        // elements of K that a warp multiplies at once
 constexpr int kStepsAtOnce = 8;  // of x in registers
 // Rows of a warp's part lie apart by an odd multiple of 64 bytes: 8 of them fill all banks.
 constexpr int kPadding = 64;
+constexpr int kMaxSlabs = 8;  // of 8 rows, in a block
 constexpr int kMaxSharedBytes = 220 * 1024;
 
 __host__ __device__ constexpr int part_row_bytes(int in_features) {
@@ -72,11 +73,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     real[half] = token < num_tokens;
     tokens[half] = x + (real[half] ? token : 0) * x_stride + within;
   }
-  const int num_slabs = (rows_per_block + 7) / 8;
-  float* const sums = reinterpret_cast<float*>(part);
-  // Sums stay in registers while K is walked over, so a slab's rows are walked over per slab.
-  bool waited = false;
-  constexpr int kMaxSlabs = 8;
+  const int num_slabs = rows_per_block / 8;
   float d[kMaxSlabs][4] = {};
   for (int step = 0; step < num_steps; step += kStepsAtOnce) {
     uint4 values[kTokenHalves][kStepsAtOnce];
@@ -90,10 +87,7 @@ __global__ void __launch_bounds__(32 * kWarps)
         }
       }
     }
-    if (!waited) {
-      barrier_wait(&landed[warp], 0);
-      waited = true;
-    }
+    if (step == 0) barrier_wait(&landed[warp], 0);
 #pragma unroll
     for (int slab = 0; slab < kMaxSlabs; ++slab) {
       if (slab >= num_slabs) break;
@@ -113,7 +107,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   // The warp's sums take the place of its weights: [token][row].
   __syncwarp();
-  const int stride = num_slabs * 8;
+  float* const sums = reinterpret_cast<float*>(part);
+  const int stride = rows_per_block;
 #pragma unroll
   for (int slab = 0; slab < kMaxSlabs; ++slab) {
     if (slab >= num_slabs) break;
@@ -139,17 +134,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
 }
 
-int num_multiprocessors() {
-  int device = 0;
-  int count = 0;
-  CHECK_CUDA(cudaGetDevice(&device));
-  CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
 // Rows of a block, a multiple of 8, such that one round of blocks covers the layer.
 int rows_per_block(int out_features) {
-  static const int num_sms = num_multiprocessors();
+  const int num_sms = num_multiprocessors();
   const int slabs = (out_features + 7) / 8;
   return (slabs + num_sms - 1) / num_sms * 8;
 }
@@ -161,7 +148,7 @@ int shared_bytes(int in_features, int out_features) {
 }  // namespace
 
 bool streaming_linear_fits(int in_features, int out_features) {
-  return in_features % (kWarps * kStep) == 0 && rows_per_block(out_features) <= 64 &&
+  return in_features % (kWarps * kStep) == 0 && rows_per_block(out_features) <= 8 * kMaxSlabs &&
          shared_bytes(in_features, out_features) <= kMaxSharedBytes;
 }
 
@@ -173,17 +160,11 @@ void streaming_linear(const StreamingLinearArgs& args, cudaStream_t stream) {
                                 std::to_string(args.num_tokens) +
                                 " tokens does not fit the streaming kernel");
   }
-  static const bool prepared = [] {
-    CHECK_CUDA(cudaFuncSetAttribute(streaming_linear_kernel<1>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
-    CHECK_CUDA(cudaFuncSetAttribute(streaming_linear_kernel<2>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
-    return true;
-  }();
-  (void)prepared;
   const int rows = rows_per_block(args.out_features);
   const auto kernel =
       args.num_tokens <= 8 ? streaming_linear_kernel<1> : streaming_linear_kernel<2>;
+  CHECK_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
   launch_dependent("streaming_linear_kernel", kernel, dim3((args.out_features + rows - 1) / rows),
                    32 * kWarps, shared_bytes(args.in_features, args.out_features), stream, 1,
                    static_cast<const __nv_bfloat16*>(args.x), args.x_stride,

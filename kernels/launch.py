@@ -16,8 +16,8 @@ import torch
 import triton
 
 # One stream's arrival counters, and how many streams of a device get their own.
-COUNTERS_PER_STREAM = 1024
-NUM_STREAMS = 64
+COUNTERS_PER_STREAM = 1 << 16
+NUM_STREAMS = 16
 
 
 @functools.cache

@@ -16,14 +16,12 @@ former have 3, 3, 3 and 0 chunks; with at least 1024 tokens a program, the first
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from moe_engine.kernels.paged_decode_table import (
-    MAX_SPLIT_PAIRS,
+from .launch import arrival_counters
+from .paged_decode_table import (
     DecodeLaunch,
     DecodeTiles,
     decode_launch,
@@ -355,7 +353,7 @@ def paged_decode(
             chunks * rows * (head_dim + 2), dtype=torch.float32, device=q_SND.device
         ).split([chunks * rows * head_dim, chunks * rows * 2])
         if last_arriver:
-            arrivals = _arrivals(q_SND.device)
+            arrivals = arrival_counters(q_SND.device)
     _decode_kernel[(num_kv_heads, num_sequences, launch.num_splits)](
         q_SND,
         k_cache_BLGD,
@@ -388,13 +386,3 @@ def paged_decode(
             v_scale,
             **shape,
         )
-
-
-@functools.cache
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """Zeroed counters, one for each pair; launches of one device share them, one after the other.
-
-    Each launch leaves them zeroed, so that a CUDA graph needs no node for it.
-    """
-    assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
-    return torch.zeros(MAX_SPLIT_PAIRS, dtype=torch.int32, device=device)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-# (sequence, KV head) pairs of a launch that is split, at most; a wider one is not split.
-MAX_SPLIT_PAIRS = 1 << 16
+from .launch import COUNTERS_PER_STREAM
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,14 @@ class DecodeLaunch:
     merge_unroll: int = 8
 
 
-# (most pairs of sequence and KV head, launch): the first row that fits.
+# (most pairs of sequence and KV head, launch): the first row that fits. A launch that splits
+# contexts takes a counter for each pair.
 LAUNCHES = (
     (16, DecodeLaunch(num_splits=16, min_tokens=64, num_stages=6)),
     (80, DecodeLaunch(num_splits=16, min_tokens=128, num_stages=3)),
     (160, DecodeLaunch(num_splits=2, min_tokens=1024, num_stages=3)),
     (512, DecodeLaunch(num_splits=4, min_tokens=2048, num_stages=3)),
-    (MAX_SPLIT_PAIRS, DecodeLaunch(num_splits=4, min_tokens=4096, num_stages=3)),
+    (COUNTERS_PER_STREAM, DecodeLaunch(num_splits=4, min_tokens=4096, num_stages=3)),
 )
 WIDEST_LAUNCH = DecodeLaunch(num_splits=1, min_tokens=1, num_stages=3)
 

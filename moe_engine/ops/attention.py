@@ -113,6 +113,7 @@ def _on_gpu(
     batch: PagedBatch,
     scale: float,
 ) -> torch.Tensor:
+    from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
     from moe_engine.kernels.paged_prefill import paged_prefill
 
@@ -143,7 +144,7 @@ def _on_gpu(
         batch.context_lens_S,
         scale,
         out_TND[: batch.num_decodes],
-        use_pdl=native.has_dependent_launch(q_TND.device),
+        use_pdl=supports_pdl(q_TND.device),
     )
     for group in groups:
         spans = batch.prefills[group.first : group.first + group.num_spans]

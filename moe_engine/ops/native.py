@@ -54,9 +54,3 @@ def has_triton() -> bool:
         )
         return False
     return True
-
-
-@functools.cache
-def has_dependent_launch(device: torch.device) -> bool:
-    """Whether kernels may be launched before the preceding one has ended (Hopper and later)."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -55,6 +55,7 @@ def norm_rope_write(
     assert qkv_TX.shape[1] % head_dim == 0, (qkv_TX.shape, head_dim)
     if qkv_TX.is_cuda and native.has_triton():
         from moe_engine.kernels import norm_rope as kernels
+        from moe_engine.kernels.launch import supports_pdl
 
         assert qkv_TX.stride(1) == 1, qkv_TX.stride()
         assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
@@ -73,7 +74,7 @@ def norm_rope_write(
                 k_cache_BLGD,
                 v_cache_BLGD,
                 slots_T,
-                use_pdl=native.has_dependent_launch(qkv_TX.device),
+                use_pdl=supports_pdl(qkv_TX.device),
             )
         return q_TND
     return reference.norm_rope_write(

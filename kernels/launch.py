@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import torch
 import triton
 
-# One stream's arrival counters, and how many streams of a device get their own.
-COUNTERS_PER_STREAM = 1 << 16
+# One stream's arrival counters, and how many streams of a device get their own: 1 MiB in all, which
+# PyTorch's allocator takes from its pool of small tensors.
+COUNTERS_PER_STREAM = 1 << 14
 NUM_STREAMS = 16
 
 

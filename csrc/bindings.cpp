@@ -78,8 +78,9 @@ void streaming_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t we
 
 void streaming_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t expert_weights,
                           std::uintptr_t x, std::int64_t x_stride, std::uintptr_t gate_up,
-                          std::uintptr_t down, std::uintptr_t h, std::uintptr_t out, int num_tokens,
-                          int top_k, int hidden, int intermediate, std::uintptr_t stream) {
+                          std::uintptr_t down, std::uintptr_t h, std::uintptr_t out,
+                          std::uintptr_t counters, int num_tokens, int top_k, int hidden,
+                          int intermediate, std::uintptr_t stream) {
   moe_engine::StreamingExpertFfnArgs args;
   args.expert_ids = reinterpret_cast<const std::int32_t*>(expert_ids);
   args.expert_weights = reinterpret_cast<const float*>(expert_weights);
@@ -89,6 +90,7 @@ void streaming_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t expert_weigh
   args.down = reinterpret_cast<const void*>(down);
   args.h = reinterpret_cast<void*>(h);
   args.out = reinterpret_cast<void*>(out);
+  args.counters = reinterpret_cast<std::int32_t*>(counters);
   args.num_tokens = num_tokens;
   args.top_k = top_k;
   args.hidden = hidden;
@@ -112,7 +114,9 @@ PYBIND11_MODULE(_C, m) {
         "out_features"_a);
   m.def("streaming_linear", &streaming_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a,
         "out"_a, "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
+  m.def("streaming_experts_fit", &moe_engine::streaming_experts_fit, "num_tokens"_a, "top_k"_a,
+        "hidden"_a, "intermediate"_a);
   m.def("streaming_expert_ffn", &streaming_expert_ffn, py::kw_only(), "expert_ids"_a,
         "expert_weights"_a, "x"_a, "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "out"_a,
-        "num_tokens"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "stream"_a);
+        "counters"_a, "num_tokens"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "stream"_a);
 }

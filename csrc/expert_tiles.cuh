@@ -10,14 +10,17 @@ constexpr int kMaxExperts = 1024;
 // The pairs of an expert are split evenly into as few groups of at most `group_size` as there can
 // be, and a group evenly over the blocks of a cluster. A tile is a group and a range of rows of the
 // expert's weight.
+//
+// Foreseen tiles are those of the first group of each of the first experts, whether they have pairs
+// or not: a block knows its one before it knows the groups.
 struct TileTable {
   std::int32_t offsets[kMaxExperts + 1];  // first pair of every expert
-  std::int32_t groups[kMaxExperts + 1];   // groups before every expert
+  std::int32_t groups[kMaxExperts + 1];   // groups before every expert, without foreseen ones
 };
 
 // Fills the table from `offsets` [num_experts + 1]; all threads of the block.
 __device__ inline void fill_tile_table(TileTable& table, const std::int32_t* offsets,
-                                       int num_experts, int group_size) {
+                                       int num_experts, int group_size, int num_foreseen_experts) {
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
     int before = 0;
@@ -27,6 +30,7 @@ __device__ inline void fill_tile_table(TileTable& table, const std::int32_t* off
       const int begin = real ? offsets[expert] : 0;
       const int end = real ? offsets[expert + 1] : 0;
       int sum = (end - begin + group_size - 1) / group_size;
+      if (expert < num_foreseen_experts && sum > 0) --sum;
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_up_sync(0xFFFFFFFF, sum, distance);
         if (lane >= distance) sum += other;
@@ -43,31 +47,50 @@ __device__ inline void fill_tile_table(TileTable& table, const std::int32_t* off
   __syncthreads();
 }
 
-// The tiles of one block: number `number`, then every `stride`-th. Tiles of a group are neighbours,
-// so that blocks that run at the same time read the same rows.
+// The tiles of one block: number `number`, then every `stride`-th. Foreseen tiles come first. Tiles
+// of a group are neighbours, so that blocks that run at the same time read the same rows.
 struct TileWalk {
   const TileTable* table;
+  int group_size;
   int num_row_tiles;
+  int num_foreseen;  // a multiple of num_row_tiles
   int cluster_size;
   int rank;  // of this block in its cluster
   int number;
   int stride;
   int num_tiles;
+  // Of the present tile. A block may have no pairs while others of its cluster do, or because the
+  // tile was foreseen and nobody chose its expert.
   int expert = 0;
-  // Of the present tile; a block may have no pairs while others of its cluster do.
   int row_tile = 0;
   int first_pair = 0;
   int num_pairs = 0;
 
+  __device__ __forceinline__ bool is_foreseen() const { return number < num_foreseen; }
+
+  // Expert and rows of a foreseen tile, without the table.
+  __device__ __forceinline__ void find_rows() {
+    expert = number / num_row_tiles;
+    row_tile = number - expert * num_row_tiles;
+  }
+
   // Moves to the present number; false if there is no such tile.
   __device__ __forceinline__ bool find() {
     if (number >= num_tiles) return false;
-    const int group = number / num_row_tiles;
-    row_tile = number - group * num_row_tiles;
-    while (table->groups[expert + 1] <= group) ++expert;
+    int index = 0;  // of the group among the expert's
+    if (is_foreseen()) {
+      find_rows();
+    } else {
+      const int rest = number - num_foreseen;
+      const int group = rest / num_row_tiles;
+      row_tile = rest - group * num_row_tiles;
+      if (number - stride < num_foreseen) expert = 0;
+      while (table->groups[expert + 1] <= group) ++expert;
+      index = group - table->groups[expert];
+      if (expert * num_row_tiles < num_foreseen) ++index;
+    }
     const int all_pairs = table->offsets[expert + 1] - table->offsets[expert];
-    const int num_groups = table->groups[expert + 1] - table->groups[expert];
-    const int index = group - table->groups[expert];
+    const int num_groups = max(1, (all_pairs + group_size - 1) / group_size);
     const int begin = static_cast<int>(static_cast<std::int64_t>(all_pairs) * index / num_groups);
     const int end =
         static_cast<int>(static_cast<std::int64_t>(all_pairs) * (index + 1) / num_groups);

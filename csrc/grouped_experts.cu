@@ -125,6 +125,18 @@ __device__ void produce_down(const GroupedProduct& p, const Ring<S>& ring,
   }
 }
 
+// One thread, before it is known who chose what: a ring full of the weights of a foreseen tile.
+template <typename S>
+__device__ void load_foreseen_weights(const Ring<S>& ring, const CUtensorMap* weights,
+                                      TileWalk tile, int num_steps) {
+  if (!tile.is_foreseen()) return;
+  tile.find_rows();
+  for (int stage = 0; stage < min(S::kStages, num_steps); ++stage) {
+    barrier_arrive_expecting(&ring.full[stage], S::kWeightBytes);
+    load_weights(ring, weights, tile, stage, stage);
+  }
+}
+
 // All producer warps: weights through the copy engine, rows of x gathered 16 bytes at a time.
 template <typename S>
 __device__ void produce_gate_up(const GroupedProduct& p, const Ring<S>& ring,
@@ -139,7 +151,16 @@ __device__ void produce_gate_up(const GroupedProduct& p, const Ring<S>& ring,
   const std::uint32_t x_stride_chunks = p.x_stride / 8;
   RingPosition<S::kStages> at;
   bool filled = false;
+  int num_loaded = tile.is_foreseen() ? min(S::kStages, num_steps) : 0;
   for (bool more = tile.find(); more; more = tile.next()) {
+    if (S::kCluster == 1 && tile.num_pairs == 0) {
+      for (; num_loaded > 0; --num_loaded) {
+        barrier_arrive(&ring.full[at.stage]);
+        at.advance();
+        filled = filled || at.stage == 0;
+      }
+      continue;
+    }
     std::uint32_t rows[kRowsPerThread];  // in units of 16 bytes
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
@@ -150,7 +171,9 @@ __device__ void produce_gate_up(const GroupedProduct& p, const Ring<S>& ring,
     const int num_rows = (tile.num_pairs + 7) / 8 * 8;
     for (int step = 0; step < num_steps; ++step) {
       if (filled) barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
-      if (thread == 0) {
+      if (num_loaded > 0) {
+        --num_loaded;
+      } else if (thread == 0) {
         barrier_arrive_expecting(&ring.full[at.stage], S::kWeightBytes);
         load_weights(ring, weights, tile, step, at.stage);
       }
@@ -182,6 +205,14 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
   RingPosition<S::kStages> at;
   float acc[S::kAccumulators] = {};
   for (bool more = tile.find(); more; more = tile.next()) {
+    if (S::kGateUp && S::kCluster == 1 && tile.num_pairs == 0) {
+      for (int step = 0; step < min(S::kStages, num_steps); ++step) {
+        barrier_wait(&ring.full[at.stage], at.parity);
+        release(ring, at.stage, lane);
+        at.advance();
+      }
+      continue;
+    }
     Destinations<S> destinations;
     destinations.load(p, tile, lane);
     multiply_narrowly<S>(ring, at, acc, tile.num_pairs, num_steps, warp / 4, lane);
@@ -200,32 +231,31 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   auto& tail = *reinterpret_cast<SharedTail<S>*>(buffers + S::kWarpgroups * S::kStoreBytes);
   const Ring<S> ring{shared_address(stages), tail.barriers.full, tail.barriers.empty};
   const int warp = threadIdx.x / 32;
+  const int num_steps = p.depth / (kAtom * S::kStepAtoms);
+  constexpr int kGroup = S::kTokens * S::kCluster;
+  TileWalk walk{&tail.table,
+                kGroup,
+                p.num_row_tiles,
+                p.num_foreseen,
+                S::kCluster,
+                S::kCluster > 1 ? block_in_cluster() : 0,
+                static_cast<int>(blockIdx.x) / S::kCluster,
+                static_cast<int>(gridDim.x) / S::kCluster};
 
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 32 * S::kConsumerWarps) {
     prefetch_tensor_map(&weights);
     if constexpr (!S::kGateUp) prefetch_tensor_map(&h);
     init_ring<S>(tail.barriers, S::kGateUp ? 1 + 32 * S::kProducerWarps : 1);
+    if constexpr (S::kGateUp) load_foreseen_weights(ring, &weights, walk, num_steps);
   }
   if constexpr (S::kGateUp) {
     wait_for_previous_kernels();
     let_next_kernel_start();
   }
   // down: gate_up let this kernel start when it could read the groups itself.
-  constexpr int kGroup = S::kTokens * S::kCluster;
-  fill_tile_table(tail.table, p.offsets, p.num_experts, kGroup);
-  int rank = 0;
-  if constexpr (S::kCluster > 1) {
-    cluster_sync();  // nobody writes to a block whose barriers are not ready
-    rank = block_in_cluster();
-  }
-  const TileWalk walk{&tail.table,
-                      p.num_row_tiles,
-                      S::kCluster,
-                      rank,
-                      static_cast<int>(blockIdx.x) / S::kCluster,
-                      static_cast<int>(gridDim.x) / S::kCluster,
-                      tail.table.groups[p.num_experts] * p.num_row_tiles};
-  const int num_steps = p.depth / (kAtom * S::kStepAtoms);
+  fill_tile_table(tail.table, p.offsets, p.num_experts, kGroup, p.num_foreseen / p.num_row_tiles);
+  if constexpr (S::kCluster > 1) cluster_sync();  // nobody writes to barriers that are not ready
+  walk.num_tiles = p.num_foreseen + tail.table.groups[p.num_experts] * p.num_row_tiles;
 
   if (warp >= S::kConsumerWarps) {
     if constexpr (S::kMovesRegisters) give_registers<56>();
@@ -252,7 +282,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 }
 
 template <typename S>
-void launch(const CUtensorMap& weights, const CUtensorMap& h, const GroupedProduct& p,
+void launch(const CUtensorMap& weights, const CUtensorMap& h, GroupedProduct p,
             std::int64_t num_pairs, cudaStream_t stream) {
   CHECK_CUDA(cudaFuncSetAttribute(grouped_gemm_kernel<S>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<S>()));
@@ -261,6 +291,11 @@ void launch(const CUtensorMap& weights, const CUtensorMap& h, const GroupedProdu
       p.num_row_tiles;
   const int clusters =
       static_cast<int>(std::min<std::int64_t>(most_tiles, num_multiprocessors() / S::kCluster));
+  // Every block foresees a tile if most experts have pairs and the weights take most of the time.
+  if (S::kGateUp && S::kCluster == 1 && clusters == num_multiprocessors() &&
+      num_pairs >= p.num_experts) {
+    p.num_foreseen = std::min(clusters / p.num_row_tiles, p.num_experts) * p.num_row_tiles;
+  }
   launch_dependent("grouped_gemm_kernel", grouped_gemm_kernel<S>, dim3(clusters * S::kCluster),
                    S::kThreads, shared_bytes<S>(), stream, S::kCluster, weights, h, p);
 }

@@ -1,221 +1,336 @@
-// The experts of a single token, or of very few: weight streaming.
+// The experts of very few tokens: one kernel that never stops reading weights.
 //
-// Every warp reads rows of a weight straight into registers, all its loads at once, and multiplies
-// them on the tensor cores. There is no shared-memory pipeline and no loop to fill one; the warps
-// of a block split the depth K, or the experts, between them and add up their parts at the end.
+// Every token has its own blocks, one on each multiprocessor it gets. A warp owns a ring of stages
+// in shared memory, which the copy engine fills with pieces of rows: first of gate and up, whose
+// products are elements of h, then of down. Between the two the blocks of a token wait for each
+// other, because each needs all of h; by then their rings are full of down's rows, so the memory
+// stays busy.
 //
-// mma.m16n8k16 pairs elements 2t, 2t + 1, 2t + 8 and 2t + 9 of both operands in thread t of four.
-// The order of K within a product is free, so a thread feeds it the 8 consecutive elements of one
-// 16-byte load: 4 to one instruction, 4 to the next, the same ones of weight and token.
+// The products are plain float32 sums of a lane's elements: with a single column the tensor cores
+// would save nothing, and any row can go to any warp.
 #include <cuda_bf16.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "hopper.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
 #include "streaming_experts.h"
 
 namespace moe_engine {
 namespace {
 
-constexpr int kStep = 32;  // elements of K that a warp takes at once: 8 for each of 4 threads
-
-// Not through the read-only path, whose loads the compiler would move down to their uses, past the
-// barrier that keeps them together.
-__device__ __forceinline__ uint4 load_once(const __nv_bfloat16* from) {
-  uint4 value;
-  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from)
-               : "memory");
-  return value;
-}
-
-// kSteps loads of one row, its elements 8 t .. 8 t + 7 of each step in thread t of four. Steps from
-// num_steps on are left out: they multiply as 0.
-template <int kSteps>
-__device__ __forceinline__ void load_row(uint4 (&values)[kSteps], const __nv_bfloat16* row,
-                                         int num_steps) {
-  if (num_steps >= kSteps) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) values[step] = load_once(row + step * kStep);
-  } else {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      values[step] = step < num_steps ? load_once(row + step * kStep) : make_uint4(0, 0, 0, 0);
-    }
-  }
-}
-
-// Copies rows that lie one after the other, a multiple of 16 bytes, to shared memory.
-__device__ __forceinline__ void copy_to_shared(uint4* to, const __nv_bfloat16* from,
-                                               int num_elements) {
-  for (int i = threadIdx.x; i < num_elements / 8; i += blockDim.x) {
-    to[i] = reinterpret_cast<const uint4*>(from)[i];
-  }
-}
-
-// The token's elements of one step, for the threads that hold row or column 0; 0 for the others.
-__device__ __forceinline__ uint4 token_step(const uint4* token, int step, int num_steps, int lane) {
-  return lane < 4 && step < num_steps ? token[step * (kStep / 8) + lane] : make_uint4(0, 0, 0, 0);
-}
+constexpr int kWarps = 16;
+constexpr int kStages = 3;
+constexpr int kStageElements = 2048;
+constexpr int kStageBytes = 2 * kStageElements;
+constexpr int kPieceElements = kStageElements / 2;  // of a gate row, beside as many of the up row
+constexpr int kRingBytes = kWarps * kStages * kStageBytes;
+constexpr int kMaxSharedBytes = 224 * 1024;
+constexpr int kMaxTopK = 32;
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
-constexpr int kWarps = 8;
-constexpr int kGateUpSteps = 8;
-constexpr int kDownSteps = 24;
+// Of 8 elements each: sum + a . b.
+__device__ __forceinline__ float dot(float sum, uint4 a, uint4 b) {
+  const std::uint32_t a_words[4] = {a.x, a.y, a.z, a.w};
+  const std::uint32_t b_words[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum = fmaf(__uint_as_float(a_words[i] << 16), __uint_as_float(b_words[i] << 16), sum);
+    sum = fmaf(__uint_as_float(a_words[i] & 0xFFFF0000), __uint_as_float(b_words[i] & 0xFFFF0000),
+               sum);
+  }
+  return sum;
+}
 
-// Block (b, pair) computes elements 8 b .. 8 b + 7 of h[pair]. A warp multiplies 8 gate rows and 8
-// up rows, the 16 rows of the instruction's left operand, by the token in column 0 of 8.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
+  }
+  return value;
+}
+
+// A token's choices that have an expert here.
+struct Choices {
+  std::int32_t expert[kMaxTopK];
+  float weight[kMaxTopK];
+  int count;
+};
+
+// What one warp computes: elements of h, numbered choice * intermediate + element, then rows of
+// out; of both every kWarps-th of the block's share.
+struct Share {
+  int first_element;
+  int end_element;
+  int first_row;
+  int end_row;
+};
+
+// The pieces of weights that a warp reads, in order.
+struct Pieces {
+  const __nv_bfloat16* gate_up;
+  const __nv_bfloat16* down;
+  const Choices* choices;
+  Share share;
+  int hidden;
+  int intermediate;
+  int element;     // present element of h
+  int row;         // present row of out, once there are no more elements
+  int within = 0;  // first element of the row of gate, or first choice
+
+  // Asks for the present piece and moves on; nothing if there are no more. One lane.
+  __device__ __forceinline__ void load_next(std::uint32_t to, std::uint64_t* landed) {
+    if (element < share.end_element) {
+      const int choice = element / intermediate;
+      const std::int64_t gate_row = std::int64_t{choices->expert[choice]} * 2 * intermediate +
+                                    (element - choice * intermediate);
+      const int num_elements = min(kPieceElements, hidden - within);
+      const __nv_bfloat16* const gate = gate_up + gate_row * hidden + within;
+      barrier_arrive_expecting(landed, 4 * num_elements);
+      copy_row(to, gate, 2 * num_elements, landed);
+      copy_row(to + 2 * kPieceElements, gate + std::int64_t{intermediate} * hidden,
+               2 * num_elements, landed);
+      within += kPieceElements;
+      if (within >= hidden) {
+        within = 0;
+        element += kWarps;
+      }
+    } else if (row < share.end_row) {
+      const int end = min(within + kStageElements / intermediate, choices->count);
+      barrier_arrive_expecting(landed, 2 * (end - within) * intermediate);
+      for (; within < end; ++within, to += 2 * intermediate) {
+        const std::int64_t down_row = std::int64_t{choices->expert[within]} * hidden + row;
+        copy_row(to, down + down_row * intermediate, 2 * intermediate, landed);
+      }
+      if (within == choices->count) {
+        within = 0;
+        row += kWarps;
+      }
+    }
+  }
+};
+
+// A warp's stages, the present one and the pieces to come.
+struct WarpRing {
+  char* stages;
+  std::uint64_t* landed;  // [kStages]
+  Pieces pieces;
+  int lane;
+  int stage = 0;
+  int parity = 0;
+
+  __device__ __forceinline__ void fill() {
+    if (lane == 0) {
+      for (int i = 0; i < kStages; ++i) load_into(i);
+    }
+  }
+
+  // The present piece, once it is there.
+  __device__ __forceinline__ const char* wait() {
+    barrier_wait(&landed[stage], parity);
+    return stages + stage * kStageBytes;
+  }
+
+  // All lanes have read the present piece.
+  __device__ __forceinline__ void next() {
+    __syncwarp();
+    if (lane == 0) load_into(stage);
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+
+  __device__ __forceinline__ void load_into(int i) {
+    pieces.load_next(shared_address(stages + i * kStageBytes), &landed[i]);
+  }
+};
+
+// Copies the token's choices with an expert to shared memory, in order; one warp.
+__device__ __forceinline__ void find_choices(Choices& choices, const std::int32_t* ids,
+                                             const float* weights, int top_k, int lane) {
+  const std::int32_t expert = lane < top_k ? ids[lane] : -1;
+  const unsigned there = __ballot_sync(0xFFFFFFFF, expert >= 0);
+  if (expert >= 0) {
+    const int place = __popc(there & ((1u << lane) - 1));
+    choices.expert[place] = expert;
+    choices.weight[place] = weights[lane];
+  }
+  if (lane == 0) choices.count = __popc(there);
+}
+
+// Waits for the num_blocks blocks that share the two counters, which are 0 before and after.
+__device__ __forceinline__ void wait_for_blocks(std::int32_t* counters, int num_blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(&counters[0], 1);
+    int arrived;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                   : "=r"(arrived)
+                   : "l"(counters)
+                   : "memory");
+    } while (arrived < num_blocks);
+    // The last to leave; nobody looks at the first counter any more.
+    if (atomicAdd(&counters[1], 1) == num_blocks - 1) {
+      counters[0] = 0;
+      counters[1] = 0;
+    }
+  }
+  __syncthreads();
+}
+
+struct Problem {
+  const std::int32_t* expert_ids;
+  const float* expert_weights;
+  const __nv_bfloat16* x;
+  std::int64_t x_stride;
+  const __nv_bfloat16* gate_up;
+  const __nv_bfloat16* down;
+  __nv_bfloat16* h;
+  __nv_bfloat16* out;
+  std::int32_t* counters;  // [num_tokens, 2]
+  int top_k;
+  int hidden;
+  int intermediate;
+};
+
+// Block (b, t) computes its share of the elements of h of token t, and of the rows of out[t].
 //
-// Example: hidden 2048: each of 8 warps reads 256 elements of 16 rows, 8 KiB.
-__global__ void __launch_bounds__(32 * kWarps, 3)
-    streaming_gate_up_kernel(const std::int32_t* expert_ids, const __nv_bfloat16* x,
-                             std::int64_t x_stride, const __nv_bfloat16* weights, __nv_bfloat16* h,
-                             int top_k, int hidden, int intermediate) {
-  extern __shared__ uint4 token[];  // [hidden / 8]
-  __shared__ float parts[kWarps][16];
-  wait_for_previous_kernels();
-  let_next_kernel_start();
-  const int pair = blockIdx.y;
-  const int expert = expert_ids[pair];
-  if (expert < 0) return;
+// Example: one token, 132 blocks, top_k 8, intermediate 768, hidden 2048: 6144 elements of h, 46 or
+// 47 for a block, 2 or 3 for a warp, each in two pieces of 2 x 1024 weights; then 2048 rows of out,
+// 15 or 16 for a block, one for a warp, each in four pieces of two experts' 768 weights.
+__global__ void __launch_bounds__(32 * kWarps, 1) streaming_experts_kernel(const Problem p) {
+  extern __shared__ __align__(128) char shared[];
+  __shared__ std::uint64_t landed[kWarps][kStages];
+  __shared__ Choices choices;
+  uint4* const token = reinterpret_cast<uint4*>(shared + kRingBytes);  // x, then h
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int element = blockIdx.x * 8 + lane / 4;
-  const __nv_bfloat16* gate_row =
-      weights + (std::int64_t{expert} * 2 * intermediate + element) * hidden + lane % 4 * 8;
-  const __nv_bfloat16* up_row = gate_row + std::int64_t{intermediate} * hidden;
-  const int num_steps = hidden / kStep;
-  int step = num_steps * warp / kWarps;
-  const int end_step = num_steps * (warp + 1) / kWarps;
+  const int block = blockIdx.x;
+  const int num_blocks = gridDim.x;
+  const std::int64_t t = blockIdx.y;
+  if (lane < kStages) barrier_init(&landed[warp][lane], 1);
+  if (lane == 0) barrier_init_fence();
 
-  uint4 gate[kGateUpSteps];
-  uint4 up[kGateUpSteps];
-  load_row(gate, gate_row + step * kStep, end_step - step);
-  load_row(up, up_row + step * kStep, end_step - step);
-  copy_to_shared(token, x + pair / top_k * x_stride, hidden);
-  __syncthreads();
-  float d[4] = {};
-  for (;;) {
-#pragma unroll
-    for (int i = 0; i < kGateUpSteps; ++i) {
-      const uint4 value = token_step(token + step * (kStep / 8), i, end_step - step, lane);
-      mma(d, gate[i].x, up[i].x, gate[i].y, up[i].y, value.x, value.y);
-      mma(d, gate[i].z, up[i].z, gate[i].w, up[i].w, value.z, value.w);
-    }
-    step += kGateUpSteps;
-    if (step >= end_step) break;
-    load_row(gate, gate_row + step * kStep, end_step - step);
-    load_row(up, up_row + step * kStep, end_step - step);
-    __syncwarp();
-  }
-  if (lane % 4 == 0) {
-    parts[warp][lane / 4] = d[0];
-    parts[warp][lane / 4 + 8] = d[2];
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+  if (warp == 0) {
+    find_choices(choices, p.expert_ids + t * p.top_k, p.expert_weights + t * p.top_k, p.top_k,
+                 lane);
   }
   __syncthreads();
-  if (threadIdx.x < 8) {
-    float gate_sum = 0.0f;
-    float up_sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      gate_sum += parts[w][threadIdx.x];
-      up_sum += parts[w][threadIdx.x + 8];
+  const int num_elements = choices.count * p.intermediate;
+  const Share share{num_elements * block / num_blocks + warp,
+                    num_elements * (block + 1) / num_blocks, p.hidden * block / num_blocks + warp,
+                    p.hidden * (block + 1) / num_blocks};
+  if (num_elements == 0) {
+    for (int row = share.first_row; row < share.end_row; row += kWarps) {
+      if (lane == 0) p.out[t * p.hidden + row] = __float2bfloat16(0.0f);
     }
-    h[std::int64_t{pair} * intermediate + blockIdx.x * 8 + threadIdx.x] =
-        __float2bfloat16(silu(gate_sum) * up_sum);
+    return;
+  }
+  WarpRing ring{shared + warp * kStages * kStageBytes, landed[warp],
+                Pieces{p.gate_up, p.down, &choices, share, p.hidden, p.intermediate,
+                       share.first_element, share.first_row},
+                lane};
+  ring.fill();
+  const uint4* const x = reinterpret_cast<const uint4*>(p.x + t * p.x_stride);
+  for (int i = threadIdx.x; i < p.hidden / 8; i += 32 * kWarps) token[i] = x[i];
+  __syncthreads();
+
+  __nv_bfloat16* const h = p.h + t * p.top_k * p.intermediate;
+  for (int element = share.first_element; element < share.end_element; element += kWarps) {
+    float gate = 0.0f;
+    float up = 0.0f;
+    for (int first = 0; first < p.hidden; first += kPieceElements) {
+      const uint4* const piece = reinterpret_cast<const uint4*>(ring.wait());
+      const int num_chunks = min(kPieceElements, p.hidden - first) / 8;
+#pragma unroll
+      for (int i = 0; i < kPieceElements / 8; i += 32) {
+        if (i + lane < num_chunks) {
+          const uint4 value = token[first / 8 + i + lane];
+          gate = dot(gate, piece[i + lane], value);
+          up = dot(up, piece[kPieceElements / 8 + i + lane], value);
+        }
+      }
+      ring.next();
+    }
+    gate = warp_sum(gate);
+    up = warp_sum(up);
+    // h of a choice lies where its place among those with an expert is: only this kernel reads it.
+    if (lane == 0) h[element] = __float2bfloat16(silu(gate) * up);
+  }
+
+  wait_for_blocks(p.counters + 2 * t, num_blocks);
+  for (int i = threadIdx.x; i < num_elements / 8; i += 32 * kWarps) {
+    token[i] = __ldcg(reinterpret_cast<const uint4*>(h) + i);
+  }
+  __syncthreads();
+  const int num_chunks = p.intermediate / 8;
+  const int choices_at_once = kStageElements / p.intermediate;
+  for (int row = share.first_row; row < share.end_row; row += kWarps) {
+    float sum = 0.0f;
+    for (int first = 0; first < choices.count; first += choices_at_once) {
+      const uint4* piece = reinterpret_cast<const uint4*>(ring.wait());
+      const int end = min(first + choices_at_once, choices.count);
+      for (int choice = first; choice < end; ++choice, piece += num_chunks) {
+        float part = 0.0f;
+#pragma unroll 4
+        for (int i = lane; i < num_chunks; i += 32) {
+          part = dot(part, piece[i], token[choice * num_chunks + i]);
+        }
+        sum = fmaf(choices.weight[choice], part, sum);
+      }
+      ring.next();
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) p.out[t * p.hidden + row] = __float2bfloat16(sum);
   }
 }
 
-// Block (b, t) computes elements 8 b .. 8 b + 7 of out[t], summed over the token's experts. A warp
-// multiplies the token, row 0 of the instruction's left operand, by 8 rows of an expert.
-//
-// Example: top_k 8, intermediate 768: each of 8 warps reads 8 whole rows of one expert, 12 KiB.
-__global__ void __launch_bounds__(32 * kWarps, 2)
-    streaming_down_kernel(const std::int32_t* expert_ids, const float* expert_weights,
-                          const __nv_bfloat16* h, const __nv_bfloat16* weights, __nv_bfloat16* out,
-                          int top_k, int hidden, int intermediate) {
-  extern __shared__ uint4 values[];  // [top_k, intermediate / 8]
-  __shared__ float parts[kWarps][8];
-  const int first_pair = blockIdx.y * top_k;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int num_steps = intermediate / kStep;
-  const int row = blockIdx.x * 8 + lane / 4;
-
-  uint4 loaded[kDownSteps];
-  const auto load = [&](int expert, int step) {
-    load_row(loaded,
-             weights + (std::int64_t{expert} * hidden + row) * intermediate + step * kStep +
-                 lane % 4 * 8,
-             num_steps - step);
-  };
-  // Experts were chosen before the kernel before this one began, which then let this one start.
-  int expert = warp < top_k ? expert_ids[first_pair + warp] : -1;
-  if (expert >= 0) load(expert, 0);
-  wait_for_previous_kernels();
-  let_next_kernel_start();
-  copy_to_shared(values, h + std::int64_t{first_pair} * intermediate, top_k * intermediate);
-  __syncthreads();
-
-  float sum[2] = {};
-  for (int choice = warp; choice < top_k; choice += kWarps) {
-    if (choice != warp) {
-      expert = expert_ids[first_pair + choice];
-      if (expert >= 0) {
-        load(expert, 0);
-        __syncwarp();
-      }
-    }
-    if (expert < 0) continue;
-    const uint4* token = values + choice * (intermediate / 8);
-    float d[4] = {};
-    for (int step = 0;;) {
-#pragma unroll
-      for (int i = 0; i < kDownSteps; ++i) {
-        const uint4 value = token_step(token + step * (kStep / 8), i, num_steps - step, lane);
-        mma(d, value.x, 0, value.y, 0, loaded[i].x, loaded[i].y);
-        mma(d, value.z, 0, value.w, 0, loaded[i].z, loaded[i].w);
-      }
-      step += kDownSteps;
-      if (step >= num_steps) break;
-      load(expert, step);
-      __syncwarp();
-    }
-    const float weight = expert_weights[first_pair + choice];
-    sum[0] += weight * d[0];
-    sum[1] += weight * d[1];
-  }
-  if (lane < 4) {
-    parts[warp][2 * lane] = sum[0];
-    parts[warp][2 * lane + 1] = sum[1];
-  }
-  __syncthreads();
-  if (threadIdx.x < 8) {
-    float total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += parts[w][threadIdx.x];
-    out[std::int64_t{blockIdx.y} * hidden + blockIdx.x * 8 + threadIdx.x] = __float2bfloat16(total);
-  }
+int shared_bytes(int top_k, int hidden, int intermediate) {
+  return kRingBytes + 2 * std::max(hidden, top_k * intermediate);
 }
 
 }  // namespace
 
+bool streaming_experts_fit(int num_tokens, int top_k, int hidden, int intermediate) {
+  return num_tokens <= num_multiprocessors() && top_k <= kMaxTopK && hidden % 8 == 0 &&
+         intermediate % 8 == 0 && intermediate <= kStageElements &&
+         shared_bytes(top_k, hidden, intermediate) <= kMaxSharedBytes;
+}
+
 void streaming_expert_ffn(const StreamingExpertFfnArgs& args, cudaStream_t stream) {
   if (args.num_tokens == 0) return;
-  const auto* x = static_cast<const __nv_bfloat16*>(args.x);
-  auto* h = static_cast<__nv_bfloat16*>(args.h);
-  launch_dependent("streaming_gate_up_kernel", streaming_gate_up_kernel,
-                   dim3(args.intermediate / 8, args.num_tokens * args.top_k), 32 * kWarps,
-                   2 * args.hidden, stream, 1, args.expert_ids, x, args.x_stride,
-                   static_cast<const __nv_bfloat16*>(args.gate_up), h, args.top_k, args.hidden,
-                   args.intermediate);
-  launch_dependent(
-      "streaming_down_kernel", streaming_down_kernel, dim3(args.hidden / 8, args.num_tokens),
-      32 * kWarps, 2 * args.top_k * args.intermediate, stream, 1, args.expert_ids,
-      args.expert_weights, h, static_cast<const __nv_bfloat16*>(args.down),
-      static_cast<__nv_bfloat16*>(args.out), args.top_k, args.hidden, args.intermediate);
+  if (!streaming_experts_fit(args.num_tokens, args.top_k, args.hidden, args.intermediate)) {
+    throw std::invalid_argument(
+        "experts of " + std::to_string(args.hidden) + " x " + std::to_string(args.intermediate) +
+        ", " + std::to_string(args.top_k) + " for each of " + std::to_string(args.num_tokens) +
+        " tokens, do not fit the streaming kernel");
+  }
+  const Problem p{args.expert_ids,
+                  args.expert_weights,
+                  static_cast<const __nv_bfloat16*>(args.x),
+                  args.x_stride,
+                  static_cast<const __nv_bfloat16*>(args.gate_up),
+                  static_cast<const __nv_bfloat16*>(args.down),
+                  static_cast<__nv_bfloat16*>(args.h),
+                  static_cast<__nv_bfloat16*>(args.out),
+                  args.counters,
+                  args.top_k,
+                  args.hidden,
+                  args.intermediate};
+  CHECK_CUDA(cudaFuncSetAttribute(streaming_experts_kernel,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+  // No more blocks than multiprocessors, because they wait for each other.
+  launch_dependent("streaming_experts_kernel", streaming_experts_kernel,
+                   dim3(num_multiprocessors() / args.num_tokens, args.num_tokens), 32 * kWarps,
+                   shared_bytes(args.top_k, args.hidden, args.intermediate), stream, 1, p);
 }
 
 }  // namespace moe_engine

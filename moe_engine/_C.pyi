@@ -66,6 +66,9 @@ def grouped_expert_ffn(
 ) -> None:
     """Enqueue the experts' products over grouped pairs; see ``csrc/grouped_experts.h``."""
 
+def streaming_experts_fit(num_tokens: int, top_k: int, hidden: int, intermediate: int) -> bool:
+    """Whether `streaming_expert_ffn` takes these sizes on the current device."""
+
 def streaming_expert_ffn(
     *,
     expert_ids: int,
@@ -76,6 +79,7 @@ def streaming_expert_ffn(
     down: int,
     h: int,
     out: int,
+    counters: int,
     num_tokens: int,
     top_k: int,
     hidden: int,

@@ -41,6 +41,20 @@ def takes_experts(x_RH: torch.Tensor, gate_up_EJH: torch.Tensor) -> bool:
     )
 
 
+def takes_streaming_experts(top_k: int, down_EHI: torch.Tensor, num_rows: int) -> bool:
+    """Whether the streaming kernel takes these sizes; `takes_experts` has said yes."""
+    library = extension(down_EHI.device)
+    assert library is not None
+    with torch.cuda.device(down_EHI.device):
+        fits: bool = library.streaming_experts_fit(
+            num_tokens=num_rows,
+            top_k=top_k,
+            hidden=down_EHI.shape[1],
+            intermediate=down_EHI.shape[2],
+        )
+    return fits
+
+
 def takes_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     """Whether the streaming linear kernel takes these rows and this weight."""
     if x_RX.shape[0] > LINEAR_MAX_ROWS or x_RX.dtype != torch.bfloat16:
@@ -103,6 +117,8 @@ def streaming_expert_ffn(
     down_EHI: torch.Tensor,
 ) -> torch.Tensor:
     """`ops.moe.expert_ffn` for very few rows, which read their experts each for itself."""
+    from moe_engine.kernels.launch import arrival_counters
+
     _, hidden, intermediate = down_EHI.shape
     h_PI = x_RH.new_empty(slot_ids_RK.numel(), intermediate)
     out_RH = x_RH.new_empty(x_RH.shape[0], hidden)
@@ -118,6 +134,7 @@ def streaming_expert_ffn(
             down=down_EHI.data_ptr(),
             h=h_PI.data_ptr(),
             out=out_RH.data_ptr(),
+            counters=arrival_counters(x_RH.device).data_ptr(),
             num_tokens=x_RH.shape[0],
             top_k=slot_ids_RK.shape[1],
             hidden=hidden,

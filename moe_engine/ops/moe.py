@@ -96,7 +96,7 @@ def expert_ffn(
     assert gate_up_EJH.is_contiguous(), gate_up_EJH.stride()
     assert down_EHI.is_contiguous(), down_EHI.stride()
     assert slot_ids_RK.shape == weights_RK.shape, (slot_ids_RK.shape, weights_RK.shape)
-    implementation = EXPERT_FFNS[choose_expert_ffn(x_RH, slot_ids_RK, gate_up_EJH)]
+    implementation = EXPERT_FFNS[choose_expert_ffn(x_RH, slot_ids_RK, gate_up_EJH, down_EHI)]
     return implementation(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
 
 
@@ -157,14 +157,20 @@ def sum_add_rms_norm(
 
 
 def choose_expert_ffn(
-    x_RH: torch.Tensor, slot_ids_RK: torch.Tensor, gate_up_EJH: torch.Tensor
+    x_RH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
 ) -> str:
     """The name of the implementation that is best for these arguments."""
     if not _runs_triton(x_RH):
         return "reference"
     if not hopper.takes_experts(x_RH, gate_up_EJH):
         return "triton"
-    return "streaming" if x_RH.shape[0] <= STREAMING_MAX_ROWS else "grouped"
+    num_rows, top_k = slot_ids_RK.shape
+    if num_rows <= STREAMING_MAX_ROWS and hopper.takes_streaming_experts(top_k, down_EHI, num_rows):
+        return "streaming"
+    return "grouped"
 
 
 def _triton_expert_ffn(

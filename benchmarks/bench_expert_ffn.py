@@ -104,7 +104,7 @@ def bench_experts(
     row: dict[str, Any] = {"tokens": num_tokens, "experts_hit": num_hit, "us": {}}
     for name in names:
         expert_ffn = moe.EXPERT_FFNS[name]
-        batches[0].check(name, expert_ffn(*batches[0].arguments))
+        batches[0].check(name, moe.summed(expert_ffn(*batches[0].arguments)))
         calls = [partial(expert_ffn, *batch.arguments) for batch in batches]
         row["us"][name] = microseconds(calls)
     row["us"].update(_triton_parts(dims, batches))
@@ -208,6 +208,7 @@ def bench_small(dims: Dims, num_tokens: int, zipf: bool) -> dict[str, Any]:
     y_PH = torch.randn(ids_TK.numel(), dims.hidden, device="cuda", dtype=torch.bfloat16)
     weight_H = torch.rand(dims.hidden, device="cuda").bfloat16()
     num_tokens_1 = torch.tensor([num_tokens], dtype=torch.int32, device="cuda")
+    outputs = moe.ExpertOutputs(y_PH, ids_TK, batch.weights_TK)
     _check_small(dims, gates[0], batch, y_PH)
 
     def route(i: int) -> object:
@@ -224,8 +225,7 @@ def bench_small(dims: Dims, num_tokens: int, zipf: bool) -> dict[str, Any]:
             [lambda: moe.sum_choices(y_PH, ids_TK, batch.weights_TK)] * num_calls
         ),
         "sum_add_rms_norm": microseconds(
-            [lambda: moe.sum_add_rms_norm(y_PH, ids_TK, batch.weights_TK, x_TH, weight_H, 1e-6)]
-            * num_calls
+            [lambda: moe.sum_add_rms_norm(outputs, x_TH, weight_H, 1e-6)] * num_calls
         ),
     }
     print(", ".join(f"{name} {value:.2f}" for name, value in row.items()), flush=True)

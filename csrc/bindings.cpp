@@ -5,6 +5,7 @@
 #include "device.h"
 #include "expert_counts.h"
 #include "grouped_experts.h"
+#include "split_linear.h"
 #include "streaming_experts.h"
 #include "streaming_linear.h"
 
@@ -76,6 +77,20 @@ void streaming_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t we
   moe_engine::streaming_linear(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void split_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weight,
+                  std::uintptr_t parts, int num_tokens, int in_features, int out_features,
+                  std::uintptr_t stream) {
+  moe_engine::SplitLinearArgs args;
+  args.x = reinterpret_cast<const void*>(x);
+  args.x_stride = x_stride;
+  args.weight = reinterpret_cast<const void*>(weight);
+  args.parts = reinterpret_cast<float*>(parts);
+  args.num_tokens = num_tokens;
+  args.in_features = in_features;
+  args.out_features = out_features;
+  moe_engine::split_linear(args, reinterpret_cast<cudaStream_t>(stream));
+}
+
 void streaming_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t expert_weights,
                           std::uintptr_t x, std::int64_t x_stride, std::uintptr_t gate_up,
                           std::uintptr_t down, std::uintptr_t h, std::uintptr_t out,
@@ -114,6 +129,9 @@ PYBIND11_MODULE(_C, m) {
         "out_features"_a);
   m.def("streaming_linear", &streaming_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a,
         "out"_a, "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
+  m.def("split_linear_splits", &moe_engine::split_linear_splits, "in_features"_a, "out_features"_a);
+  m.def("split_linear", &split_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a, "parts"_a,
+        "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
   m.def("streaming_experts_fit", &moe_engine::streaming_experts_fit, "num_tokens"_a, "top_k"_a,
         "hidden"_a, "intermediate"_a);
   m.def("streaming_expert_ffn", &streaming_expert_ffn, py::kw_only(), "expert_ids"_a,

@@ -136,10 +136,13 @@ __device__ __forceinline__ void multiply_narrowly(const Ring<S>& ring, RingPosit
                                                   int warpgroup, int lane) {
   if constexpr (S::kTokens > 64) {
     if constexpr (S::kTokens > 128) {
-      if (num_tokens > 128) return multiply<S, 144>(ring, at, acc, num_steps, warpgroup, lane);
+      if (num_tokens > 136) return multiply<S, 144>(ring, at, acc, num_steps, warpgroup, lane);
+      if (num_tokens > 128) return multiply<S, 136>(ring, at, acc, num_steps, warpgroup, lane);
     }
-    if (num_tokens > 112) return multiply<S, 128>(ring, at, acc, num_steps, warpgroup, lane);
-    if (num_tokens > 96) return multiply<S, 112>(ring, at, acc, num_steps, warpgroup, lane);
+    if (num_tokens > 120) return multiply<S, 128>(ring, at, acc, num_steps, warpgroup, lane);
+    if (num_tokens > 112) return multiply<S, 120>(ring, at, acc, num_steps, warpgroup, lane);
+    if (num_tokens > 104) return multiply<S, 112>(ring, at, acc, num_steps, warpgroup, lane);
+    if (num_tokens > 96) return multiply<S, 104>(ring, at, acc, num_steps, warpgroup, lane);
     if (num_tokens > 64) return multiply<S, 96>(ring, at, acc, num_steps, warpgroup, lane);
   }
   if constexpr (S::kTokens > 32) {

@@ -48,16 +48,31 @@ __device__ __forceinline__ void wgmma(float* d, std::uint64_t a, std::uint64_t b
   WGMMA_LIST_16                                                  \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27" \
   ", %28, %29, %30, %31"
+#define WGMMA_LIST_36 \
+  WGMMA_LIST_32       \
+  ", %32, %33, %34, %35"
+#define WGMMA_LIST_40 \
+  WGMMA_LIST_32       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define WGMMA_LIST_48                                            \
   WGMMA_LIST_32                                                  \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43" \
   ", %44, %45, %46, %47"
+#define WGMMA_LIST_52 \
+  WGMMA_LIST_48       \
+  ", %48, %49, %50, %51"
 #define WGMMA_LIST_56 \
   WGMMA_LIST_48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_LIST_60 \
+  WGMMA_LIST_56       \
+  ", %56, %57, %58, %59"
 #define WGMMA_LIST_64 \
   WGMMA_LIST_56       \
   ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_LIST_68 \
+  WGMMA_LIST_64       \
+  ", %64, %65, %66, %67"
 #define WGMMA_LIST_72 \
   WGMMA_LIST_64       \
   ", %64, %65, %66, %67, %68, %69, %70, %71"
@@ -66,9 +81,14 @@ __device__ __forceinline__ void wgmma(float* d, std::uint64_t a, std::uint64_t b
 #define WGMMA_REGISTERS_8(i) WGMMA_REGISTERS_4(i), WGMMA_REGISTERS_4(i + 4)
 #define WGMMA_REGISTERS_16(i) WGMMA_REGISTERS_8(i), WGMMA_REGISTERS_8(i + 8)
 #define WGMMA_REGISTERS_32(i) WGMMA_REGISTERS_16(i), WGMMA_REGISTERS_16(i + 16)
+#define WGMMA_REGISTERS_36(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_4(i + 32)
+#define WGMMA_REGISTERS_40(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_8(i + 32)
 #define WGMMA_REGISTERS_48(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_16(i + 32)
+#define WGMMA_REGISTERS_52(i) WGMMA_REGISTERS_48(i), WGMMA_REGISTERS_4(i + 48)
 #define WGMMA_REGISTERS_56(i) WGMMA_REGISTERS_48(i), WGMMA_REGISTERS_8(i + 48)
+#define WGMMA_REGISTERS_60(i) WGMMA_REGISTERS_56(i), WGMMA_REGISTERS_4(i + 56)
 #define WGMMA_REGISTERS_64(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_32(i + 32)
+#define WGMMA_REGISTERS_68(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_4(i + 64)
 #define WGMMA_REGISTERS_72(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_8(i + 64)
 
 // kA, kB and kFlag are the numbers of the operands that follow the registers.
@@ -90,9 +110,14 @@ WGMMA_SHAPE(8, 4, 4, 5, 6)
 WGMMA_SHAPE(16, 8, 8, 9, 10)
 WGMMA_SHAPE(32, 16, 16, 17, 18)
 WGMMA_SHAPE(64, 32, 32, 33, 34)
+WGMMA_SHAPE(72, 36, 36, 37, 38)
+WGMMA_SHAPE(80, 40, 40, 41, 42)
 WGMMA_SHAPE(96, 48, 48, 49, 50)
+WGMMA_SHAPE(104, 52, 52, 53, 54)
 WGMMA_SHAPE(112, 56, 56, 57, 58)
+WGMMA_SHAPE(120, 60, 60, 61, 62)
 WGMMA_SHAPE(128, 64, 64, 65, 66)
+WGMMA_SHAPE(136, 68, 68, 69, 70)
 WGMMA_SHAPE(144, 72, 72, 73, 74)
 #endif
 

@@ -19,7 +19,7 @@ from .launch import supports_pdl
 TILE_ELEMENTS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,

@@ -13,7 +13,7 @@ from torch import nn
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.dist.exchange import ExpertShard
 from moe_engine.layers.context import ForwardContext, LayerContext
-from moe_engine.ops.moe import expert_ffn, route
+from moe_engine.ops.moe import ExpertOutputs, expert_ffn, route, summed
 
 
 class SparseMoE(nn.Module):
@@ -31,25 +31,27 @@ class SparseMoE(nn.Module):
         self.gate_up = context.parameter(num_local, 2 * width, model.hidden_size)
         self.down = context.parameter(num_local, model.hidden_size, width)
 
-    def forward(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor | ExpertOutputs:
         """[T, H] to [T, H], the same on every rank of the TP group (a collective over EP)."""
         if not step.exchange.shards_tokens or self._tp.size == 1:
             return self._forward_share(x_TH, step)
         counts = step.tp_token_counts
         first = sum(counts[: self._tp.rank])
         share = x_TH[first : first + counts[self._tp.rank]]
-        return self._tp.all_gather_rows(self._forward_share(share, step), counts)
+        return self._tp.all_gather_rows(summed(self._forward_share(share, step)), counts)
 
-    def _forward_share(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor:
+    def _forward_share(
+        self, x_TH: torch.Tensor, step: ForwardContext
+    ) -> torch.Tensor | ExpertOutputs:
         """The experts' output for the tokens that this rank brings to the exchange."""
         ids_TK, weights_TK = route(
             x_TH, self.router, self._top_k, self._normalize, step.num_tokens_1
         )
         received = step.exchange.dispatch(x_TH, ids_TK, weights_TK)
-        y_RH = expert_ffn(
+        outputs = expert_ffn(
             received.x_RH, received.slot_ids_RK, received.weights_RK, self.gate_up, self.down
         )
-        return step.exchange.combine(y_RH, received)
+        return step.exchange.combine(outputs, received)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint: the router, and whole tensors of the experts here."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
+from moe_engine.ops.moe import ExpertOutputs, sum_add_rms_norm
 from moe_engine.ops.norm import add_rms_norm, rms_norm
 
 
@@ -25,9 +26,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self._eps)
 
     def after_adding(
-        self, x: torch.Tensor, residual: torch.Tensor
+        self, x: torch.Tensor | ExpertOutputs, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(normalised residual + x, residual + x)``, each [..., width]."""
+        if isinstance(x, ExpertOutputs):
+            return sum_add_rms_norm(x, residual, self.weight, self._eps)
         return add_rms_norm(x, residual, self.weight, self._eps)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:

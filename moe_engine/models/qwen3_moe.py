@@ -18,6 +18,7 @@ from moe_engine.layers.mlp import DenseMLP
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.layers.rotary import make_rope_table
+from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.rope import RopeTable
 
 
@@ -35,11 +36,11 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x_TH: torch.Tensor,
+        x_TH: torch.Tensor | ExpertOutputs,
         residual_TH: torch.Tensor | None,
         rope: RopeTable,
         step: ForwardContext,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | ExpertOutputs, torch.Tensor]:
         """The feed-forward's output, not yet added, and the residual stream it belongs to.
 
         Args:
@@ -47,6 +48,7 @@ class DecoderLayer(nn.Module):
             residual_TH: what it returned second; None before the first layer.
         """
         if residual_TH is None:
+            assert isinstance(x_TH, torch.Tensor)
             normed_TH, residual_TH = self.input_layernorm(x_TH), x_TH
         else:
             normed_TH, residual_TH = self.input_layernorm.after_adding(x_TH, residual_TH)

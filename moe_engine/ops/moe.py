@@ -22,7 +22,7 @@ from moe_engine.ops.reference import norm as norm_reference
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Regimes on Hopper, measured with `benchmarks.bench_expert_ffn`.
-STREAMING_MAX_ROWS = 1
+STREAMING_MAX_ROWS = 4
 # (average pairs of an expert up to which, tokens of a tile); beyond the last, `LARGEST_TILE`.
 GROUPED_TILES = ((0.25, 16), (40, 64), (128, 128))
 LARGEST_TILE = 256
@@ -40,6 +40,28 @@ class ExpertGroups:
 
     offsets_E1: torch.Tensor
     pairs_P: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExpertOutputs:
+    """Each row's weighted sum of its K outputs, not taken yet: the norm that follows can take it.
+
+    Attributes:
+        y_PH: an expert's output for each pair.
+        slot_ids_RK: outputs whose id is below 0 are left out, whatever they hold.
+        weights_RK: float32.
+    """
+
+    y_PH: torch.Tensor
+    slot_ids_RK: torch.Tensor
+    weights_RK: torch.Tensor
+
+
+def summed(rows: torch.Tensor | ExpertOutputs) -> torch.Tensor:
+    """The rows [R, H], after the sum if it has not been taken yet."""
+    if isinstance(rows, torch.Tensor):
+        return rows
+    return sum_choices(rows.y_PH, rows.slot_ids_RK, rows.weights_RK)
 
 
 def route(
@@ -88,8 +110,12 @@ def expert_ffn(
     weights_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
-) -> torch.Tensor:
-    """Weighted sum of each row's local experts; see `ops.reference.moe.expert_ffn`."""
+) -> torch.Tensor | ExpertOutputs:
+    """Weighted sum of each row's local experts; see `ops.reference.moe.expert_ffn`.
+
+    Where the implementation would need one more launch for the sum, it is left to the caller, who
+    takes it with `summed` or `sum_add_rms_norm`.
+    """
     num_slots, doubled, hidden = gate_up_EJH.shape
     assert x_RH.shape == (slot_ids_RK.shape[0], hidden), (x_RH.shape, gate_up_EJH.shape)
     assert down_EHI.shape == (num_slots, hidden, doubled // 2), down_EHI.shape
@@ -123,18 +149,17 @@ def sum_choices(
 
 
 def sum_add_rms_norm(
-    y_PH: torch.Tensor,
-    slot_ids_RK: torch.Tensor,
-    weights_RK: torch.Tensor,
+    outputs: ExpertOutputs,
     residual_RH: torch.Tensor,
     norm_weight_H: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.norm.add_rms_norm` of `sum_choices`, in one launch.
+    """`ops.norm.add_rms_norm` of `summed`, in one launch.
 
     Returns:
         ``(normed, new_residual)``, two new tensors [R, H].
     """
+    y_PH, slot_ids_RK, weights_RK = outputs.y_PH, outputs.slot_ids_RK, outputs.weights_RK
     _check_choices(y_PH, slot_ids_RK, weights_RK)
     hidden = y_PH.shape[1]
     assert residual_RH.shape == (slot_ids_RK.shape[0], hidden), (residual_RH.shape, y_PH.shape)
@@ -179,8 +204,8 @@ def _triton_expert_ffn(
     weights_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
-) -> torch.Tensor:
-    """Grouping, two grouped matrix products, and the sum; runs wherever Triton does."""
+) -> torch.Tensor | ExpertOutputs:
+    """Grouping and two grouped matrix products; runs wherever Triton does."""
     from moe_engine.kernels import expert_ffn as kernels
 
     if slot_ids_RK.numel() == 0:
@@ -194,7 +219,7 @@ def _triton_expert_ffn(
     with torch.cuda.device(x_RH.device):
         h_PI = kernels.gate_up(x_RH, gate_up_EJH, offsets_E1, pairs_P, top_k, config.gate_up)
         y_PH = kernels.down(h_PI, down_EHI, offsets_E1, pairs_P, config.down)
-    return sum_choices(y_PH, slot_ids_RK, weights_RK)
+    return ExpertOutputs(y_PH, slot_ids_RK, weights_RK)
 
 
 def tokens_per_tile(num_pairs: int, num_experts: int) -> int:
@@ -211,8 +236,8 @@ def _grouped_expert_ffn(
     weights_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
-) -> torch.Tensor:
-    """Grouping, the two products on Hopper's tensor cores, and the sum."""
+) -> ExpertOutputs:
+    """Grouping, and the two products on Hopper's tensor cores."""
     num_experts = gate_up_EJH.shape[0]
     groups = group_by_expert(slot_ids_RK, num_experts)
     y_PH = hopper.grouped_expert_ffn(
@@ -224,7 +249,7 @@ def _grouped_expert_ffn(
         down_EHI,
         tokens_per_tile(slot_ids_RK.numel(), num_experts),
     )
-    return sum_choices(y_PH, slot_ids_RK, weights_RK)
+    return ExpertOutputs(y_PH, slot_ids_RK, weights_RK)
 
 
 def _streaming_expert_ffn(
@@ -241,7 +266,8 @@ def _streaming_expert_ffn(
 
 
 ExpertFFN = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    torch.Tensor | ExpertOutputs,
 ]
 
 # Implementations of `expert_ffn`, which checks the arguments, by name.

@@ -8,7 +8,7 @@ from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange import ExchangeSelector, ExpertShard
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import RankLayout, split_evenly
-from moe_engine.ops.moe import expert_ffn
+from moe_engine.ops.moe import expert_ffn, summed
 from moe_engine.ops.reference import exchange as reference
 from tests.dist.ranks import run_on_ranks
 
@@ -54,8 +54,8 @@ def check_against_one_rank(groups, backend, num_tokens_by_group, routing, dtype)
     y = expert_ffn(
         received.x_RH, received.slot_ids_RK, received.weights_RK, gate_up[local], down[local]
     )
-    out = exchange.combine(y, received)
-    expected = expert_ffn(x[rows], ids[rows], weights[rows], gate_up, down)
+    out = summed(exchange.combine(y, received))
+    expected = summed(expert_ffn(x[rows], ids[rows], weights[rows], gate_up, down))
     assert out.dtype == dtype
     tolerance = 1e-5 if dtype is torch.float32 else 0.05
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * 50)
@@ -118,15 +118,17 @@ def test_reference_sends_one_copy_per_rank_and_sums_all_experts():
     copies = sum(len({expert // 2 for expert in row}) for i in ids for row in i.tolist())
     assert sum(rows.x_RH.shape[0] for rows in received) == copies
     y = [
-        expert_ffn(
-            rows.x_RH,
-            rows.slot_ids_RK,
-            rows.weights_RK,
-            gate_up[2 * rank : 2 * rank + 2],
-            down[2 * rank : 2 * rank + 2],
+        summed(
+            expert_ffn(
+                rows.x_RH,
+                rows.slot_ids_RK,
+                rows.weights_RK,
+                gate_up[2 * rank : 2 * rank + 2],
+                down[2 * rank : 2 * rank + 2],
+            )
         )
         for rank, rows in enumerate(received)
     ]
     for rank, out in enumerate(reference.combine(y, received, counts)):
-        expected = expert_ffn(x[rank], ids[rank], weights[rank], gate_up, down)
+        expected = summed(expert_ffn(x[rank], ids[rank], weights[rank], gate_up, down))
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)

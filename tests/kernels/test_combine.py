@@ -107,7 +107,8 @@ def test_cpu_operators_agree_with_the_references() -> None:
     residual_RH, weight_H = torch.randn(6, 32), torch.randn(32)
     summed = moe.sum_choices(y_PH, ids_RK, weights_RK)
     assert torch.equal(summed, reference.sum_choices(y_PH, ids_RK, weights_RK))
-    fused = moe.sum_add_rms_norm(y_PH, ids_RK, weights_RK, residual_RH, weight_H, EPS)
+    outputs = moe.ExpertOutputs(y_PH, ids_RK, weights_RK)
+    fused = moe.sum_add_rms_norm(outputs, residual_RH, weight_H, EPS)
     expected = norm.add_rms_norm(summed, residual_RH, weight_H, EPS)
     assert all(torch.equal(a, b) for a, b in zip(fused, expected, strict=True))
 
@@ -122,11 +123,12 @@ def test_real_sizes_and_independence_of_the_batch(num_rows: int) -> None:
     summed = moe.sum_choices(y_PH, ids_RK, weights_RK)
     expected = expected_sum(y_PH, ids_RK, weights_RK)
     torch.testing.assert_close(summed.double(), expected, rtol=8e-3, atol=8e-3)
-    fused = moe.sum_add_rms_norm(y_PH, ids_RK, weights_RK, residual_RH, weight_H, EPS)
+    outputs = moe.ExpertOutputs(y_PH, ids_RK, weights_RK)
+    fused = moe.sum_add_rms_norm(outputs, residual_RH, weight_H, EPS)
     last = slice(num_rows - 1, num_rows)
     alone = (y_PH[-8:], ids_RK[last], weights_RK[last])
     assert torch.equal(moe.sum_choices(*alone), summed[last])
-    fused_alone = moe.sum_add_rms_norm(*alone, residual_RH[last], weight_H, EPS)
+    fused_alone = moe.sum_add_rms_norm(moe.ExpertOutputs(*alone), residual_RH[last], weight_H, EPS)
     assert all(torch.equal(a, b[last]) for a, b in zip(fused_alone, fused, strict=True))
 
 

@@ -186,7 +186,7 @@ def test_the_operator_matches_the_reference(dtype: torch.dtype) -> None:
     gate_up_EJH = torch.randn(4, 48, 32, device=device) / 6
     down_EHI = torch.randn(4, 32, 24, device=device) / 5
     weights = (gate_up_EJH, down_EHI)
-    out_RH = moe.expert_ffn(x_RH, ids_RK, weights_RK, *weights)
+    out_RH = moe.summed(moe.expert_ffn(x_RH, ids_RK, weights_RK, *weights))
     expected_RH = reference.expert_ffn(x_RH, ids_RK, weights_RK, *weights)
     torch.testing.assert_close(out_RH, expected_RH, rtol=1e-4, atol=1e-5)
 
@@ -199,7 +199,7 @@ def test_no_rows_give_no_rows() -> None:
         torch.empty(0, 2, device=device),
     )
     weights = torch.randn(4, 48, 32, device=device), torch.randn(4, 32, 24, device=device)
-    assert moe.expert_ffn(*none, *weights).shape == (0, 32)
+    assert moe.summed(moe.expert_ffn(*none, *weights)).shape == (0, 32)
 
 
 REAL_ROWS = [1, 2, 7, 8, 32, 64, 128, 256, 500, 1024]
@@ -211,7 +211,7 @@ REAL_ROWS = [1, 2, 7, 8, 32, 64, 128, 256, 500, 1024]
 def test_real_sizes(num_rows: int) -> None:
     case = Case.random(num_rows, 8, 128, 2048, 768, torch.bfloat16)
     check(case.triton(), case)
-    check(moe.expert_ffn(*vars(case).values()), case)
+    check(moe.summed(moe.expert_ffn(*vars(case).values())), case)
 
 
 @needs_gpu
@@ -237,10 +237,10 @@ def test_a_row_gets_the_same_bits_in_any_batch(config: int) -> None:
 @pytest.mark.parametrize("num_rows", [1, 64, 700])
 def test_a_graph_replays_with_other_routing(num_rows: int) -> None:
     case = Case.random(num_rows, 8, 128, 512, 256, torch.bfloat16)
-    moe.expert_ffn(*vars(case).values())
+    moe.summed(moe.expert_ffn(*vars(case).values()))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out_RH = moe.expert_ffn(*vars(case).values())
+        out_RH = moe.summed(moe.expert_ffn(*vars(case).values()))
     for low, high in ((0, 128), (-100, 128), (3, 4), (-1, 0)):
         case.slot_ids_RK.copy_(torch.randint(low, high, (num_rows, 8)))
         case.x_RH.copy_(torch.randn(num_rows, 512))

@@ -11,8 +11,20 @@ import torch
 from moe_engine.ops.moe import group_by_expert
 from tests.kernels.triton_device import DEVICE, needs_gpu, needs_triton
 
-# (P, E): nothing, one, a block and one more, each of the kernel's shapes, the most experts.
-SIZES = [(0, 3), (1, 1), (8, 16), (128, 3), (129, 3), (512, 5), (513, 5), (4097, 3), (20_000, 2)]
+# (P, E): nothing, one, a block and one more, each shape of the one launch, the two launches
+# with chunks of one block and of several.
+SIZES = [
+    (0, 3),
+    (1, 1),
+    (8, 16),
+    (128, 3),
+    (129, 3),
+    (512, 5),
+    (513, 5),
+    (4096, 5),
+    (4097, 3),
+    (40_000, 2),
+]
 
 
 def run(ids_P: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:

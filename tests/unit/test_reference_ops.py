@@ -7,7 +7,7 @@ import torch
 
 from moe_engine.config import RopeConfig
 from moe_engine.ops.attention import PagedBatch, PrefillSpan, paged_attention
-from moe_engine.ops.moe import expert_ffn, group_by_expert, route
+from moe_engine.ops.moe import expert_ffn, group_by_expert, route, summed
 from moe_engine.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 
@@ -232,6 +232,6 @@ def test_expert_ffn_sums_the_weighted_local_experts(rows, routing):
     elif routing == "all elsewhere":
         ids = torch.full_like(ids, -1)
     weights = torch.rand(rows, top_k)
-    out = expert_ffn(x, ids, weights, gate_up, down)
+    out = summed(expert_ffn(x, ids, weights, gate_up, down))
     expected = naive_ffn(x, ids.long(), weights, gate_up, down)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_engine.ops.moe import ExpertOutputs
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertShard:
@@ -74,11 +76,13 @@ class Exchange(Protocol):
         """
         ...
 
-    def combine(self, y_RH: torch.Tensor, received: Received) -> torch.Tensor:
+    def combine(
+        self, y: torch.Tensor | ExpertOutputs, received: Received
+    ) -> torch.Tensor | ExpertOutputs:
         """Bring back the rows that the experts made and sum them per token.
 
         Args:
-            y_RH: for each row of ``received`` the weighted sum over its local experts.
+            y: for each row of ``received`` the weighted sum over its local experts, [R, H].
             received: what `dispatch` of the same layer returned.
 
         Returns:

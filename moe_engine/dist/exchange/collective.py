@@ -11,6 +11,7 @@ import torch
 
 from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange.base import ExpertShard, Received
+from moe_engine.ops.moe import ExpertOutputs, summed
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class CollectiveExchange:
         route = _Route(num_tokens, token_of_row, sent, received)
         return Received(x_RH, self._shard.local_slots(ids_RK), weights_RK, route)
 
-    def combine(self, y_RH: torch.Tensor, received: Received) -> torch.Tensor:
+    def combine(self, y: torch.Tensor | ExpertOutputs, received: Received) -> torch.Tensor:
         """See `Exchange.combine`."""
+        y_RH = summed(y)
         route: _Route = received.route
         rows = self._ep.all_to_all_rows(y_RH, route.received, route.sent)
         out_TH = torch.zeros(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_engine.dist.exchange.base import Received
+from moe_engine.ops.moe import ExpertOutputs
 
 
 class LocalExchange:
@@ -19,6 +20,8 @@ class LocalExchange:
         """See `Exchange.dispatch`."""
         return Received(x_TH, expert_ids_TK, weights_TK)
 
-    def combine(self, y_RH: torch.Tensor, received: Received) -> torch.Tensor:
+    def combine(
+        self, y: torch.Tensor | ExpertOutputs, received: Received
+    ) -> torch.Tensor | ExpertOutputs:
         """See `Exchange.combine`."""
-        return y_RH
+        return y

@@ -6,6 +6,7 @@ import torch
 
 from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange.base import ExpertShard, Received
+from moe_engine.ops.moe import ExpertOutputs, summed
 
 
 class ReplicatedExchange:
@@ -24,6 +25,7 @@ class ReplicatedExchange:
         """See `Exchange.dispatch`; the same tokens on every rank."""
         return Received(x_TH, self._shard.local_slots(expert_ids_TK), weights_TK)
 
-    def combine(self, y_RH: torch.Tensor, received: Received) -> torch.Tensor:
+    def combine(self, y: torch.Tensor | ExpertOutputs, received: Received) -> torch.Tensor:
         """See `Exchange.combine`."""
+        y_RH = summed(y)
         return self._ep.all_reduce(y_RH.to(torch.float32)).to(y_RH.dtype)

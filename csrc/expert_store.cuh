@@ -21,7 +21,6 @@ struct GroupedProduct {
   int out_width;      // intermediate or hidden
   int num_row_tiles;  // tiles over the rows of one expert's weight
   int num_foreseen;   // see TileTable
-  int stagger;
 };
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }

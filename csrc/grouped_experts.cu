@@ -204,12 +204,6 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
   const int lane = threadIdx.x % 32;
   RingPosition<S::kStages> at;
   float acc[S::kAccumulators] = {};
-  if (p.stagger > 0 && warp / 4 == 1) {
-    barrier_wait(&ring.full[0], 0);
-    const long long start = clock64();
-    while (clock64() - start < p.stagger) {
-    }
-  }
   for (bool more = tile.find(); more; more = tile.next()) {
     if (S::kGateUp && S::kCluster == 1 && tile.num_pairs == 0) {
       for (int step = 0; step < min(S::kStages, num_steps); ++step) {
@@ -371,7 +365,6 @@ void grouped_expert_ffn(const ExpertFfnArgs& args, cudaStream_t stream) {
   }
   if (args.num_pairs == 0) return;
   GroupedProduct p{};
-  if (const char* e = getenv("MOE_STAGGER")) p.stagger = args.tokens_per_tile == 256 ? atoi(e) : 0;
   p.offsets = args.offsets;
   p.pairs = args.pairs;
   p.x = static_cast<const __nv_bfloat16*>(args.x);

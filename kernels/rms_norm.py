@@ -1,6 +1,6 @@
-"""RMSNorm, alone and fused with the residual addition.
+"""RMSNorm, alone and fused with the residual addition and the sum of a layer's parts.
 
-Legend: R rows (all leading dimensions flattened), H the normalised size.
+Legend: R rows (all leading dimensions flattened), H the normalised size, S parts.
 
 Memory-bound: each row is read once and written once, so a program holds whole rows in registers.
 Short rows, such as attention heads, share a program.
@@ -19,7 +19,7 @@ from .launch import supports_pdl
 TILE_ELEMENTS = 2048
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "x_part_stride"])
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -29,9 +29,11 @@ def _rms_norm_kernel(
     num_rows,
     num_columns,
     x_row_stride,
+    x_part_stride,
     residual_row_stride,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -39,7 +41,8 @@ def _rms_norm_kernel(
     """Normalise BLOCK_R rows; with HAS_RESIDUAL, add and store the residual first.
 
     Shapes: x and residual [R, H] with a row stride each and columns side by side; weight [H];
-    out and new_residual [R, H] contiguous. One dtype for all, float32 arithmetic.
+    out and new_residual [R, H] contiguous. One dtype for all, float32 arithmetic. With NUM_PARTS
+    > 1 x is float32 [S, R, H], and the sum of the parts, rounded to the dtype, takes its place.
 
     Example, one row, H = 2, eps = 0: x = [2, 1], residual = [1, 3], weight = [1, 10]
         new_residual = [3, 4], mean square = (9 + 16) / 2 = 12.5, its root = 3.536
@@ -55,7 +58,11 @@ def _rms_norm_kernel(
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
 
-    x = tl.load(x_ptr + rows * x_row_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    x_ptr += rows * x_row_stride + columns
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, NUM_PARTS):
+        x += tl.load(x_ptr + part * x_part_stride, mask=mask, other=0.0)
+    x = x.to(dtype).to(tl.float32)
     if HAS_RESIDUAL:
         residual_offsets = rows * residual_row_stride + columns
         residual = tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0).to(tl.float32)
@@ -86,6 +93,16 @@ def add_rms_norm(
     return out, new_residual
 
 
+def split_add_rms_norm(
+    parts_SRH: torch.Tensor, residual_RH: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rms_norm` of the sum of contiguous float32 parts, like ``residual_RH``."""
+    out_RH = torch.empty(residual_RH.shape, dtype=residual_RH.dtype, device=residual_RH.device)
+    new_residual_RH = torch.empty_like(out_RH)
+    _launch(parts_SRH[0], residual_RH, weight_H, out_RH, new_residual_RH, eps, len(parts_SRH))
+    return out_RH, new_residual_RH
+
+
 def _launch(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -93,6 +110,7 @@ def _launch(
     out: torch.Tensor,
     new_residual: torch.Tensor | None,
     eps: float,
+    num_parts: int = 1,
 ) -> None:
     x_RH = _rows(x)
     residual_RH = x_RH if residual is None else _rows(residual)
@@ -112,9 +130,11 @@ def _launch(
         num_rows,
         num_columns,
         x_RH.stride(0),
+        x_RH.numel(),  # the parts lie one after the other
         residual_RH.stride(0),
         eps,
         HAS_RESIDUAL=residual is not None,
+        NUM_PARTS=num_parts,
         BLOCK_R=block_r,
         BLOCK_H=block_h,
         USE_PDL=use_pdl,

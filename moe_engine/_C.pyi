@@ -66,6 +66,22 @@ def grouped_expert_ffn(
 ) -> None:
     """Enqueue the experts' products over grouped pairs; see ``csrc/grouped_experts.h``."""
 
+def split_linear_splits(in_features: int, out_features: int) -> int:
+    """Parts into which `split_linear` cuts the depth on the current device; 0: it does not fit."""
+
+def split_linear(
+    *,
+    x: int,
+    x_stride: int,
+    weight: int,
+    parts: int,
+    num_tokens: int,
+    in_features: int,
+    out_features: int,
+    stream: int,
+) -> None:
+    """Enqueue a linear layer of few tokens in parts; see ``csrc/split_linear.h``."""
+
 def streaming_experts_fit(num_tokens: int, top_k: int, hidden: int, intermediate: int) -> bool:
     """Whether `streaming_expert_ffn` takes these sizes on the current device."""
 

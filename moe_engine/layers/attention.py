@@ -16,6 +16,7 @@ from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 
 
@@ -56,7 +57,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(context, model.head_dim)
         self.k_norm = RMSNorm(context, model.head_dim)
 
-    def forward(self, x_TH: torch.Tensor, rope: RopeTable, step: ForwardContext) -> torch.Tensor:
+    def forward(
+        self, x_TH: torch.Tensor, rope: RopeTable, step: ForwardContext
+    ) -> torch.Tensor | SplitSums:
         """Attention output [T, H], the same on every rank of the TP group."""
         cache = step.kv.layer(self._layer)
         q_TND = norm_rope_write(

@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
-from moe_engine.ops.linear import linear
+from moe_engine.ops.linear import SplitSums, linear, unsummed_linear
 
 
 class ColumnParallelLinear(nn.Module):
@@ -71,8 +71,10 @@ class RowParallelLinear(nn.Module):
         self.weight = context.parameter(out_features, columns.stop - columns.start)
         self.bias = context.parameter(out_features) if bias else None
 
-    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor | SplitSums:
         """The full output [T, O], the same on every rank of the TP group."""
+        if self._tp.size == 1 and self.bias is None:
+            return unsummed_linear(x_TI, self.weight)
         out_TO = self._tp.all_reduce(linear(x_TI, self.weight))
         return out_TO if self.bias is None else out_TO + self.bias
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.moe import ExpertOutputs, sum_add_rms_norm
-from moe_engine.ops.norm import add_rms_norm, rms_norm
+from moe_engine.ops.norm import add_rms_norm, rms_norm, split_add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -26,11 +27,17 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self._eps)
 
     def after_adding(
-        self, x: torch.Tensor | ExpertOutputs, residual: torch.Tensor
+        self, x: torch.Tensor | ExpertOutputs | SplitSums, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(normalised residual + x, residual + x)``, each [..., width]."""
+        """``(normalised residual + x, residual + x)``, each [..., width].
+
+        Args:
+            x: what the block before made, or what is still to be summed to that.
+        """
         if isinstance(x, ExpertOutputs):
             return sum_add_rms_norm(x, residual, self.weight, self._eps)
+        if isinstance(x, SplitSums):
+            return split_add_rms_norm(x, residual, self.weight, self._eps)
         return add_rms_norm(x, residual, self.weight, self._eps)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:

@@ -1,10 +1,10 @@
-"""The CUDA kernels for Hopper: grouped experts, streaming experts, streaming linear layers (csrc/).
+"""The CUDA kernels for Hopper: grouped and streaming experts, streaming and split linear layers.
 
 Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
 which have checked that shapes and dtypes fit together.
 
 Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
-I intermediate size, J = 2 × I, X input width, O output width.
+I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from moe_engine.ops import native
 
 LINEAR_MAX_ROWS = 16
 """Rows that the streaming linear layer takes."""
+SPLIT_LINEAR_ROWS = range(LINEAR_MAX_ROWS + 1, 65)
+"""Rows for which the split linear layer is best; it takes any up to 64."""
 
 
 @functools.cache
@@ -65,6 +67,24 @@ def takes_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     return library is not None and library.streaming_linear_fits(
         in_features=weight_OX.shape[1], out_features=weight_OX.shape[0]
     )
+
+
+def takes_split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
+    """Whether the split linear kernel is best for these rows and takes this weight."""
+    if x_RX.shape[0] not in SPLIT_LINEAR_ROWS or x_RX.dtype != torch.bfloat16:
+        return False
+    if not (_rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
+        return False
+    library = extension(x_RX.device)
+    return library is not None and _num_splits(library, weight_OX) > 0
+
+
+def _num_splits(library: ModuleType, weight_OX: torch.Tensor) -> int:
+    with torch.cuda.device(weight_OX.device):
+        num_splits: int = library.split_linear_splits(
+            in_features=weight_OX.shape[1], out_features=weight_OX.shape[0]
+        )
+    return num_splits
 
 
 def grouped_expert_ffn(
@@ -162,6 +182,28 @@ def linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return out_RO
+
+
+def split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
+    """Products over equal parts of the depth, float32 [S, R, O], whose sum is ``x weight^T``."""
+    num_rows, in_features = x_RX.shape
+    library = extension(x_RX.device)
+    assert library is not None
+    parts_SRO = x_RX.new_empty(
+        _num_splits(library, weight_OX), num_rows, weight_OX.shape[0], dtype=torch.float32
+    )
+    with torch.cuda.device(x_RX.device):
+        library.split_linear(
+            x=x_RX.data_ptr(),
+            x_stride=x_RX.stride(0),
+            weight=weight_OX.data_ptr(),
+            parts=parts_SRO.data_ptr(),
+            num_tokens=num_rows,
+            in_features=in_features,
+            out_features=weight_OX.shape[0],
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return parts_SRO
 
 
 def _rows_are_aligned(x: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from moe_engine.ops import native
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.reference import norm as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +68,25 @@ def add_rms_norm(
             normed, new_residual = kernels.add_rms_norm(x_TH, residual_TH, weight_H, eps)
         return normed, new_residual
     return reference.add_rms_norm(x_TH, residual_TH, weight_H, eps)
+
+
+def split_add_rms_norm(
+    sums: SplitSums, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rms_norm` of a sum that has not been taken yet, in one launch."""
+    parts_STH = sums.parts_STO
+    assert parts_STH.shape[1:] == residual_TH.shape, (parts_STH.shape, residual_TH.shape)
+    assert sums.dtype == residual_TH.dtype, (sums.dtype, residual_TH.dtype)
+    _check(residual_TH, weight_H)
+    if parts_STH.is_cuda and native.has_triton():
+        from moe_engine.kernels import rms_norm as kernels
+
+        with torch.cuda.device(parts_STH.device):
+            normed, new_residual = kernels.split_add_rms_norm(
+                parts_STH.contiguous(), residual_TH, weight_H, eps
+            )
+        return normed, new_residual
+    return reference.add_rms_norm(sums.summed(), residual_TH, weight_H, eps)
 
 
 def _check(x_TH: torch.Tensor, weight_H: torch.Tensor) -> None:

@@ -117,11 +117,13 @@ class ForcedEngine:
     def decode(self, sequences: list[Tokens], num_steps: int) -> list[torch.Tensor]:
         """Logits [num_steps, V] of each sequence's last positions, one position of each a step.
 
-        What comes before them is computed in one step.
+        What comes before them is computed by itself for each, so that it is the same in any batch.
         """
         plan = self._admit(sequences)
         starts = [len(tokens) - num_steps for tokens in sequences]
-        self._launch(plan, [(i, 0, start) for i, start in enumerate(starts)], uniform=None)
+        for i, start in enumerate(starts):
+            self._launch(plan, [(i, 0, start)], uniform=None)
+            plan = GroupPlan()
         table_NC = self._runner._table.tokens_NC
         forced_NC = table_NC.clone()
         steps = []

@@ -80,9 +80,13 @@ STREAMING_CASES = [
     Experts("no expert at all", torch.full((1, 8), -1, dtype=torch.int32), 4),
     scattered(1, 1, 1, hidden=64, intermediate=64),
     scattered(1, 8, 16, hidden=128, intermediate=64),
-    # More choices than warps, and a depth that takes a warp several rounds.
-    scattered(1, 19, 20, hidden=192, intermediate=832),
+    # More blocks than elements; the most choices; rows in several pieces, the last of them short.
+    scattered(1, 2, 3, hidden=64, intermediate=64),
+    scattered(1, 32, 40, hidden=192, intermediate=448),
     scattered(3, 9, 5, hidden=2112, intermediate=64),
+    scattered(2, 3, 4, hidden=64, intermediate=2048),
+    # A block for each row.
+    scattered(70, 2, 3, hidden=128, intermediate=64),
     Experts("one expert, chosen by all", torch.full((4, 2), 2, dtype=torch.int32), 3),
 ]
 
@@ -129,6 +133,7 @@ def run_streaming(case: Experts) -> None:
     x_RH = torch.randn(len(case.ids_RK), case.hidden + 16).to(BF16)
     weights_RK = torch.rand(case.ids_RK.shape) + 0.1
     gate_up_EJH, down_EHI = case.weights()
+    assert hopper.takes_streaming_experts(case.ids_RK.shape[1], down_EHI.cuda(), len(x_RH))
     out_RH = hopper.streaming_expert_ffn(
         x_RH.cuda()[:, : case.hidden],
         case.ids_RK.cuda(),

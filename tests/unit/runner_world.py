@@ -71,11 +71,7 @@ class RunnerWorld:
         self.runtime.start(self.num_blocks)
         self.runner = self.runtime.runner
         if with_decode_steps:
-            runner = self.runner
-            runner._decode = DecodeStep(
-                runner._model, runner._kv, runner._table, runner._groups, runner._max_num_seqs
-            )
-            runner._graphs = UncapturedGraphs(runner._decode, runner._exchange)
+            decode_in_static_memory(self.runner)
         self.scheduler = _make_scheduler(self.runtime, self.num_blocks)
 
     def run(self, requests):
@@ -94,6 +90,14 @@ class RunnerWorld:
                 output[1].extend(update.logprobs)
                 output[2].extend(update.prompt_logprobs)
         return outputs
+
+
+def decode_in_static_memory(runner):
+    """Let a runner on a CPU decode as it would on a GPU with graphs."""
+    runner._decode = DecodeStep(
+        runner._model, runner._kv, runner._table, runner._groups, runner._max_num_seqs
+    )
+    runner._graphs = UncapturedGraphs(runner._decode, runner._exchange)
 
 
 def make_runtime(config: EngineConfig) -> RankRuntime:

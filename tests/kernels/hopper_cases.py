@@ -1,0 +1,217 @@
+"""Edge shapes of the CUDA kernels, each run once and compared with float32 on the CPU.
+
+They are small, so that they can be run under a sanitizer (`sanitize_cuda`); `test_hopper` runs them
+as tests. Nothing but the kernels themselves runs on the GPU: inputs are made on the CPU and copied.
+
+Legend: R rows, K choices of a row, P = R * K pairs, E experts, H hidden size, I intermediate size,
+X input width, O output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from moe_engine.ops import hopper, native
+from moe_engine.ops.expert_counts import expert_token_counts
+from moe_engine.ops.reference import expert_counts as counts_reference
+from moe_engine.ops.reference import moe as reference
+
+TILES = (16, 32, 64, 128, 256)
+# Of the norm of a row: h is rounded to bfloat16, the result too.
+TOLERANCE = 1.2e-2
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Which rows go to which experts, and the sizes."""
+
+    name: str
+    ids_RK: torch.Tensor
+    num_experts: int
+    hidden: int = 128
+    intermediate: int = 128
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up and down of all experts, bfloat16 on the CPU."""
+        gate_up_EJH = torch.randn(self.num_experts, 2 * self.intermediate, self.hidden)
+        down_EHI = torch.randn(self.num_experts, self.hidden, self.intermediate)
+        return (
+            (gate_up_EJH / self.hidden**0.5).to(BF16),
+            (down_EHI / self.intermediate**0.5).to(BF16),
+        )
+
+
+def one_expert_takes_all(num_pairs: int, **sizes: int) -> Experts:
+    """The other four experts get nothing."""
+    ids_RK = torch.full((num_pairs, 1), 3, dtype=torch.int32)
+    return Experts(f"{num_pairs} pairs for one expert", ids_RK, 5, **sizes)
+
+
+def scattered(num_rows: int, top_k: int, num_experts: int, **sizes: int) -> Experts:
+    """Random experts; a row in five has none at some choices."""
+    generator = torch.Generator().manual_seed(num_rows)
+    shape = (num_rows, top_k)
+    ids_RK = torch.randint(num_experts, shape, generator=generator, dtype=torch.int32)
+    ids_RK[torch.rand(shape, generator=generator) < 0.2] = -1
+    described = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    name = f"{num_rows} rows x {top_k} over {num_experts} experts {described}".strip()
+    return Experts(name, ids_RK, num_experts, **sizes)
+
+
+def grouped_cases(tile: int) -> list[Experts]:
+    """For tiles of ``tile`` pairs: none, one, around full tiles, and sizes that fit no tile."""
+    return [
+        Experts("no expert at all", torch.full((7, 3), -1, dtype=torch.int32), 4),
+        one_expert_takes_all(1),
+        *(one_expert_takes_all(n, hidden=64, intermediate=64) for n in (tile - 1, tile)),
+        one_expert_takes_all(2 * tile + 37, hidden=192, intermediate=320),
+        scattered(13, 5, 7, hidden=320, intermediate=192),
+        scattered(3, 2, 1024, hidden=64, intermediate=64),
+        scattered(tile + 3, 3, 3, hidden=256, intermediate=128),
+    ]
+
+
+STREAMING_CASES = [
+    Experts("no expert at all", torch.full((1, 8), -1, dtype=torch.int32), 4),
+    scattered(1, 1, 1, hidden=64, intermediate=64),
+    scattered(1, 8, 16, hidden=128, intermediate=64),
+    # More blocks than elements; the most choices; rows in several pieces, the last of them short.
+    scattered(1, 2, 3, hidden=64, intermediate=64),
+    scattered(1, 32, 40, hidden=192, intermediate=448),
+    scattered(3, 9, 5, hidden=2112, intermediate=64),
+    scattered(2, 3, 4, hidden=64, intermediate=2048),
+    # A block for each row.
+    scattered(70, 2, 3, hidden=128, intermediate=64),
+    Experts("one expert, chosen by all", torch.full((4, 2), 2, dtype=torch.int32), 3),
+]
+
+# (rows, X, O): the fewest and the most of each, and a last block that is not full.
+LINEAR_CASES = [
+    (1, 256, 1),
+    (8, 256, 8),
+    (9, 512, 1003),
+    (16, 768, 2110),
+    (5, 2048, 20),
+    (0, 256, 8),
+]
+
+
+def run_grouped(case: Experts, tile: int) -> None:
+    """Every pair's output by the grouped kernel, from rows of x that lie apart."""
+    num_rows, top_k = case.ids_RK.shape
+    x_RH = torch.randn(num_rows, case.hidden + 16).to(BF16)
+    gate_up_EJH, down_EHI = case.weights()
+    offsets_E1, pairs_P = reference.group_by_expert(case.ids_RK, case.num_experts)
+    y_PH = hopper.grouped_expert_ffn(
+        x_RH.cuda()[:, : case.hidden],
+        offsets_E1.cuda(),
+        pairs_P.cuda(),
+        top_k,
+        gate_up_EJH.cuda(),
+        down_EHI.cuda(),
+        tile,
+    ).cpu()
+    # Each pair that has an expert, as a row with one choice of weight 1.
+    pairs = (case.ids_RK.flatten() >= 0).nonzero().flatten()
+    expected = reference.expert_ffn(
+        x_RH[pairs // top_k, : case.hidden].float(),
+        case.ids_RK.flatten()[pairs, None],
+        torch.ones(len(pairs), 1),
+        gate_up_EJH.float(),
+        down_EHI.float(),
+    )
+    check_rows(y_PH[pairs], expected)
+
+
+def run_streaming(case: Experts) -> None:
+    """The weighted sums by the streaming kernels, from rows of x that lie apart."""
+    x_RH = torch.randn(len(case.ids_RK), case.hidden + 16).to(BF16)
+    weights_RK = torch.rand(case.ids_RK.shape) + 0.1
+    gate_up_EJH, down_EHI = case.weights()
+    assert hopper.takes_streaming_experts(case.ids_RK.shape[1], down_EHI.cuda(), len(x_RH))
+    out_RH = hopper.streaming_expert_ffn(
+        x_RH.cuda()[:, : case.hidden],
+        case.ids_RK.cuda(),
+        weights_RK.cuda(),
+        gate_up_EJH.cuda(),
+        down_EHI.cuda(),
+    ).cpu()
+    expected_RH = reference.expert_ffn(
+        x_RH[:, : case.hidden].float(),
+        case.ids_RK,
+        weights_RK,
+        gate_up_EJH.float(),
+        down_EHI.float(),
+    )
+    check_rows(out_RH, expected_RH)
+
+
+def run_linear(num_rows: int, in_features: int, out_features: int) -> None:
+    """A streaming linear layer, of rows of x that lie apart."""
+    x_RX = torch.randn(num_rows, in_features + 16).to(BF16)
+    weight_OX = (torch.randn(out_features, in_features) / in_features**0.5).to(BF16)
+    x, weight = x_RX.cuda()[:, :in_features], weight_OX.cuda()
+    assert hopper.takes_linear(x, weight)
+    out_RO = hopper.linear(x, weight).cpu()
+    check_rows(out_RO, x_RX[:, :in_features].float() @ weight_OX.float().t())
+
+
+def check_rows(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Every row is within `TOLERANCE` of what float32 gives."""
+    assert found.shape == expected.shape
+    assert found.dtype == BF16
+    errors, norms = (found.float() - expected).norm(dim=1), expected.norm(dim=1)
+    # Not "not above": NaN must fail.
+    assert (errors <= TOLERANCE * norms).all(), f"{(errors / norms).max():.4f} of a row's norm"
+
+
+def run_counts(ids_TK: torch.Tensor, num_experts: int) -> None:
+    """The histogram of ids, of which some are padding."""
+    counts_E = expert_token_counts(ids_TK.cuda(), num_experts).cpu()
+    assert torch.equal(counts_E, counts_reference.expert_token_counts(ids_TK, num_experts))
+
+
+def run_device_functions() -> None:
+    """What the extension says of devices and of the sizes it takes."""
+    library = native.cuda_extension(torch.device("cuda", 0))
+    assert library is not None
+    assert library.device_count() == torch.cuda.device_count()
+    assert library.device_properties(0)["name"] == torch.cuda.get_device_name(0)
+    if torch.cuda.device_count() > 1:
+        assert library.device_link(0, 1)["performance_rank"] >= 0
+    assert library.streaming_linear_fits(in_features=256, out_features=8)
+    assert not library.streaming_linear_fits(in_features=264, out_features=8)
+
+
+Case = tuple[str, Callable[[], None]]
+
+
+def all_cases() -> dict[str, list[Case]]:
+    """Name and call of every case, by kernel."""
+    cases: dict[str, list[Case]] = {"device": [("functions", run_device_functions)]}
+    for tile in TILES:
+        cases[f"grouped, tile {tile}"] = [
+            (case.name, partial(run_grouped, case, tile)) for case in grouped_cases(tile)
+        ]
+    cases["streaming experts"] = [
+        (case.name, partial(run_streaming, case)) for case in STREAMING_CASES
+    ]
+    cases["streaming linear"] = [
+        (f"{rows} rows, {width} to {out}", partial(run_linear, rows, width, out))
+        for rows, width, out in [*((rows, 512, 40) for rows in range(1, 17)), *LINEAR_CASES]
+    ]
+    cases["expert counts"] = [
+        (
+            f"{ids_TK.dtype} {list(ids_TK.shape)}, {num_experts} experts",
+            partial(run_counts, ids_TK, num_experts),
+        )
+        for shape, num_experts in [((0, 8), 4), ((1, 1), 1), ((33, 3), 5), ((9, 2), 5000)]
+        for dtype in (torch.int32, torch.int64)
+        for ids_TK in [torch.randint(-2, num_experts, shape, dtype=dtype)]
+    ]
+    return cases

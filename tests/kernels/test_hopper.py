@@ -1,0 +1,144 @@
+"""The CUDA kernels for Hopper at edge shapes, and their bits against themselves.
+
+Legend: R rows, K choices of a row, P = R * K pairs, E experts, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moe_engine.ops import hopper, moe
+from moe_engine.ops.reference import moe as reference
+from tests.kernels.hopper_cases import (
+    STREAMING_CASES,
+    TILES,
+    all_cases,
+    run_linear,
+    run_streaming,
+    scattered,
+)
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or hopper.extension(torch.device("cuda", 0)) is None,
+    reason="needs a GPU of compute capability 9.0 and moe_engine._C",
+)
+
+BF16 = torch.bfloat16
+CASES = [(f"{kernel}: {name}", run) for kernel, cases in all_cases().items() for name, run in cases]
+
+
+@pytest.mark.parametrize("run", [run for _, run in CASES], ids=[name for name, _ in CASES])
+def test_edge_shape_matches_float32(run: Callable[[], None]) -> None:
+    run()
+
+
+def test_streaming_counters_are_back_at_zero() -> None:
+    """Also where a token has no expert."""
+    from moe_engine.kernels.launch import arrival_counters
+
+    for case in STREAMING_CASES:
+        run_streaming(case)
+    assert not arrival_counters(torch.device("cuda", torch.cuda.current_device())).any()
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_a_pair_gets_the_same_bits_whoever_shares_its_tile(tile: int) -> None:
+    """Of one tile size; a graph bucket always takes the same one."""
+    x_RH = torch.randn(90, 512, device="cuda").to(BF16)
+    ids_RK = torch.randint(0, 6, (90, 4), dtype=torch.int32, device="cuda")
+    gate_up_EJH, down_EHI = (w.cuda() for w in scattered(1, 1, 6, hidden=512).weights())
+
+    def run(rows: slice) -> torch.Tensor:
+        groups = moe.group_by_expert(ids_RK[rows], 6)
+        return hopper.grouped_expert_ffn(
+            x_RH[rows], groups.offsets_E1, groups.pairs_P, 4, gate_up_EJH, down_EHI, tile
+        )
+
+    together_PH = run(slice(0, 90))
+    for first, last in ((0, 1), (89, 90), (7, 20), (1, 90)):
+        assert torch.equal(run(slice(first, last)), together_PH[4 * first : 4 * last])
+
+
+def test_a_row_gets_the_same_bits_however_many_blocks_stream_its_experts() -> None:
+    """Alone it gets all of them."""
+    x_RH = torch.randn(4, 512, device="cuda").to(BF16)
+    ids_RK = torch.randint(-1, 9, (4, 8), dtype=torch.int32, device="cuda")
+    weights_RK = torch.rand(4, 8, device="cuda")
+    weights = [w.cuda() for w in scattered(1, 1, 9, hidden=512).weights()]
+    together_RH = hopper.streaming_expert_ffn(x_RH, ids_RK, weights_RK, *weights)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone_RH = hopper.streaming_expert_ffn(x_RH[one], ids_RK[one], weights_RK[one], *weights)
+        assert torch.equal(alone_RH, together_RH[one])
+
+
+def test_a_row_of_a_linear_layer_gets_the_same_bits_in_any_batch_of_up_to_8_and_to_16() -> None:
+    x_RX = torch.randn(16, 1024, device="cuda").to(BF16)
+    weight_OX = torch.randn(2560, 1024, device="cuda").to(BF16)
+    for most in (8, 16):
+        together = hopper.linear(x_RX[:most], weight_OX)
+        for first, last in ((0, most - 7), (most - 7, most), (0, most // 2 + 1)):
+            assert torch.equal(hopper.linear(x_RX[first:last], weight_OX), together[first:last])
+
+
+def test_the_widest_linear_layer_is_taken_and_a_wider_one_left_to_the_library() -> None:
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    widest = 64 * num_sms
+    run_linear(16, 256, widest)
+    for out_features, in_features in ((widest + 1, 256), (8, 264)):
+        weight_OX = torch.randn(out_features, in_features, device="cuda").to(BF16)
+        x_RX = torch.randn(2, in_features, device="cuda").to(BF16)
+        assert not hopper.takes_linear(x_RX, weight_OX)
+        with pytest.raises(ValueError, match="does not fit the streaming kernel"):
+            hopper.linear(x_RX, weight_OX)
+
+
+def test_more_rows_than_the_linear_kernel_has_room_for_are_refused() -> None:
+    x_RX = torch.randn(17, 256, device="cuda").to(BF16)
+    weight_OX = torch.randn(8, 256, device="cuda").to(BF16)
+    assert not hopper.takes_linear(x_RX, weight_OX)
+    with pytest.raises(ValueError, match="17 tokens"):
+        hopper.linear(x_RX, weight_OX)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "tile", "message"), [(1025, 16, "the limit is 1024"), (4, 48, "is 48")]
+)
+def test_what_the_grouped_kernel_cannot_do_is_refused(
+    num_experts: int, tile: int, message: str
+) -> None:
+    case = scattered(2, 2, num_experts, hidden=64, intermediate=64)
+    groups = [t.cuda() for t in reference.group_by_expert(case.ids_RK, num_experts)]
+    weights = [w.cuda() for w in case.weights()]
+    x_RH = torch.randn(2, 64, device="cuda").to(BF16)
+    with pytest.raises(ValueError, match=message):
+        hopper.grouped_expert_ffn(x_RH, *groups, 2, *weights, tile)
+
+
+def test_sizes_that_the_streaming_kernel_has_no_room_for_are_refused() -> None:
+    weights = [w.cuda() for w in scattered(1, 1, 2, hidden=64, intermediate=2112).weights()]
+    x_RH = torch.randn(1, 64, device="cuda").to(BF16)
+    ids_RK = torch.zeros(1, 2, dtype=torch.int32, device="cuda")
+    assert not hopper.takes_streaming_experts(2, weights[1], 1)
+    with pytest.raises(ValueError, match="do not fit the streaming kernel"):
+        hopper.streaming_expert_ffn(x_RH, ids_RK, torch.ones(1, 2, device="cuda"), *weights)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_rows_that_hopper_cannot_copy_go_elsewhere(num_rows: int) -> None:
+    """Rows that do not begin at multiples of 16 bytes, sizes that are no multiples of 64."""
+    wide = torch.randn(num_rows, 132, device="cuda").to(BF16)
+    gate_up_EJH, down_EHI = (w.cuda() for w in scattered(1, 1, 4).weights())
+    ids_RK = torch.zeros(num_rows, 2, dtype=torch.int32, device="cuda")
+
+    def choose(x_RH: torch.Tensor, gate_up_EJH: torch.Tensor) -> str:
+        return moe.choose_expert_ffn(x_RH, ids_RK, gate_up_EJH, down_EHI)
+
+    aligned = wide[:, :128].contiguous()
+    assert choose(aligned, gate_up_EJH) != "triton"
+    assert choose(wide[:, 4:], gate_up_EJH) == "triton"
+    assert choose(aligned.half(), gate_up_EJH.half()) == "triton"
+    assert choose(wide[:, :96].contiguous(), gate_up_EJH[:, :, :96]) == "triton"

@@ -63,6 +63,16 @@ def scattered(num_rows: int, top_k: int, num_experts: int, **sizes: int) -> Expe
     return Experts(name, ids_RK, num_experts, **sizes)
 
 
+def foreseen(tile: int) -> Experts:
+    """More experts than multiprocessors, so that blocks load weights before they know who has rows.
+
+    Every third has a row, one has several tiles of them, the others have none.
+    """
+    ids_P = torch.arange(0, 300, 3, dtype=torch.int32)
+    ids_P = torch.cat([ids_P, torch.full((200 + 2 * tile,), 33, dtype=torch.int32)])
+    return Experts("weights foreseen", ids_P[:, None], 300, hidden=1088, intermediate=64)
+
+
 def grouped_cases(tile: int) -> list[Experts]:
     """For tiles of ``tile`` pairs: none, one, around full tiles, and sizes that fit no tile."""
     return [
@@ -73,6 +83,7 @@ def grouped_cases(tile: int) -> list[Experts]:
         scattered(13, 5, 7, hidden=320, intermediate=192),
         scattered(3, 2, 1024, hidden=64, intermediate=64),
         scattered(tile + 3, 3, 3, hidden=256, intermediate=128),
+        foreseen(tile),
     ]
 
 
@@ -98,6 +109,18 @@ LINEAR_CASES = [
     (16, 768, 2110),
     (5, 2048, 20),
     (0, 256, 8),
+]
+
+# (rows, X, O): the fewest and the most of each; the widths for which a warpgroup takes 64, 72 and
+# 80 columns, with a last block that is not full.
+SPLIT_LINEAR_CASES = [
+    (1, 512, 8),
+    (17, 1024, 1000),
+    (64, 2048, 4096),
+    (33, 4096, 2304),
+    (64, 2048, 5120),
+    (63, 2048, 5000),
+    (8, 66048, 24),
 ]
 
 
@@ -161,6 +184,15 @@ def run_linear(num_rows: int, in_features: int, out_features: int) -> None:
     check_rows(out_RO, x_RX[:, :in_features].float() @ weight_OX.float().t())
 
 
+def run_split_linear(num_rows: int, in_features: int, out_features: int) -> None:
+    """A split linear layer, of rows of x that lie apart."""
+    x_RX = torch.randn(num_rows, in_features + 16).to(BF16)
+    weight_OX = (torch.randn(out_features, in_features) / in_features**0.5).to(BF16)
+    parts_SRO = hopper.split_linear(x_RX.cuda()[:, :in_features], weight_OX.cuda()).cpu()
+    assert parts_SRO.shape[0] == in_features // 512
+    check_rows(parts_SRO.sum(0).to(BF16), x_RX[:, :in_features].float() @ weight_OX.float().t())
+
+
 def check_rows(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Every row is within `TOLERANCE` of what float32 gives."""
     assert found.shape == expected.shape
@@ -204,6 +236,10 @@ def all_cases() -> dict[str, list[Case]]:
     cases["streaming linear"] = [
         (f"{rows} rows, {width} to {out}", partial(run_linear, rows, width, out))
         for rows, width, out in [*((rows, 512, 40) for rows in range(1, 17)), *LINEAR_CASES]
+    ]
+    cases["split linear"] = [
+        (f"{rows} rows, {width} to {out}", partial(run_split_linear, rows, width, out))
+        for rows, width, out in [*((rows, 512, 40) for rows in (7, 8, 9)), *SPLIT_LINEAR_CASES]
     ]
     cases["expert counts"] = [
         (

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moe_engine.ops import norm
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.reference import norm as reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -97,6 +98,31 @@ def test_triton_add_rms_norm_matches_the_reference(
     one_cut = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0
     torch.testing.assert_close(new_residual, expected_residual, rtol=one_cut, atol=0)
     torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (4, 3, 64), (8, 5, 1536)])
+def test_triton_sums_parts_before_it_adds(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from moe_engine.kernels import rms_norm as kernels
+
+    _, residual, weight_H = (tensor.to(DEVICE) for tensor in inputs(shape[1:], dtype))
+    sums = SplitSums(torch.randn(shape, device=DEVICE), dtype)
+    out, new_residual = kernels.split_add_rms_norm(sums.parts_STO, residual, weight_H, EPS)
+    expected, expected_residual = reference.add_rms_norm(sums.summed(), residual, weight_H, EPS)
+    # The sum of the parts is cut off as well, where the reference rounds it.
+    tolerance = TOLERANCE[dtype] * (2 if INTERPRETED else 1)
+    torch.testing.assert_close(new_residual, expected_residual, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_operator_adds_a_sum_that_is_still_to_be_taken() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, residual, weight_H = (tensor.to(device) for tensor in inputs((3, 64), torch.float32))
+    sums = SplitSums(torch.randn(4, 3, 64, device=device), torch.float32)
+    ours = norm.split_add_rms_norm(sums, residual, weight_H, EPS)
+    expected = reference.add_rms_norm(sums.parts_STO.sum(0), residual, weight_H, EPS)
+    torch.testing.assert_close(ours, expected)
 
 
 @needs_triton

@@ -5,6 +5,7 @@
 #include "device.h"
 #include "expert_counts.h"
 #include "grouped_experts.h"
+#include "norm_router.h"
 #include "split_linear.h"
 #include "streaming_experts.h"
 #include "streaming_linear.h"
@@ -77,6 +78,31 @@ void streaming_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t we
   moe_engine::streaming_linear(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void norm_router(std::uintptr_t x, int num_parts, std::uintptr_t residual,
+                 std::uintptr_t norm_weight, std::uintptr_t gate, std::uintptr_t num_real_1,
+                 std::uintptr_t normed, std::uintptr_t new_residual, std::uintptr_t expert_ids,
+                 std::uintptr_t expert_weights, float eps, int num_tokens, int num_experts,
+                 int hidden, int top_k, bool normalize, std::uintptr_t stream) {
+  moe_engine::NormRouterArgs args;
+  args.x = reinterpret_cast<const void*>(x);
+  args.num_parts = num_parts;
+  args.residual = reinterpret_cast<const void*>(residual);
+  args.norm_weight = reinterpret_cast<const void*>(norm_weight);
+  args.gate = reinterpret_cast<const void*>(gate);
+  args.num_real_1 = reinterpret_cast<const std::int32_t*>(num_real_1);
+  args.normed = reinterpret_cast<void*>(normed);
+  args.new_residual = reinterpret_cast<void*>(new_residual);
+  args.expert_ids = reinterpret_cast<std::int32_t*>(expert_ids);
+  args.expert_weights = reinterpret_cast<float*>(expert_weights);
+  args.eps = eps;
+  args.num_tokens = num_tokens;
+  args.num_experts = num_experts;
+  args.hidden = hidden;
+  args.top_k = top_k;
+  args.normalize = normalize;
+  moe_engine::norm_router(args, reinterpret_cast<cudaStream_t>(stream));
+}
+
 void split_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weight,
                   std::uintptr_t parts, int num_tokens, int in_features, int out_features,
                   std::uintptr_t stream) {
@@ -129,6 +155,11 @@ PYBIND11_MODULE(_C, m) {
         "out_features"_a);
   m.def("streaming_linear", &streaming_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a,
         "out"_a, "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
+  m.def("norm_router_fits", &moe_engine::norm_router_fits, "num_experts"_a, "hidden"_a, "top_k"_a);
+  m.def("norm_router", &norm_router, py::kw_only(), "x"_a, "num_parts"_a, "residual"_a,
+        "norm_weight"_a, "gate"_a, "num_real_1"_a, "normed"_a, "new_residual"_a, "expert_ids"_a,
+        "expert_weights"_a, "eps"_a, "num_tokens"_a, "num_experts"_a, "hidden"_a, "top_k"_a,
+        "normalize"_a, "stream"_a);
   m.def("split_linear_splits", &moe_engine::split_linear_splits, "in_features"_a, "out_features"_a);
   m.def("split_linear", &split_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a, "parts"_a,
         "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);

@@ -1,4 +1,8 @@
 // mma.m16n8k16: D[16, 8] += A[16, 16] x B[16, 8] by one warp, bf16 in, float32 out.
+//
+// It pairs elements 2t, 2t + 1, 2t + 8 and 2t + 9 of both operands in thread t of four. The order
+// of K within a product is free, so a thread may feed it the 8 consecutive elements of one 16-byte
+// load: 4 to one instruction, 4 to the next, the same ones of both operands.
 #pragma once
 
 #include <cstdint>

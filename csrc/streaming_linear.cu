@@ -5,7 +5,7 @@
 // before it waits for the kernel that makes x; nothing but the last sum needs the other warps.
 //
 // mma.m16n8k16 with the tokens as its 16 rows and 8 rows of the weight as its columns. See
-// streaming_experts.cu for how the elements of K are dealt out to the threads.
+// mma.cuh for how the elements of K are dealt out to the threads.
 #include <algorithm>
 #include <stdexcept>
 #include <string>

@@ -66,6 +66,31 @@ def grouped_expert_ffn(
 ) -> None:
     """Enqueue the experts' products over grouped pairs; see ``csrc/grouped_experts.h``."""
 
+def norm_router_fits(num_experts: int, hidden: int, top_k: int) -> bool:
+    """Whether `norm_router` takes these sizes."""
+
+def norm_router(
+    *,
+    x: int,
+    num_parts: int,
+    residual: int,
+    norm_weight: int,
+    gate: int,
+    num_real_1: int,
+    normed: int,
+    new_residual: int,
+    expert_ids: int,
+    expert_weights: int,
+    eps: float,
+    num_tokens: int,
+    num_experts: int,
+    hidden: int,
+    top_k: int,
+    normalize: bool,
+    stream: int,
+) -> None:
+    """Enqueue residual addition, norm and router of few tokens; see ``csrc/norm_router.h``."""
+
 def split_linear_splits(in_features: int, out_features: int) -> int:
     """Parts into which `split_linear` cuts the depth on the current device; 0: it does not fit."""
 

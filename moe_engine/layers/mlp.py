@@ -11,6 +11,8 @@ from torch import nn
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from moe_engine.layers.norm import RMSNorm
+from moe_engine.ops.linear import SplitSums
 
 
 class DenseMLP(nn.Module):
@@ -28,10 +30,17 @@ class DenseMLP(nn.Module):
             context, "down_proj", rows, model.hidden_size, bias=False
         )
 
-    def forward(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor:
-        """[T, H] to [T, H], the same on every rank of the TP group."""
-        gate, up = self.gate_up_proj(x_TH).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(
+        self,
+        x: torch.Tensor | SplitSums,
+        residual_TH: torch.Tensor,
+        norm: RMSNorm,
+        step: ForwardContext,
+    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
+        """See `SparseMoE.forward`."""
+        normed_TH, residual_TH = norm.after_adding(x, residual_TH)
+        gate, up = self.gate_up_proj(normed_TH).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up), residual_TH
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""

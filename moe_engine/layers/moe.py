@@ -13,7 +13,9 @@ from torch import nn
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.dist.exchange import ExpertShard
 from moe_engine.layers.context import ForwardContext, LayerContext
-from moe_engine.ops.moe import ExpertOutputs, expert_ffn, route, summed
+from moe_engine.layers.norm import RMSNorm
+from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.moe import ExpertOutputs, expert_ffn, norm_and_route, route, summed
 
 
 class SparseMoE(nn.Module):
@@ -31,22 +33,50 @@ class SparseMoE(nn.Module):
         self.gate_up = context.parameter(num_local, 2 * width, model.hidden_size)
         self.down = context.parameter(num_local, model.hidden_size, width)
 
-    def forward(self, x_TH: torch.Tensor, step: ForwardContext) -> torch.Tensor | ExpertOutputs:
-        """[T, H] to [T, H], the same on every rank of the TP group (a collective over EP)."""
+    def forward(
+        self,
+        x: torch.Tensor | SplitSums,
+        residual_TH: torch.Tensor,
+        norm: RMSNorm,
+        step: ForwardContext,
+    ) -> tuple[torch.Tensor | ExpertOutputs, torch.Tensor]:
+        """Add to the residual, normalise, run the experts (a collective over EP).
+
+        Args:
+            x: [T, H], what the block before made, or what is still to be summed to that.
+
+        Returns:
+            What the experts made, [T, H], perhaps still to be summed, and the residual stream with
+            ``x``; the same on every rank of the TP group.
+        """
         if not step.exchange.shards_tokens or self._tp.size == 1:
-            return self._forward_share(x_TH, step)
+            normed_TH, residual_TH, ids_TK, weights_TK = norm_and_route(
+                x,
+                residual_TH,
+                norm.weight,
+                norm.eps,
+                self.router,
+                self._top_k,
+                self._normalize,
+                step.num_tokens_1,
+            )
+            return self._run_experts(normed_TH, ids_TK, weights_TK, step), residual_TH
+        normed_TH, residual_TH = norm.after_adding(x, residual_TH)
         counts = step.tp_token_counts
         first = sum(counts[: self._tp.rank])
-        share = x_TH[first : first + counts[self._tp.rank]]
-        return self._tp.all_gather_rows(summed(self._forward_share(share, step)), counts)
+        share_TH = normed_TH[first : first + counts[self._tp.rank]]
+        ids_TK, weights_TK = route(share_TH, self.router, self._top_k, self._normalize)
+        out_TH = summed(self._run_experts(share_TH, ids_TK, weights_TK, step))
+        return self._tp.all_gather_rows(out_TH, counts), residual_TH
 
-    def _forward_share(
-        self, x_TH: torch.Tensor, step: ForwardContext
+    def _run_experts(
+        self,
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        step: ForwardContext,
     ) -> torch.Tensor | ExpertOutputs:
         """The experts' output for the tokens that this rank brings to the exchange."""
-        ids_TK, weights_TK = route(
-            x_TH, self.router, self._top_k, self._normalize, step.num_tokens_1
-        )
         received = step.exchange.dispatch(x_TH, ids_TK, weights_TK)
         outputs = expert_ffn(
             received.x_RH, received.slot_ids_RK, received.weights_RK, self.gate_up, self.down

@@ -15,16 +15,21 @@ from moe_engine.ops.norm import add_rms_norm, rms_norm, split_add_rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension (https://arxiv.org/abs/1910.07467)."""
+    """Root-mean-square norm over the last dimension (https://arxiv.org/abs/1910.07467).
+
+    Attributes:
+        weight: [width].
+        eps: added to the mean of the squares.
+    """
 
     def __init__(self, context: LayerContext, width: int) -> None:
         super().__init__()
-        self._eps = context.model.rms_norm_eps
+        self.eps = context.model.rms_norm_eps
         self.weight = context.parameter(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``x`` [..., width]."""
-        return rms_norm(x, self.weight, self._eps)
+        return rms_norm(x, self.weight, self.eps)
 
     def after_adding(
         self, x: torch.Tensor | ExpertOutputs | SplitSums, residual: torch.Tensor
@@ -35,10 +40,10 @@ class RMSNorm(nn.Module):
             x: what the block before made, or what is still to be summed to that.
         """
         if isinstance(x, ExpertOutputs):
-            return sum_add_rms_norm(x, residual, self.weight, self._eps)
+            return sum_add_rms_norm(x, residual, self.weight, self.eps)
         if isinstance(x, SplitSums):
-            return split_add_rms_norm(x, residual, self.weight, self._eps)
-        return add_rms_norm(x, residual, self.weight, self._eps)
+            return split_add_rms_norm(x, residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""

@@ -18,8 +18,12 @@ from moe_engine.layers.mlp import DenseMLP
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.layers.rotary import make_rope_table
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.rope import RopeTable
+
+LayerOutput = torch.Tensor | ExpertOutputs | SplitSums
+"""[T, H], or what is still to be summed to that."""
 
 
 class DecoderLayer(nn.Module):
@@ -36,11 +40,11 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x_TH: torch.Tensor | ExpertOutputs,
+        x_TH: LayerOutput,
         residual_TH: torch.Tensor | None,
         rope: RopeTable,
         step: ForwardContext,
-    ) -> tuple[torch.Tensor | ExpertOutputs, torch.Tensor]:
+    ) -> tuple[LayerOutput, torch.Tensor]:
         """The feed-forward's output, not yet added, and the residual stream it belongs to.
 
         Args:
@@ -53,10 +57,7 @@ class DecoderLayer(nn.Module):
         else:
             normed_TH, residual_TH = self.input_layernorm.after_adding(x_TH, residual_TH)
         attended_TH = self.self_attn(normed_TH, rope, step)
-        normed_TH, residual_TH = self.post_attention_layernorm.after_adding(
-            attended_TH, residual_TH
-        )
-        return self.mlp(normed_TH, step), residual_TH
+        return self.mlp(attended_TH, residual_TH, self.post_attention_layernorm, step)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""

@@ -1,4 +1,4 @@
-"""The CUDA kernels for Hopper: grouped and streaming experts, streaming and split linear layers.
+"""The CUDA kernels for Hopper: experts, linear layers of few rows, the norm with the router.
 
 Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
 which have checked that shapes and dtypes fit together.
@@ -20,6 +20,9 @@ LINEAR_MAX_ROWS = 16
 """Rows that the streaming linear layer takes."""
 SPLIT_LINEAR_ROWS = range(LINEAR_MAX_ROWS + 1, 65)
 """Rows for which the split linear layer is best; it takes any up to 64."""
+
+NORM_ROUTER_MAX_ROWS = 256
+"""Rows up to which norm and router share a kernel."""
 
 
 @functools.cache
@@ -85,6 +88,18 @@ def _num_splits(library: ModuleType, weight_OX: torch.Tensor) -> int:
             in_features=weight_OX.shape[1], out_features=weight_OX.shape[0]
         )
     return num_splits
+
+
+def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: int) -> bool:
+    """Whether the kernel of norm and router takes these rows and this gate."""
+    if residual_RH.shape[0] > NORM_ROUTER_MAX_ROWS or residual_RH.dtype != torch.bfloat16:
+        return False
+    if not (residual_RH.is_contiguous() and gate_EH.is_contiguous()):
+        return False
+    library = extension(residual_RH.device)
+    return library is not None and library.norm_router_fits(
+        num_experts=gate_EH.shape[0], hidden=gate_EH.shape[1], top_k=top_k
+    )
 
 
 def grouped_expert_ffn(
@@ -204,6 +219,52 @@ def split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return parts_SRO
+
+
+def norm_router(
+    x: torch.Tensor,
+    residual_RH: torch.Tensor,
+    norm_weight_H: torch.Tensor,
+    eps: float,
+    gate_EH: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    num_real_1: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ops.moe.norm_and_route` for few rows.
+
+    Args:
+        x: bfloat16 [R, H], or parts of it, float32 [S, R, H].
+    """
+    num_rows = residual_RH.shape[0]
+    x = x.contiguous()
+    normed_RH = torch.empty_like(residual_RH)
+    new_residual_RH = torch.empty_like(residual_RH)
+    ids_RK = residual_RH.new_empty(num_rows, top_k, dtype=torch.int32)
+    weights_RK = residual_RH.new_empty(num_rows, top_k, dtype=torch.float32)
+    library = extension(residual_RH.device)
+    assert library is not None
+    with torch.cuda.device(residual_RH.device):
+        library.norm_router(
+            x=x.data_ptr(),
+            num_parts=len(x) if x.dim() == 3 else 0,
+            residual=residual_RH.data_ptr(),
+            norm_weight=norm_weight_H.data_ptr(),
+            gate=gate_EH.data_ptr(),
+            num_real_1=0 if num_real_1 is None else num_real_1.data_ptr(),
+            normed=normed_RH.data_ptr(),
+            new_residual=new_residual_RH.data_ptr(),
+            expert_ids=ids_RK.data_ptr(),
+            expert_weights=weights_RK.data_ptr(),
+            eps=eps,
+            num_tokens=num_rows,
+            num_experts=gate_EH.shape[0],
+            hidden=gate_EH.shape[1],
+            top_k=top_k,
+            normalize=normalize,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return normed_RH, new_residual_RH, ids_RK, weights_RK
 
 
 def _rows_are_aligned(x: torch.Tensor) -> bool:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_engine.ops import hopper, native
+from moe_engine.ops import hopper, native, norm
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 
@@ -90,6 +91,43 @@ def route(
             )
         return ids_TK, weights_TK
     return reference.route(x_TH, router_EH, top_k, normalize, num_tokens_1)
+
+
+def norm_and_route(
+    x: torch.Tensor | SplitSums,
+    residual_TH: torch.Tensor,
+    norm_weight_H: torch.Tensor,
+    eps: float,
+    router_EH: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    num_tokens_1: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ops.norm.add_rms_norm`, then `route` of what was normalised; for a few rows one launch.
+
+    Args:
+        x: [T, H], or what is still to be summed to that.
+
+    Returns:
+        ``(normed, new_residual, ids, weights)``.
+    """
+    if residual_TH.is_cuda and hopper.takes_norm_router(residual_TH, router_EH, top_k):
+        return hopper.norm_router(
+            x.parts_STO if isinstance(x, SplitSums) else x,
+            residual_TH,
+            norm_weight_H,
+            eps,
+            router_EH,
+            top_k,
+            normalize,
+            num_tokens_1,
+        )
+    if isinstance(x, SplitSums):
+        normed_TH, new_residual_TH = norm.split_add_rms_norm(x, residual_TH, norm_weight_H, eps)
+    else:
+        normed_TH, new_residual_TH = norm.add_rms_norm(x, residual_TH, norm_weight_H, eps)
+    ids_TK, weights_TK = route(normed_TH, router_EH, top_k, normalize, num_tokens_1)
+    return normed_TH, new_residual_TH, ids_TK, weights_TK
 
 
 def group_by_expert(slot_ids_RK: torch.Tensor, num_experts: int) -> ExpertGroups:

@@ -19,6 +19,7 @@ from moe_engine.ops import hopper, native
 from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import expert_counts as counts_reference
 from moe_engine.ops.reference import moe as reference
+from moe_engine.ops.reference import norm as norm_reference
 
 TILES = (16, 32, 64, 128, 256)
 # Of the norm of a row: h is rounded to bfloat16, the result too.
@@ -193,6 +194,73 @@ def run_split_linear(num_rows: int, in_features: int, out_features: int) -> None
     check_rows(parts_SRO.sum(0).to(BF16), x_RX[:, :in_features].float() @ weight_OX.float().t())
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Sizes of a router behind a norm; num_parts 0: what is added comes whole."""
+
+    num_rows: int
+    num_real: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    num_parts: int = 0
+    normalize: bool = True
+
+
+# One row, a tile and one more, padding, the fewest and the most columns, experts and choices.
+ROUTER_CASES = [
+    Routing(1, 1, 2048, 128, 8, num_parts=8),
+    Routing(16, 16, 256, 8, 8),
+    Routing(17, 17, 512, 24, 1, num_parts=1),
+    Routing(40, 33, 4096, 128, 8, num_parts=4),
+    Routing(9, 0, 1024, 256, 32, normalize=False),
+    Routing(33, 20, 768, 72, 6, num_parts=3, normalize=False),
+]
+
+
+def run_norm_router(case: Routing) -> None:
+    """Norm and router; the choice is judged by the logits of the norm that the kernel made."""
+    rows, hidden = case.num_rows, case.hidden
+    x = torch.randn(*([case.num_parts] if case.num_parts else []), rows, hidden)
+    x = x if case.num_parts else x.to(BF16)
+    residual_RH = torch.randn(rows, hidden).to(BF16)
+    norm_weight_H = (1 + 0.3 * torch.randn(hidden)).to(BF16)
+    gate_EH = (torch.randn(case.num_experts, hidden) / hidden**0.5).to(BF16)
+    assert hopper.takes_norm_router(residual_RH.cuda(), gate_EH.cuda(), case.top_k)
+    normed_RH, new_residual_RH, ids_RK, weights_RK = (
+        tensor.cpu()
+        for tensor in hopper.norm_router(
+            x.cuda(),
+            residual_RH.cuda(),
+            norm_weight_H.cuda(),
+            1e-6,
+            gate_EH.cuda(),
+            case.top_k,
+            case.normalize,
+            torch.tensor([case.num_real], dtype=torch.int32).cuda(),
+        )
+    )
+    added_RH = x.float().sum(0).to(BF16) if case.num_parts else x
+    expected_normed_RH, expected_RH = norm_reference.add_rms_norm(
+        added_RH, residual_RH, norm_weight_H, 1e-6
+    )
+    torch.testing.assert_close(new_residual_RH, expected_RH, rtol=8e-3, atol=8e-3)
+    torch.testing.assert_close(normed_RH, expected_normed_RH, rtol=2e-2, atol=2e-2)
+    real = slice(0, case.num_real)
+    probabilities_RE = (normed_RH.float() @ gate_EH.float().t()).softmax(dim=1)
+    best_RK = probabilities_RE.topk(case.top_k, dim=1).values
+    if case.normalize:
+        best_RK /= best_RK.sum(dim=1, keepdim=True)
+    chosen_RK = probabilities_RE.gather(1, ids_RK.long().clamp(min=0))
+    assert all(len(set(row)) == case.top_k for row in ids_RK[real].tolist())
+    torch.testing.assert_close(weights_RK[real], best_RK[real], rtol=1e-4, atol=1e-6)
+    if case.normalize:
+        chosen_RK /= chosen_RK.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(chosen_RK[real], best_RK[real], rtol=1e-4, atol=1e-6)
+    assert (ids_RK[case.num_real :] == -1).all()
+    assert (weights_RK[case.num_real :] == 0).all()
+
+
 def check_rows(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Every row is within `TOLERANCE` of what float32 gives."""
     assert found.shape == expected.shape
@@ -240,6 +308,9 @@ def all_cases() -> dict[str, list[Case]]:
     cases["split linear"] = [
         (f"{rows} rows, {width} to {out}", partial(run_split_linear, rows, width, out))
         for rows, width, out in [*((rows, 512, 40) for rows in (7, 8, 9)), *SPLIT_LINEAR_CASES]
+    ]
+    cases["norm and router"] = [
+        (str(case), partial(run_norm_router, case)) for case in ROUTER_CASES
     ]
     cases["expert counts"] = [
         (

@@ -1,9 +1,11 @@
 // The residual addition, the norm and the router of few tokens, whose time is all latency.
 //
 // A cluster of blocks takes 16 tokens, each block an equal part of the hidden dimension: its part
-// of the gate matrix waits in shared memory before the tokens are there. The blocks tell each other
-// their sums of squares, then their parts of the logits, through each other's shared memory; a
-// part goes to the block that selects the token's experts, which adds them up in order.
+// of the gate matrix waits in shared memory before the tokens are there. The blocks wait for each
+// other only once. The router needs the normed tokens, and they the sum of all squares; but a norm
+// only scales a token, so the blocks multiply tokens that are not scaled yet, and send their parts
+// of the logits along with their sums of squares. Parts of logits go to the block that selects the
+// token's experts, which adds them up in order.
 #include <cuda_bf16.h>
 
 #include <stdexcept>
@@ -25,7 +27,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kThreadsPerToken = kThreads / kTokens;
 constexpr int kStep = 32;  // elements of the depth that a warp multiplies at once
 constexpr int kMaxExperts = 256;
-constexpr int kMaxExpertsPerLane = kMaxExperts / 32;
 constexpr int kMaxColumns = 512;                                // of a block
 constexpr int kMaxPieces = kMaxColumns / 8 / kThreadsPerToken;  // of 8 elements, of a thread
 constexpr int kMaxSharedBytes = 220 * 1024;
@@ -129,8 +130,10 @@ __device__ __forceinline__ uint4 pack(const float (&values)[8]) {
                     pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7]));
 }
 
-// One warp: the best top_k of the logits, whose softmax over all experts or over the best is kept.
-__device__ __forceinline__ void select(const Problem& p, int token, const float* logits, int lane) {
+// One warp: the best top_k of the scaled logits, with their softmax over all or over the best.
+template <int kMaxExpertsPerLane>
+__device__ __forceinline__ void select(const Problem& p, int token, const float* logits,
+                                       float scale, int lane) {
   std::uint32_t keys[kMaxExpertsPerLane];
 #pragma unroll
   for (int i = 0; i < kMaxExpertsPerLane; ++i) {
@@ -142,7 +145,7 @@ __device__ __forceinline__ void select(const Problem& p, int token, const float*
       for (int block = 0; block < kBlocks; ++block) {
         sum += logits[block * kTokensPerBlock * p.num_experts + expert];
       }
-      keys[i] = sort_key(sum);
+      keys[i] = sort_key(sum * scale);
     }
   }
   float largest = 0.0f;
@@ -267,31 +270,21 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
     square += __shfl_xor_sync(0xFFFFFFFF, square, distance);
   }
   if (part < kBlocks) store_to_block(&squares[rank][slot], part, square);
-  __syncwarp();
-  cluster_sync();
-
-  square = 0.0f;
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) square += squares[block][slot];
-  const float scale = rsqrtf(square / p.hidden + p.eps);
 #pragma unroll
   for (int i = 0; i < kMaxPieces; ++i) {
     const int piece = part + i * kThreadsPerToken;
     if (piece >= num_pieces) continue;
-    uint4 normed = make_uint4(0, 0, 0, 0);
+    float products[8] = {};
     if (token < p.num_tokens) {
       const std::uint32_t words[4] = {weights[i].x, weights[i].y, weights[i].z, weights[i].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 weight = unpack_bf16(words[j]);
-        values[i][2 * j] = rounded(values[i][2 * j] * scale) * weight.x;
-        values[i][2 * j + 1] = rounded(values[i][2 * j + 1] * scale) * weight.y;
+        products[2 * j] = values[i][2 * j] * weight.x;
+        products[2 * j + 1] = values[i][2 * j + 1] * weight.y;
       }
-      normed = pack(values[i]);
-      const std::int64_t offset = std::int64_t{token} * p.hidden + first_column + 8 * piece;
-      *reinterpret_cast<uint4*>(p.normed + offset) = normed;
     }
-    *reinterpret_cast<uint4*>(tokens + slot * pitch + 16 * piece) = normed;
+    *reinterpret_cast<uint4*>(tokens + slot * pitch + 16 * piece) = pack(products);
   }
   __syncthreads();
   barrier_wait(&landed, 0);
@@ -315,6 +308,7 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
     for (int i = 0; i < 4; ++i) {
       const int s = lane / 4 + i / 2 * 8;
       const int expert = first + lane % 4 * 2 + i % 2;
+      if (first_token + s >= p.num_tokens) continue;
       store_to_block(
           logits + (rank * kTokensPerBlock + s % kTokensPerBlock) * p.num_experts + expert,
           s / kTokensPerBlock, d[i]);
@@ -323,9 +317,38 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
   __syncwarp();
   cluster_sync();
 
-  const int selected = first_token + rank * kTokensPerBlock + warp;
-  if (warp < kTokensPerBlock && selected < p.num_tokens) {
-    select(p, selected, logits + warp * p.num_experts, lane);
+  const auto scale_of = [&](int s) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) sum += squares[block][s];
+    return rsqrtf(sum / p.hidden + p.eps);
+  };
+  // The last warps, which hold the tokens that are there least often.
+  const int turn = kWarps - 1 - warp;
+  const int selected = rank * kTokensPerBlock + turn;
+  if (turn < kTokensPerBlock && first_token + selected < p.num_tokens) {
+    const float* const parts = logits + turn * p.num_experts;
+    if (p.num_experts <= 128) {
+      select<4>(p, first_token + selected, parts, scale_of(selected), lane);
+    } else {
+      select<kMaxExperts / 32>(p, first_token + selected, parts, scale_of(selected), lane);
+    }
+  }
+  if (token >= p.num_tokens) return;
+  const float scale = scale_of(slot);
+#pragma unroll
+  for (int i = 0; i < kMaxPieces; ++i) {
+    const int piece = part + i * kThreadsPerToken;
+    if (piece >= num_pieces) continue;
+    const std::uint32_t words[4] = {weights[i].x, weights[i].y, weights[i].z, weights[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 weight = unpack_bf16(words[j]);
+      values[i][2 * j] = rounded(values[i][2 * j] * scale) * weight.x;
+      values[i][2 * j + 1] = rounded(values[i][2 * j + 1] * scale) * weight.y;
+    }
+    const std::int64_t offset = std::int64_t{token} * p.hidden + first_column + 8 * piece;
+    *reinterpret_cast<uint4*>(p.normed + offset) = pack(values[i]);
   }
 #endif
 }

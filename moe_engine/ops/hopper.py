@@ -21,7 +21,7 @@ LINEAR_MAX_ROWS = 16
 SPLIT_LINEAR_ROWS = range(LINEAR_MAX_ROWS + 1, 65)
 """Rows for which the split linear layer is best; it takes any up to 64."""
 
-NORM_ROUTER_MAX_ROWS = 256
+NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
 
 

@@ -22,8 +22,8 @@ namespace moe_engine {
 namespace {
 
 constexpr int kWarps = 16;
-constexpr int kStages = 3;
-constexpr int kStageElements = 2048;
+constexpr int kStages = 4;
+constexpr int kStageElements = 1536;
 constexpr int kStageBytes = 2 * kStageElements;
 constexpr int kPieceElements = kStageElements / 2;  // of a gate row, beside as many of the up row
 constexpr int kRingBytes = kWarps * kStages * kStageBytes;
@@ -175,13 +175,16 @@ __device__ __forceinline__ void wait_for_blocks(std::int32_t* counters, int num_
                    : "l"(counters)
                    : "memory");
     } while (arrived < num_blocks);
-    // The last to leave; nobody looks at the first counter any more.
-    if (atomicAdd(&counters[1], 1) == num_blocks - 1) {
-      counters[0] = 0;
-      counters[1] = 0;
-    }
   }
   __syncthreads();
+}
+
+// Of every block, some time after it has waited: the last one sets the counters back.
+__device__ __forceinline__ void leave_counters(std::int32_t* counters, int num_blocks) {
+  if (threadIdx.x == 0 && atomicAdd(&counters[1], 1) == num_blocks - 1) {
+    counters[0] = 0;
+    counters[1] = 0;
+  }
 }
 
 struct Problem {
@@ -202,8 +205,9 @@ struct Problem {
 // Block (b, t) computes its share of the elements of h of token t, and of the rows of out[t].
 //
 // Example: one token, 132 blocks, top_k 8, intermediate 768, hidden 2048: 6144 elements of h, 46 or
-// 47 for a block, 2 or 3 for a warp, each in two pieces of 2 x 1024 weights; then 2048 rows of out,
-// 15 or 16 for a block, one for a warp, each in four pieces of two experts' 768 weights.
+// 47 for a block, 2 or 3 for a warp, each in three pieces of up to 2 x 768 weights; then 2048 rows
+// of out, 15 or 16 for a block, one for a warp, in four pieces of two experts' 768 weights, all of
+// which are on their way while the block waits.
 __global__ void __launch_bounds__(32 * kWarps, 1) streaming_experts_kernel(const Problem p) {
   extern __shared__ __align__(128) char shared[];
   __shared__ std::uint64_t landed[kWarps][kStages];
@@ -291,6 +295,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) streaming_experts_kernel(const
     sum = warp_sum(sum);
     if (lane == 0) p.out[t * p.hidden + row] = __float2bfloat16(sum);
   }
+  leave_counters(p.counters + 2 * t, num_blocks);
 }
 
 int shared_bytes(int top_k, int hidden, int intermediate) {

@@ -96,7 +96,7 @@ STREAMING_CASES = [
     scattered(1, 2, 3, hidden=64, intermediate=64),
     scattered(1, 32, 40, hidden=192, intermediate=448),
     scattered(3, 9, 5, hidden=2112, intermediate=64),
-    scattered(2, 3, 4, hidden=64, intermediate=2048),
+    scattered(2, 3, 4, hidden=64, intermediate=1536),
     # A block for each row.
     scattered(70, 2, 3, hidden=128, intermediate=64),
     Experts("one expert, chosen by all", torch.full((4, 2), 2, dtype=torch.int32), 3),

@@ -1,4 +1,4 @@
-"""What every launch needs to know: programmatic dependent launch, and counters that stay zero.
+"""What launches share: programmatic dependent launch, prefetching, and counters that stay zero.
 
 Programmatic dependent launch (PDL, compute capability 9.0 and later) lets a kernel start while the
 one before it ends. A kernel launched with it calls ``gdc_wait`` in every program before it touches
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 import triton
+import triton.language as tl
 
 # One stream's arrival counters, and how many streams of a device get their own: 1 MiB in all, which
 # PyTorch's allocator takes from its pool of small tensors.
@@ -27,6 +28,23 @@ def supports_pdl(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or triton.knobs.runtime.interpret:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def prefetch_to_l2(pointers):
+    """Start to bring the cache lines behind ``pointers`` into L2; every pointer has to be valid.
+
+    It changes nothing that any program sees, so it may come before ``gdc_wait`` for whatever lies
+    at addresses that are known by then. There is no such instruction in the interpreter.
+    """
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 def arrival_counters(device: torch.device) -> torch.Tensor:

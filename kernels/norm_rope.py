@@ -1,11 +1,16 @@
 """Query and key preparation in one launch: head norms, rotary embedding, the write to the KV cache.
 
 Legend: T tokens, N query heads, G KV heads, D head dimension, F = D / 2, P positions, B blocks,
-L tokens a block, X = (N + 2 × G) × D, A heads of all three kinds, N + 2 × G.
+L tokens a block, X = (N + 2 × G) × D, A heads of all three kinds, N + 2 × G, R rows (heads of
+tokens).
 
 Memory-bound: a program holds some heads of some tokens in registers, the two halves of each head
 side by side, since the rotation pairs their elements. All its loads are independent, but for the
 angles, which wait for the positions.
+
+Decode attention (`paged_decode`) prepares its heads itself, with the functions of this file. They
+leave no rounding open, neither to the compiler (multiplications and additions are fused where it
+says so) nor to the launch (sums have a fixed order), so both write the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +21,114 @@ import triton.language as tl
 
 # (most tokens, heads a program, tokens a program, warps): the first row that fits. One token
 # spreads over as many programs as it can; a large batch wants more bytes in flight a program.
-LAUNCHES = ((16, 8, 1, 2), (512, 16, 1, 4), (1 << 62, 8, 4, 4))
+LAUNCHES = ((16, 8, 1, 2), (512, 16, 1, 4), (1 << 62, 8, 2, 4))
+
+
+@triton.jit
+def load_norm_weights(q_weight_ptr, k_weight_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr):
+    """First and second half of the query norm's weights, then of the key norm's; float32 [1, F]."""
+    dims_F = tl.arange(0, BLOCK_F)[None, :]
+    in_half_F = dims_F < F
+    first_q_F = tl.load(q_weight_ptr + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
+    second_q_F = tl.load(q_weight_ptr + F + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
+    first_k_F = tl.load(k_weight_ptr + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
+    second_k_F = tl.load(k_weight_ptr + F + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
+    return first_q_F, second_q_F, first_k_F, second_k_F
+
+
+@triton.constexpr_function
+def _log2(power_of_two: int) -> int:
+    return power_of_two.bit_length() - 1
+
+
+@triton.jit
+def _sum_rows(x_RF, BLOCK_F: tl.constexpr):
+    """Sums of rows, [R, 1]: neighbours first, then neighbouring sums. Two have only one order."""
+    for step in tl.static_range(_log2(BLOCK_F)):
+        x_RF = tl.sum(tl.reshape(x_RF, [x_RF.shape[0], BLOCK_F >> (step + 1), 2]), axis=2)
+    return x_RF
+
+
+@triton.jit
+def _load_summed(pointers, mask, part_stride, NUM_PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of NUM_PARTS parts in order, rounded to DTYPE, as float32."""
+    total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, NUM_PARTS):
+        total += tl.load(pointers + part * part_stride, mask=mask, other=0.0)
+    return total.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def prepare_heads(
+    token_ptr_R,
+    part_stride,
+    head_R,
+    there_R,
+    cos_RF,
+    sin_RF,
+    weights,
+    eps,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Load heads, norm and rotate queries and keys; both halves, float32 [R, F], 0 where not there.
+
+    Args:
+        token_ptr_R: where the token of each row begins in the fused projection's output, or in the
+            first of NUM_PARTS parts, ``part_stride`` elements apart, that add up to it.
+        head_R: which of its N + 2 * G heads; values stay as they are.
+        cos_RF, sin_RF: of the token's position; also [1, F].
+        weights: what `load_norm_weights` returned.
+    """
+    D: tl.constexpr = 2 * F
+    first_q_F, second_q_F, first_k_F, second_k_F = weights
+    is_q_R1 = (head_R < N)[:, None]
+    is_v_R1 = (head_R >= N + G)[:, None]
+    dims_F = tl.arange(0, BLOCK_F)[None, :]
+    mask_RF = there_R[:, None] & (dims_F < F)
+    head_RF = (token_ptr_R + head_R * D)[:, None] + dims_F
+    first_RF = _load_summed(head_RF, mask_RF, part_stride, NUM_PARTS, DTYPE)
+    second_RF = _load_summed(head_RF + F, mask_RF, part_stride, NUM_PARTS, DTYPE)
+
+    square_R1 = _sum_rows(tl.fma(first_RF, first_RF, second_RF * second_RF), BLOCK_F)
+    scale_R1 = tl.rsqrt(square_R1 / D + eps)
+    a_RF = first_RF * scale_R1 * tl.where(is_q_R1, first_q_F, first_k_F)
+    b_RF = second_RF * scale_R1 * tl.where(is_q_R1, second_q_F, second_k_F)
+    cos_RF = tl.broadcast_to(cos_RF, a_RF.shape)
+    sin_RF = tl.broadcast_to(sin_RF, a_RF.shape)
+    first_RF = tl.where(is_v_R1, first_RF, tl.fma(a_RF, cos_RF, -(b_RF * sin_RF)))
+    second_RF = tl.where(is_v_R1, second_RF, tl.fma(b_RF, cos_RF, a_RF * sin_RF))
+    return first_RF, second_RF
+
+
+@triton.jit
+def write_cache(
+    k_ptr,
+    v_ptr,
+    slot_R,
+    head_R,
+    there_R,
+    first_RF,
+    second_RF,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Store those of the rows that are keys and values and have a slot, in the cache's dtype."""
+    dims_F = tl.arange(0, BLOCK_F)[None, :]
+    written_R = there_R & (slot_R >= 0)
+    offset_RF = ((slot_R * G + (head_R - N) % G) * (2 * F))[:, None] + dims_F
+    to_k_RF = (written_R & (head_R >= N) & (head_R < N + G))[:, None] & (dims_F < F)
+    tl.store(k_ptr + offset_RF, first_RF.to(k_ptr.dtype.element_ty), mask=to_k_RF)
+    tl.store(k_ptr + offset_RF + F, second_RF.to(k_ptr.dtype.element_ty), mask=to_k_RF)
+    to_v_RF = (written_R & (head_R >= N + G))[:, None] & (dims_F < F)
+    tl.store(v_ptr + offset_RF, first_RF.to(v_ptr.dtype.element_ty), mask=to_v_RF)
+    tl.store(v_ptr + offset_RF + F, second_RF.to(v_ptr.dtype.element_ty), mask=to_v_RF)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -52,16 +164,12 @@ def _norm_rope_kernel(
     square 12.5, its norm is (0.849, 1.131), rotated it is (-1.131, 0.849). A value head stays.
     """
     D: tl.constexpr = 2 * F
-    BLOCK_R: tl.constexpr = BLOCK_T * BLOCK_A
-    rows_R = tl.arange(0, BLOCK_R)
+    rows_R = tl.arange(0, BLOCK_T * BLOCK_A)
     token_R = tl.program_id(1) * BLOCK_T + rows_R // BLOCK_A
     head_R = tl.program_id(0) * BLOCK_A + rows_R % BLOCK_A
     there_R = (token_R < num_tokens) & (head_R < N + 2 * G)
-    is_q_R = head_R < N
-    is_v_R = head_R >= N + G
     dims_F = tl.arange(0, BLOCK_F)[None, :]
-    in_half_F = dims_F < F
-    mask_RF = there_R[:, None] & in_half_F
+    mask_RF = there_R[:, None] & (dims_F < F)
 
     # Step inputs: complete before the step's first kernel began, so there is no wait for them.
     position_R = tl.load(position_ptr + token_R, mask=there_R, other=0)
@@ -69,38 +177,21 @@ def _norm_rope_kernel(
     angle_RF = position_R[:, None] * F + dims_F
     cos_RF = tl.load(cos_ptr + angle_RF, mask=mask_RF, other=0.0).to(tl.float32)
     sin_RF = tl.load(sin_ptr + angle_RF, mask=mask_RF, other=0.0).to(tl.float32)
-    first_q_F = tl.load(q_weight_ptr + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
-    second_q_F = tl.load(q_weight_ptr + F + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
-    first_k_F = tl.load(k_weight_ptr + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
-    second_k_F = tl.load(k_weight_ptr + F + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
+    weights = load_norm_weights(q_weight_ptr, k_weight_ptr, F, BLOCK_F)
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
-    qkv_RF = qkv_ptr + (token_R.to(tl.int64) * qkv_stride + head_R * D)[:, None] + dims_F
-    first_RF = tl.load(qkv_RF, mask=mask_RF, other=0.0).to(tl.float32)
-    second_RF = tl.load(qkv_RF + F, mask=mask_RF, other=0.0).to(tl.float32)
-
-    square_R = tl.sum(first_RF * first_RF + second_RF * second_RF, axis=1)
-    scale_RF = tl.rsqrt(square_R / D + eps)[:, None]
-    a_RF = first_RF * scale_RF * tl.where(is_q_R[:, None], first_q_F, first_k_F)
-    b_RF = second_RF * scale_RF * tl.where(is_q_R[:, None], second_q_F, second_k_F)
-    first_RF = tl.where(is_v_R[:, None], first_RF, a_RF * cos_RF - b_RF * sin_RF)
-    second_RF = tl.where(is_v_R[:, None], second_RF, b_RF * cos_RF + a_RF * sin_RF)
-
+    token_ptr_R = qkv_ptr + token_R.to(tl.int64) * qkv_stride
+    first_RF, second_RF = prepare_heads(
+        token_ptr_R, 0, head_R, there_R, cos_RF, sin_RF, weights, eps, N, G, F, BLOCK_F,
+        1, qkv_ptr.dtype.element_ty,
+    )  # fmt: skip
     q_RF = q_ptr + ((token_R.to(tl.int64) * N + head_R) * D)[:, None] + dims_F
-    to_q_RF = mask_RF & is_q_R[:, None]
+    to_q_RF = mask_RF & (head_R < N)[:, None]
     tl.store(q_RF, first_RF.to(q_ptr.dtype.element_ty), mask=to_q_RF)
     tl.store(q_RF + F, second_RF.to(q_ptr.dtype.element_ty), mask=to_q_RF)
-    written_RF = mask_RF & (slot_R >= 0)[:, None]
-    cache_row_R = slot_R * G + (head_R - N) % G
-    offset_RF = (cache_row_R * D)[:, None] + dims_F
-    to_k_RF = written_RF & ((head_R >= N) & (head_R < N + G))[:, None]
-    tl.store(k_ptr + offset_RF, first_RF.to(k_ptr.dtype.element_ty), mask=to_k_RF)
-    tl.store(k_ptr + offset_RF + F, second_RF.to(k_ptr.dtype.element_ty), mask=to_k_RF)
-    to_v_RF = written_RF & is_v_R[:, None]
-    tl.store(v_ptr + offset_RF, first_RF.to(v_ptr.dtype.element_ty), mask=to_v_RF)
-    tl.store(v_ptr + offset_RF + F, second_RF.to(v_ptr.dtype.element_ty), mask=to_v_RF)
+    write_cache(k_ptr, v_ptr, slot_R, head_R, there_R, first_RF, second_RF, N, G, F, BLOCK_F)
 
 
 def norm_rope_write(
@@ -114,11 +205,12 @@ def norm_rope_write(
     k_cache_BLGD: torch.Tensor,
     v_cache_BLGD: torch.Tensor,
     slots_T: torch.Tensor,
+    q_TND: torch.Tensor,
     *,
     launch: tuple[int, int, int] | None = None,
     use_pdl: bool = False,
-) -> torch.Tensor:
-    """Queries [T, N, D] in ``qkv_TX``'s dtype; keys and values go to the cache, in its dtype.
+) -> None:
+    """Queries go to ``q_TND``, in ``qkv_TX``'s dtype; keys and values to the cache, in its dtype.
 
     The arguments are checked by the caller; the rows of ``qkv_TX`` may lie apart.
 
@@ -127,12 +219,10 @@ def norm_rope_write(
         use_pdl: launch before the preceding kernel has ended (compute capability 9 and above);
             ``positions_T``, ``slots_T``, the tables and weights are then read without waiting.
     """
-    num_tokens = qkv_TX.shape[0]
-    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
-    num_heads = qkv_TX.shape[1] // head_dim - 2 * num_kv_heads
-    q_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv_TX.dtype, device=qkv_TX.device)
+    num_tokens, num_heads, head_dim = q_TND.shape
+    num_kv_heads = k_cache_BLGD.shape[2]
     if num_tokens == 0:
-        return q_TND
+        return
     if launch is None:
         launch = next(row[1:] for row in LAUNCHES if num_tokens <= row[0])
     block_heads, block_tokens, num_warps = launch
@@ -162,4 +252,3 @@ def norm_rope_write(
         num_warps=num_warps,
         launch_pdl=use_pdl,
     )
-    return q_TND

@@ -1,17 +1,19 @@
-"""Decode attention over a paged KV cache: one query position per sequence.
+"""Decode attention over a paged KV cache: one new token per sequence, from the fused projection on.
 
-Legend: S sequences, N query heads, G KV heads, D head dimension, B blocks, L tokens a block,
-C chunks of a context, R query heads of a KV head (N / G) padded to a power of two.
+Legend: S sequences, N query heads, G KV heads, D head dimension, F = D / 2, P positions, B blocks,
+L tokens a block, X = (N + 2 × G) × D, R query heads of a KV head (N / G) padded to a power of two,
+M rows of the matrix products (R, at least 16), A heads that a program prepares.
 
 Memory-bound: a step reads every cached key and value once. Split-KV attention (flash-decoding,
 https://pytorch.org/blog/flash-decoding): a context is cut into at most MAX_CHUNKS chunks of whole
-tiles, by its length alone. A chunk is attended to by itself, and the chunks' results are folded in
-order. How many programs share the chunks depends on the launch, but not what is computed: a
-sequence's output has the same bits alone, in any batch and in any bucket of a CUDA graph.
+tiles, by its length alone (`paged_decode_chunks`). A chunk is attended to by itself, and the chunks'
+results are folded in order. How many programs share the chunks depends on the launch, but not what
+is computed: a sequence's output has the same bits alone, in any batch and in any bucket of a CUDA
+graph.
 
-Example of the cut, TILE = 64 and MAX_CHUNKS = 16: a context of 576 tokens is 9 tiles and 9 chunks;
-2048 tokens are 32 tiles, 16 chunks of 2. With 4 splits of at least 64 tokens, the programs of the
-former have 3, 3, 3 and 0 chunks; with at least 1024 tokens a program, the first has all 9.
+A program prepares the queries that it needs itself, which saves a launch: reading the projection's
+row again is nothing beside the cache. The new key and value belong to the program that attends to
+the end of the context, and ride along in the tile of the queries, which has room for them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import arrival_counters
+from .launch import arrival_counters, prefetch_to_l2
+from .norm_rope import load_norm_weights, prepare_heads, write_cache
+from .paged_decode_chunks import (
+    count_chunks_per_program,
+    cut,
+    fold,
+    head_dims,
+    merge,
+    merge_kernel,
+    store_output,
+)
 from .paged_decode_table import (
     DecodeLaunch,
     DecodeTiles,
@@ -32,90 +44,49 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _fold(m_R, l_R, acc_RD, chunk_m_R, chunk_l_R, chunk_acc_RD):
-    """Append one chunk to a running softmax; the fused multiply-adds leave no rounding open."""
-    new_m_R = tl.maximum(m_R, chunk_m_R)
-    old_R = tl.exp2(m_R - new_m_R)
-    new_R = tl.exp2(chunk_m_R - new_m_R)
-    l_R = tl.fma(l_R, old_R, chunk_l_R * new_R)
-    old_RD = tl.broadcast_to(old_R[:, None], acc_RD.shape)
-    acc_RD = tl.fma(acc_RD, old_RD, chunk_acc_RD * new_R[:, None])
-    return new_m_R, l_R, acc_RD
-
-
-@triton.jit
-def _merge(
-    partial_ptr,
-    stats_ptr,
-    pair,
-    num_chunks,
+def _prefetch_cache(
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    head,
+    first,
+    end,
+    G: tl.constexpr,
     D: tl.constexpr,
-    R: tl.constexpr,
+    L: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    NUM_TOKENS: tl.constexpr,
 ):
-    """Fold the chunks of one (sequence, KV head) in order; the loads go around the L1 cache."""
-    rows_R = tl.arange(0, R)
-    dims_D = tl.arange(0, BLOCK_D)
-    m_R = tl.full([R], float("-inf"), tl.float32)
-    l_R = tl.zeros([R], tl.float32)
-    acc_RD = tl.zeros([R, BLOCK_D], tl.float32)
-    offsets_RD = rows_R[:, None] * D + dims_D[None, :]
-    in_head_RD = (rows_R[:, None] >= 0) & (dims_D[None, :] < D)
-    first = pair.to(tl.int64) * MAX_CHUNKS
-    for group in range(0, num_chunks, UNROLL):
-        for step in tl.static_range(UNROLL):
-            chunk = group + step
-            there = chunk < num_chunks
-            stats = stats_ptr + (first + chunk) * (2 * R) + rows_R
-            chunk_m_R = tl.load(stats, mask=there, other=float("-inf"), cache_modifier=".cg")
-            chunk_l_R = tl.load(stats + R, mask=there, other=0.0, cache_modifier=".cg")
-            chunk_acc_RD = tl.load(
-                partial_ptr + (first + chunk) * (R * D) + offsets_RD,
-                mask=in_head_RD & there,
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            m_R, l_R, acc_RD = _fold(m_R, l_R, acc_RD, chunk_m_R, chunk_l_R, chunk_acc_RD)
-    return l_R, acc_RD
+    """Call the keys and values of up to NUM_TOKENS positions, first .. end - 1, into L2."""
+    LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
+    NUM_LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
+    # Those past the end call the last one again.
+    position_K = tl.minimum(first + tl.arange(0, NUM_TOKENS), end - 1)
+    block_K = tl.load(table_ptr + position_K // L)
+    row_K = (block_K.to(tl.int64) * L + position_K % L) * G + head
+    offsets_KC = row_K[:, None] * D + tl.minimum(tl.arange(0, NUM_LINES) * LINE, D - 1)[None, :]
+    prefetch_to_l2(k_ptr + offsets_KC)
+    prefetch_to_l2(v_ptr + offsets_KC)
 
 
 @triton.jit
-def _store_output(
-    out_ptr, sequence, head, l_R, acc_RD, v_scale, N: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Divide by the softmax's sum and write the group's rows; an empty context gives zeros."""
-    rows_R = tl.arange(0, R)
-    dims_D = tl.arange(0, BLOCK_D)
-    out_RD = acc_RD / tl.where(l_R == 0.0, 1.0, l_R)[:, None] * v_scale
-    row = sequence.to(tl.int64) * N + head * GROUP
-    tl.store(
-        out_ptr + row * D + rows_R[:, None] * D + dims_D[None, :],
-        out_RD.to(out_ptr.dtype.element_ty),
-        mask=(rows_R[:, None] < GROUP) & (dims_D[None, :] < D),
-    )
+def _joined(first_AF, second_AF, A: tl.constexpr, M: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The first M of A = M or 2 * M heads, their halves one after the other: [M, 2 * BLOCK_F]."""
+    heads_AD = tl.permute(tl.join(first_AF, second_AF), (0, 2, 1)).reshape(A, 2 * BLOCK_F)
+    if A > M:
+        heads_AD, _ = tl.split(tl.permute(heads_AD.reshape(2, M, 2 * BLOCK_F), (1, 2, 0)))
+    return heads_AD
 
 
-@triton.jit
-def _cut(context, TILE: tl.constexpr, MAX_CHUNKS: tl.constexpr):
-    """Tiles of a context, tiles a chunk, and chunks: the cut that depends on the length alone."""
-    num_tiles = tl.cdiv(context, TILE)
-    tiles_per_chunk = tl.maximum(tl.cdiv(num_tiles, MAX_CHUNKS), 1)
-    return num_tiles, tiles_per_chunk, tl.cdiv(num_tiles, tiles_per_chunk)
-
-
-@triton.jit
-def _chunks_per_program(context, num_chunks, num_splits, min_tokens):
-    """How many chunks each program of a (sequence, KV head) takes."""
-    num_programs = tl.minimum(tl.cdiv(context, min_tokens), num_splits)
-    return tl.cdiv(num_chunks, tl.maximum(num_programs, 1))
-
-
-@triton.jit(do_not_specialize=["block_table_stride", "num_splits", "min_tokens"])
+@triton.jit(do_not_specialize=["qkv_part_stride", "block_table_stride", "num_splits", "min_tokens"])
 def _decode_kernel(
-    q_ptr,
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    slot_ptr,
     k_ptr,
     v_ptr,
     block_table_ptr,
@@ -124,68 +95,105 @@ def _decode_kernel(
     partial_ptr,
     stats_ptr,
     arrivals_ptr,
+    qkv_stride,
+    qkv_part_stride,
     block_table_stride,
     num_splits,
     min_tokens,
+    eps,
     qk_scale,
     v_scale,
     N: tl.constexpr,
     G: tl.constexpr,
-    D: tl.constexpr,
+    F: tl.constexpr,
     L: tl.constexpr,
     R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    A: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     TILE: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
     LAST_ARRIVER: tl.constexpr,
+    NUM_PREFETCHED: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Attend the R query heads of one KV head to one program's share of a context.
+    """Attend the query heads of one KV head to one program's share of a context.
 
-    Shapes: q and out [S, N, D]; k and v [B, L, G, D]; block_table int32 [S, ...] with a row
-    stride; context int32 [S]; partial float32 [S * G, MAX_CHUNKS, R, D]; stats float32
+    Shapes: qkv [S, X] with a row stride, or float32 [NUM_PARTS, S, X] to be summed; weights [D]; cos and sin [P, F]; position and slot int64
+    [S]; k and v [B, L, G, D]; block_table int32 [S, ...] with a row stride; context int32 [S];
+    out [S, N, D]; partial float32 [S * G, MAX_CHUNKS, R, D]; stats float32
     [S * G, MAX_CHUNKS, 2, R]; arrivals int32 [S * G], zero before and after the launch.
     Grid: (G, S, num_splits).
 
-    Example, N = G = D = 1, scale 1, keys [0, ln 3] and values [1, 5], query 1: the weights are
-    1/4 and 3/4, the output is 4. With a chunk a key, the partials are (m, l, acc) = (0, 1, 1) and
-    (log2 3, 1, 5); folded: m = log2 3, l = 1/3 + 1, acc = 1/3 + 5, and acc / l = 4.
+    Example, N = G = 1, scale 1, and queries, keys and values that differ in one dimension only,
+    where the prepared query is 1, the keys are [0, ln 3], the latter new, and the values [1, 5]:
+    the weights are 1/4 and 3/4, the output is 4. With a chunk a key, the partials are (m, l, acc) =
+    (0, 1, 1) and (log2 3, 1, 5), which `merge_kernel` goes on with.
     """
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
+    D: tl.constexpr = 2 * F
+    BLOCK_D: tl.constexpr = 2 * BLOCK_F
     GROUP: tl.constexpr = N // G
     # The dot's M dimension is at least 16.
     M: tl.constexpr = 16 if R < 16 else R
 
     # Step inputs: complete before the step's first kernel began, so there is no wait for them.
     context = tl.load(context_ptr + sequence)
-    num_tiles, tiles_per_chunk, num_chunks = _cut(context, TILE, MAX_CHUNKS)
+    num_tiles, tiles_per_chunk, num_chunks = cut(context, TILE, MAX_CHUNKS)
     chunks_per_program = num_chunks
     if SPLIT:
-        chunks_per_program = _chunks_per_program(context, num_chunks, num_splits, min_tokens)
+        chunks_per_program = count_chunks_per_program(context, num_chunks, num_splits, min_tokens)
     first_tile = split * chunks_per_program * tiles_per_chunk
     last_tile = tl.minimum(first_tile + chunks_per_program * tiles_per_chunk, num_tiles)
     table_ptr = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     tokens_K = tl.arange(0, TILE)
     position_K = first_tile * TILE + tokens_K
     block_K = tl.load(table_ptr + position_K // L, mask=position_K < context, other=0)
+    half_F = tl.arange(0, BLOCK_F)[None, :]
+    angle_F = tl.load(position_ptr + sequence) * F + half_F
+    cos_F = tl.load(cos_ptr + angle_F, mask=half_F < F, other=0.0).to(tl.float32)
+    sin_F = tl.load(sin_ptr + angle_F, mask=half_F < F, other=0.0).to(tl.float32)
+    weights = load_norm_weights(q_weight_ptr, k_weight_ptr, F, BLOCK_F)
+    slot = tl.load(slot_ptr + sequence)
+    # Nested, because one condition is the compiler's and the other the device's.
+    if USE_PDL and NUM_PREFETCHED > 0:  # noqa: SIM102
+        if first_tile < last_tile:
+            # What is in the cache so far does not come from the kernels that are waited for.
+            _prefetch_cache(
+                k_ptr, v_ptr, table_ptr, head, first_tile * TILE,
+                tl.minimum(last_tile * TILE, context), G, D, L, BLOCK_D, NUM_PREFETCHED * TILE,
+            )  # fmt: skip
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if (split > 0) & (first_tile >= num_tiles):
         return
 
+    # The group's queries, then its key and its value.
+    rows_A = tl.arange(0, A)
+    head_A = tl.where(rows_A < GROUP, head * GROUP + rows_A, N + head + (rows_A - GROUP) * G)
+    has_end = last_tile == num_tiles
+    there_A = (rows_A < GROUP) | (has_end & (rows_A < GROUP + 2))
+    token_ptr = qkv_ptr + sequence.to(tl.int64) * qkv_stride
+    first_AF, second_AF = prepare_heads(
+        token_ptr, qkv_part_stride, head_A, there_A, cos_F, sin_F, weights, eps, N, G, F, BLOCK_F,
+        NUM_PARTS, out_ptr.dtype.element_ty,
+    )  # fmt: skip
+    # Through memory, so that the loop need not know about the new key and value. This program alone
+    # reads them: the barrier orders its threads' stores before all of its loads of the cache, also
+    # the asynchronous ones, and its multiprocessor's L1 cache holds nothing older than its stores.
+    write_cache(k_ptr, v_ptr, slot, head_A, there_A, first_AF, second_AF, N, G, F, BLOCK_F)
+    if has_end:
+        tl.debug_barrier()
+    # Rows past the group's, the key and the value among them, are computed but not used.
+    q_MD = _joined(first_AF, second_AF, A, M, BLOCK_F).to(out_ptr.dtype.element_ty)
+
     rows_M = tl.arange(0, M)
-    dims_D = tl.arange(0, BLOCK_D)
-    q_row = sequence.to(tl.int64) * N + head * GROUP
-    q_MD = tl.load(
-        q_ptr + q_row * D + rows_M[:, None] * D + dims_D[None, :],
-        mask=(rows_M[:, None] < GROUP) & (dims_D[None, :] < D),
-        other=0.0,
-    )
+    dims_D, in_head_D = head_dims(F, BLOCK_F)
     head_D = head * D + dims_D
     whole = chunks_per_program >= num_chunks
 
@@ -200,7 +208,7 @@ def _decode_kernel(
         there_K = position_K < context
         row_K = block_K.to(tl.int64) * L + position_K % L
         offsets_KD = row_K[:, None] * (G * D) + head_D[None, :]
-        there_KD = there_K[:, None] & (dims_D[None, :] < D)
+        there_KD = there_K[:, None] & in_head_D[None, :]
         k_KD = tl.load(k_ptr + offsets_KD, mask=there_KD, other=0.0)
         v_KD = tl.load(v_ptr + offsets_KD, mask=there_KD, other=0.0)
         # A tile ahead, so that the pipelined loads of keys and values need not wait for it.
@@ -222,7 +230,7 @@ def _decode_kernel(
             input_precision="ieee",
         )
         if ((tile + 1) % tiles_per_chunk == 0) | (tile + 1 == num_tiles):
-            # Nested, because one condition is the compiler's and the other the device's.
+            # Nested, as above.
             if SPLIT:  # noqa: SIM102
                 if not whole:
                     pair = (sequence * G + head).to(tl.int64)
@@ -230,15 +238,15 @@ def _decode_kernel(
                     tl.store(
                         partial_ptr + chunk * (R * D) + rows_M[:, None] * D + dims_D[None, :],
                         chunk_acc_MD,
-                        mask=(rows_M[:, None] < R) & (dims_D[None, :] < D),
+                        mask=(rows_M[:, None] < R) & in_head_D[None, :],
                     )
                     stats = stats_ptr + chunk * (2 * R) + rows_M
                     tl.store(stats, chunk_m_M, mask=rows_M < R)
                     tl.store(stats + R, chunk_l_M, mask=rows_M < R)
-            m_M, l_M, acc_MD = _fold(m_M, l_M, acc_MD, chunk_m_M, chunk_l_M, chunk_acc_MD)
+            m_M, l_M, acc_MD = fold(m_M, l_M, acc_MD, chunk_m_M, chunk_l_M, chunk_acc_MD)
 
     if whole:
-        _store_output(out_ptr, sequence, head, l_M, acc_MD, v_scale, N, GROUP, D, M, BLOCK_D)
+        store_output(out_ptr, sequence, head, l_M, acc_MD, v_scale, N, GROUP, F, M, BLOCK_F)
     elif SPLIT and LAST_ARRIVER:
         # All threads' stores come before the one thread's atomic; its release covers them.
         tl.debug_barrier()
@@ -247,55 +255,23 @@ def _decode_kernel(
         arrived = tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel", scope="gpu")
         if arrived == num_programs - 1:
             tl.store(arrivals_ptr + pair, 0)
-            l_R, acc_RD = _merge(
-                partial_ptr, stats_ptr, pair, num_chunks, D, R, BLOCK_D, MAX_CHUNKS, UNROLL
+            l_R, acc_RD = merge(
+                partial_ptr, stats_ptr, pair, num_chunks, F, R, BLOCK_F, MAX_CHUNKS, UNROLL
             )
-            _store_output(out_ptr, sequence, head, l_R, acc_RD, v_scale, N, GROUP, D, R, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["num_splits", "min_tokens"])
-def _merge_kernel(
-    partial_ptr,
-    stats_ptr,
-    context_ptr,
-    out_ptr,
-    num_splits,
-    min_tokens,
-    v_scale,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    """Fold the chunks that several programs of `_decode_kernel` left; shapes as there.
-
-    Grid: (G, S).
-    """
-    head = tl.program_id(0)
-    sequence = tl.program_id(1)
-    context = tl.load(context_ptr + sequence)
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    _, _, num_chunks = _cut(context, TILE, MAX_CHUNKS)
-    if _chunks_per_program(context, num_chunks, num_splits, min_tokens) >= num_chunks:
-        return
-    pair = sequence * G + head
-    l_R, acc_RD = _merge(
-        partial_ptr, stats_ptr, pair, num_chunks, D, R, BLOCK_D, MAX_CHUNKS, UNROLL
-    )
-    _store_output(out_ptr, sequence, head, l_R, acc_RD, v_scale, N, N // G, D, R, BLOCK_D)
+            store_output(out_ptr, sequence, head, l_R, acc_RD, v_scale, N, GROUP, F, R, BLOCK_F)
 
 
 def paged_decode(
-    q_SND: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight_D: torch.Tensor,
+    k_weight_D: torch.Tensor,
+    eps: float,
+    cos_PF: torch.Tensor,
+    sin_PF: torch.Tensor,
+    positions_S: torch.Tensor,
     k_cache_BLGD: torch.Tensor,
     v_cache_BLGD: torch.Tensor,
+    slots_S: torch.Tensor,
     block_tables_SB: torch.Tensor,
     context_lens_S: torch.Tensor,
     scale: float,
@@ -308,22 +284,26 @@ def paged_decode(
     last_arriver: bool = True,
     use_pdl: bool = False,
 ) -> None:
-    """Attend each sequence's one query to its context, into ``out_SND``.
+    """Prepare each sequence's one token as `norm_rope_write` does, and attend, into ``out_SND``.
 
-    The arguments are checked by the caller: q and out contiguous, of one dtype; caches contiguous,
-    of that dtype or float8_e4m3fn; tables int32 with columns side by side; contexts int32, where 0
-    gives zeros. Cache entries outside the contexts are not used, whatever they hold.
+    The arguments are checked by the caller. qkv: [S, X], whose rows may lie apart, of out's dtype, or
+    contiguous float32 [parts, S, X], to be summed and rounded to that. out and caches: contiguous,
+    the caches of out's dtype or float8_e4m3fn. Tables: int32 with columns side by side. Contexts:
+    int32, where 0 gives zeros. Cache entries outside the contexts are not used, whatever they hold.
+    A slot is the last position of its context, or -1 for a context of 0. No sequence may have
+    another's slot in its context, because nothing orders the one's store before the other's load.
 
     Args:
         scale: factor on the scores.
-        k_scale, v_scale: what the cached keys and values are multiplied by.
+        k_scale, v_scale: what the cached keys and values are multiplied by; new ones are written
+            as they are.
         tiles, launch: None: the committed ones.
         last_arriver: merge in the last program that finishes (for which the first call must come
             before any capture of a CUDA graph), else in a second kernel.
         use_pdl: launch before the preceding kernel has ended (compute capability 9 and above);
-            tables and contexts are then read without waiting.
+            everything but ``qkv`` and the caches is then read without waiting.
     """
-    num_sequences, num_heads, head_dim = q_SND.shape
+    num_sequences, num_heads, head_dim = out_SND.shape
     block_size, num_kv_heads = k_cache_BLGD.shape[1:3]
     if num_sequences == 0:
         return
@@ -331,13 +311,14 @@ def paged_decode(
     tiles = tiles or decode_tiles(head_dim, k_cache_BLGD.dtype)
     launch = launch or decode_launch(num_pairs)
     split = launch.num_splits > 1
-    rows = triton.next_power_of_2(num_heads // num_kv_heads)
+    group = num_heads // num_kv_heads
+    rows = triton.next_power_of_2(group)
     shape = {
         "N": num_heads,
         "G": num_kv_heads,
-        "D": head_dim,
+        "F": head_dim // 2,
         "R": rows,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_F": triton.next_power_of_2(head_dim // 2),
         "TILE": tiles.tile,
         "MAX_CHUNKS": tiles.max_chunks,
         "UNROLL": launch.merge_unroll,
@@ -350,12 +331,18 @@ def paged_decode(
     if split:
         chunks = num_pairs * tiles.max_chunks
         partials, stats = torch.empty(
-            chunks * rows * (head_dim + 2), dtype=torch.float32, device=q_SND.device
+            chunks * rows * (head_dim + 2), dtype=torch.float32, device=qkv.device
         ).split([chunks * rows * head_dim, chunks * rows * 2])
         if last_arriver:
-            arrivals = arrival_counters(q_SND.device)
+            arrivals = arrival_counters(qkv.device)
     _decode_kernel[(num_kv_heads, num_sequences, launch.num_splits)](
-        q_SND,
+        qkv,
+        q_weight_D,
+        k_weight_D,
+        cos_PF,
+        sin_PF,
+        positions_S,
+        slots_S,
         k_cache_BLGD,
         v_cache_BLGD,
         block_tables_SB,
@@ -364,19 +351,25 @@ def paged_decode(
         partials,
         stats,
         arrivals,
+        qkv.stride(-2),
+        qkv.stride(0),
         block_tables_SB.stride(0),
         launch.num_splits,
         launch.min_tokens,
+        eps,
         scale * k_scale * LOG2_E,
         v_scale,
         L=block_size,
+        A=max(16, triton.next_power_of_2(group + 2)),
         SPLIT=split,
         LAST_ARRIVER=last_arriver,
+        NUM_PREFETCHED=launch.num_prefetched,
+        NUM_PARTS=len(qkv) if qkv.dim() == 3 else 1,
         num_stages=launch.num_stages,
         **shape,
     )
     if split and not last_arriver:
-        _merge_kernel[(num_kv_heads, num_sequences)](
+        merge_kernel[(num_kv_heads, num_sequences)](
             partials,
             stats,
             context_lens_S,

@@ -34,12 +34,14 @@ class DecodeLaunch:
         min_tokens: tokens a program, at least, where a context is split.
         num_stages: 1 + tiles in flight.
         merge_unroll: chunks that a merging program has in flight.
+        num_prefetched: tiles that a program calls into L2 before the kernel before it has ended.
     """
 
     num_splits: int
     min_tokens: int
     num_stages: int = 4
     merge_unroll: int = 8
+    num_prefetched: int = 2
 
 
 # (most pairs of sequence and KV head, launch): the first row that fits. A launch that splits

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import COUNTERS_PER_STREAM, arrival_counters, supports_pdl
+from .launch import COUNTERS_PER_STREAM, arrival_counters, prefetch_to_l2, supports_pdl
 from .top_k import select_top_k, store_padding
 
 # Up to this many tokens the gate matrix is split among programs.
@@ -34,19 +34,6 @@ WHOLE_MAX_LOGITS = 8192
 NUM_WARPS = 16
 
 assert SPLIT_MAX_TOKENS // SPLIT_BLOCK_T <= COUNTERS_PER_STREAM
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Start to bring the cache lines behind ``pointers`` into L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -93,7 +80,7 @@ def _split_kernel(
         # The gate matrix is no other kernel's output: its lines may come before the wait.
         ELEMENTS: tl.constexpr = 1024 // gate_ptr.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = (CHUNK + ELEMENTS - 1) // ELEMENTS
-        _prefetch(
+        prefetch_to_l2(
             gate_ptr
             + tl.minimum(experts_E, num_experts - 1)[:, None] * hidden
             + tl.minimum(first_column + tl.arange(0, LINES) * ELEMENTS, hidden - 1)[None, :]

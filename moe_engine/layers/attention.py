@@ -15,9 +15,9 @@ from moe_engine.config import ModelConfig
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_engine.layers.norm import RMSNorm
-from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.attention import HeadNorms, attend
 from moe_engine.ops.linear import SplitSums
-from moe_engine.ops.rope import RopeTable, norm_rope_write
+from moe_engine.ops.rope import RopeTable
 
 
 def local_kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> range:
@@ -40,7 +40,6 @@ class Attention(nn.Module):
         model, tp = context.model, context.groups.tp
         self._layer = layer
         self._head_dim = model.head_dim
-        self._eps = model.rms_norm_eps
         q_width = model.num_attention_heads // tp.size * model.head_dim
         q_rows = slice(tp.rank * q_width, (tp.rank + 1) * q_width)
         kv_heads = local_kv_heads(model, tp.size, tp.rank)
@@ -61,18 +60,15 @@ class Attention(nn.Module):
         self, x_TH: torch.Tensor, rope: RopeTable, step: ForwardContext
     ) -> torch.Tensor | SplitSums:
         """Attention output [T, H], the same on every rank of the TP group."""
-        cache = step.kv.layer(self._layer)
-        q_TND = norm_rope_write(
-            self.qkv_proj(x_TH),
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self._eps,
+        out_TND = attend(
+            self.qkv_proj.unsummed(x_TH),
+            HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps),
             rope,
             step.positions_T,
-            cache,
-            step.batch.slots_T,
+            step.kv.layer(self._layer),
+            step.batch,
+            self._head_dim**-0.5,
         )
-        out_TND = paged_attention(q_TND, cache, step.batch, self._head_dim**-0.5)
         return self.o_proj(out_TND.flatten(1))
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:

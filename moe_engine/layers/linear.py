@@ -43,6 +43,12 @@ class ColumnParallelLinear(nn.Module):
         """The local outputs of all projections side by side, [T, sum of local rows]."""
         return linear(x_TI, self.weight, self.bias)
 
+    def unsummed(self, x_TI: torch.Tensor) -> torch.Tensor | SplitSums:
+        """The same, perhaps still to be summed."""
+        if self.bias is not None:
+            return self(x_TI)
+        return unsummed_linear(x_TI, self.weight)
+
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint, named ``<prefix><projection>.weight`` / ``.bias``."""
         first = 0

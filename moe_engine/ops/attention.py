@@ -11,8 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from moe_engine.ops import cudnn_prefill, native
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, plan_prefills
 from moe_engine.ops.reference import attention as reference
+from moe_engine.ops.rope import RopeTable, norm_rope_write
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Weights [D] and epsilon of the norms of query and key heads."""
+
+    q_weight_D: torch.Tensor
+    k_weight_D: torch.Tensor
+    eps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +115,61 @@ def paged_attention(
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
     with torch.cuda.device(q_TND.device):
         return _on_gpu(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale)
+
+
+def attend(
+    qkv: torch.Tensor | SplitSums,
+    norms: HeadNorms,
+    rope: RopeTable,
+    positions_T: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    scale: float,
+) -> torch.Tensor:
+    """`norm_rope_write`, then `paged_attention`; [T, N, D]. In one launch where all decode.
+
+    Args:
+        qkv: [T, X], or what is still to be summed to that.
+        norms: the norms of query and key heads.
+    """
+    k_cache_BLGD, v_cache_BLGD = cache
+    is_fused = k_cache_BLGD.is_cuda and native.has_triton() and not batch.prefills
+    if not is_fused:
+        qkv_TX = qkv.summed() if isinstance(qkv, SplitSums) else qkv
+        q_TND = norm_rope_write(
+            qkv_TX, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
+            batch.slots_T,
+        )  # fmt: skip
+        return paged_attention(q_TND, cache, batch, scale)
+
+    from moe_engine.kernels.launch import supports_pdl
+    from moe_engine.kernels.paged_decode import paged_decode
+
+    parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
+    num_tokens, width = parts.shape[-2:]
+    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
+    out_TND = parts.new_empty(
+        num_tokens, width // head_dim - 2 * num_kv_heads, head_dim, dtype=qkv.dtype
+    )
+    with torch.cuda.device(parts.device):
+        paged_decode(
+            parts,
+            norms.q_weight_D,
+            norms.k_weight_D,
+            norms.eps,
+            rope.cos_PF,
+            rope.sin_PF,
+            positions_T,
+            k_cache_BLGD,
+            v_cache_BLGD,
+            batch.slots_T,
+            batch.block_tables_SB,
+            batch.context_lens_S,
+            scale,
+            out_TND,
+            use_pdl=supports_pdl(parts.device),
+        )
+    return out_TND
 
 
 def _on_gpu(

@@ -1,4 +1,4 @@
-// How the warps of a grouped product store what they have made of a tile.
+// How the warpgroups of a grouped product store what they have made of a tile.
 #pragma once
 
 #include "expert_tiles.cuh"
@@ -44,24 +44,27 @@ struct Destinations {
   }
 };
 
-// Stores what a warp has made of a tile. 32 pairs at a time go through its buffer, transposed, so
-// that a thread stores 8 consecutive elements of a pair's row. With 16 of a pair, the two pieces
-// trade places every four pairs to spread them over the banks.
+// Stores what a warpgroup has made of a tile. 32 pairs at a time go through its buffer, transposed,
+// so that neighbouring threads store neighbouring pieces of a pair's row. The pieces of a row are
+// swizzled to spread them over the banks.
 template <typename S>
 __device__ __forceinline__ void store(const GroupedProduct& p, const TileWalk& tile,
                                       const float* acc, const Destinations<S>& destinations,
                                       const char* buffer) {
-  constexpr int kPairs = kStoredAtOnce;
-  constexpr int kPieces = S::kPieces;  // of a pair, from a block of 64 rows of the weights
-  constexpr int kElements = kPieces * 8;
-  constexpr int kBufferBytes = kPairs * kPieces * 16;  // of a block
-  const int warp = threadIdx.x / 32;
+  constexpr int kPieces = S::kPieces;
+  constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
+  const int warpgroup = threadIdx.x / 128;
+  const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
-  const auto place = [](int pair, int piece) {
-    return (pair * kPieces + (kPieces == 2 ? piece ^ (pair / 4 % 2) : 0)) * 16;
+  const std::uint32_t row_address = shared_address(buffer) + lane * kPieces * 16;
+  const auto transpose = [&](int piece, const std::uint32_t (&packed)[4]) {
+    store_transposed_x4(row_address + (piece ^ (lane & kMask)) * 16, packed[0], packed[1],
+                        packed[2], packed[3]);
   };
+  const int first_element = (tile.row_tile * S::kWarpgroups + warpgroup) * kPieces * 8;
 #pragma unroll
   for (int i = 0; i < Destinations<S>::kCount; ++i) {
+    constexpr int kPairs = kStoredAtOnce;
     if (kPairs * i >= tile.num_pairs) break;
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
@@ -76,31 +79,27 @@ __device__ __forceinline__ void store(const GroupedProduct& p, const TileWalk& t
           packed[1][j] = pack_bf16(d[2], d[3]);
         }
       }
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        store_transposed_x4(shared_address(buffer) + block * kBufferBytes + place(lane, piece),
-                            packed[piece][0], packed[piece][1], packed[piece][2], packed[piece][3]);
+      if constexpr (S::kGateUp) {
+        transpose(4 * block + warp, packed[0]);
+      } else {
+        transpose(8 * block + 2 * warp, packed[0]);
+        transpose(8 * block + 2 * warp + 1, packed[1]);
       }
     }
-    __syncwarp();
+    sync_warpgroup(warpgroup);
 #pragma unroll
-    for (int block = 0; block < S::kBlocks; ++block) {
-      const int first_element =
-          (((tile.row_tile * S::kWarpgroups + warp / 4) * S::kBlocks + block) * 4 + warp % 4) *
-          kElements;
-#pragma unroll
-      for (int k = 0; k < kPieces; ++k) {
-        const int pair = (32 * k + lane) / kPieces;
-        const int piece = lane % kPieces;
-        const std::int64_t row = __shfl_sync(0xFFFFFFFF, destinations.rows[i], pair);
-        const int element = first_element + 8 * piece;
-        if (kPairs * i + pair < tile.num_pairs && element < p.out_width) {
-          *reinterpret_cast<uint4*>(p.out + row * p.out_width + element) =
-              *reinterpret_cast<const uint4*>(buffer + block * kBufferBytes + place(pair, piece));
-        }
+    for (int k = 0; k < kPairs * kPieces / 128; ++k) {
+      const int index = k * 128 + static_cast<int>(threadIdx.x % 128);
+      const int pair = index / kPieces;
+      const int piece = index % kPieces;
+      const std::int64_t row = __shfl_sync(0xFFFFFFFF, destinations.rows[i], pair);
+      const int element = first_element + 8 * piece;
+      if (kPairs * i + pair < tile.num_pairs && element < p.out_width) {
+        *reinterpret_cast<uint4*>(p.out + row * p.out_width + element) =
+            reinterpret_cast<const uint4*>(buffer)[pair * kPieces + (piece ^ (pair & kMask))];
       }
     }
-    __syncwarp();
+    sync_warpgroup(warpgroup);
   }
 }
 

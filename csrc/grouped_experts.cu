@@ -33,9 +33,9 @@ struct Shape : RingShape<kWarpgroups_, kBlocks_, kTokens_, kStepAtoms_, kStages_
   static constexpr int kLoadedRows = Shape::kRows / kCluster_;  // of the weights, by one block
   static constexpr int kThreads = 32 * (Shape::kConsumerWarps + kProducerWarps_);
   static constexpr bool kMovesRegisters = Shape::kAccumulators > 64;
-  // What a warp makes of one pair and block, in pieces of 16 bytes: 8 consecutive elements.
-  static constexpr int kPieces = kGateUp_ ? 1 : 2;
-  static constexpr int kStoreBytes = kBlocks_ * kStoredAtOnce * kPieces * 16;  // of a warp
+  // What a warpgroup makes of one pair, in pieces of 16 bytes: 8 consecutive elements.
+  static constexpr int kPieces = kBlocks_ * (kGateUp_ ? 4 : 8);
+  static constexpr int kStoreBytes = kStoredAtOnce * kPieces * 16;  // of a warpgroup
   static constexpr int kTokenBox =  // pairs that one copy of h takes
       kTokens_ <= 64 ? kTokens_ : (kTokens_ % 64 == 0 ? 64 : 72);
 };
@@ -48,7 +48,7 @@ struct SharedTail {
 
 template <typename S>
 constexpr int shared_bytes() {
-  return 1024 + S::kStages * S::kStageBytes + S::kConsumerWarps * S::kStoreBytes +
+  return 1024 + S::kStages * S::kStageBytes + S::kWarpgroups * S::kStoreBytes +
          static_cast<int>(sizeof(SharedTail<S>));
 }
 
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   extern __shared__ char shared[];
   char* const stages = align_stages(shared);
   char* const buffers = stages + S::kStages * S::kStageBytes;
-  auto& tail = *reinterpret_cast<SharedTail<S>*>(buffers + S::kConsumerWarps * S::kStoreBytes);
+  auto& tail = *reinterpret_cast<SharedTail<S>*>(buffers + S::kWarpgroups * S::kStoreBytes);
   const Ring<S> ring{shared_address(stages), tail.barriers.full, tail.barriers.empty};
   const int warp = threadIdx.x / 32;
   const int num_steps = p.depth / (kAtom * S::kStepAtoms);
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       wait_for_previous_kernels();
       let_next_kernel_start();
     }
-    consume<S>(p, ring, buffers + warp * S::kStoreBytes, walk, num_steps);
+    consume<S>(p, ring, buffers + warp / 4 * S::kStoreBytes, walk, num_steps);
   }
   if constexpr (S::kCluster > 1) {
     __syncwarp();

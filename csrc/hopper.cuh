@@ -96,6 +96,11 @@ __device__ __forceinline__ int block_in_cluster() {
   return rank;
 }
 
+// A barrier for the 128 threads of a warpgroup of the block.
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+}
+
 // A barrier for all threads of the cluster.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

@@ -205,12 +205,11 @@ def norm_rope_write(
     k_cache_BLGD: torch.Tensor,
     v_cache_BLGD: torch.Tensor,
     slots_T: torch.Tensor,
-    q_TND: torch.Tensor,
     *,
     launch: tuple[int, int, int] | None = None,
     use_pdl: bool = False,
-) -> None:
-    """Queries go to ``q_TND``, in ``qkv_TX``'s dtype; keys and values to the cache, in its dtype.
+) -> torch.Tensor:
+    """Queries [T, N, D] in ``qkv_TX``'s dtype; keys and values go to the cache, in its dtype.
 
     The arguments are checked by the caller; the rows of ``qkv_TX`` may lie apart.
 
@@ -219,10 +218,12 @@ def norm_rope_write(
         use_pdl: launch before the preceding kernel has ended (compute capability 9 and above);
             ``positions_T``, ``slots_T``, the tables and weights are then read without waiting.
     """
-    num_tokens, num_heads, head_dim = q_TND.shape
-    num_kv_heads = k_cache_BLGD.shape[2]
+    num_tokens = qkv_TX.shape[0]
+    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
+    num_heads = qkv_TX.shape[1] // head_dim - 2 * num_kv_heads
+    q_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv_TX.dtype, device=qkv_TX.device)
     if num_tokens == 0:
-        return
+        return q_TND
     if launch is None:
         launch = next(row[1:] for row in LAUNCHES if num_tokens <= row[0])
     block_heads, block_tokens, num_warps = launch
@@ -252,3 +253,4 @@ def norm_rope_write(
         num_warps=num_warps,
         launch_pdl=use_pdl,
     )
+    return q_TND

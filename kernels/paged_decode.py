@@ -6,14 +6,15 @@ M rows of the matrix products (R, at least 16), A heads that a program prepares.
 
 Memory-bound: a step reads every cached key and value once. Split-KV attention (flash-decoding,
 https://pytorch.org/blog/flash-decoding): a context is cut into at most MAX_CHUNKS chunks of whole
-tiles, by its length alone (`paged_decode_chunks`). A chunk is attended to by itself, and the chunks'
-results are folded in order. How many programs share the chunks depends on the launch, but not what
-is computed: a sequence's output has the same bits alone, in any batch and in any bucket of a CUDA
-graph.
+tiles, by its length alone (`paged_decode_chunks`). A chunk is attended to by itself, and the
+chunks' results are folded in order. How many programs share the chunks depends on the launch, but
+not what is computed: a sequence's output has the same bits alone, in any batch and in any bucket of
+a CUDA graph.
 
-A program prepares the queries that it needs itself, which saves a launch: reading the projection's
-row again is nothing beside the cache. The new key and value belong to the program that attends to
-the end of the context, and ride along in the tile of the queries, which has room for them.
+A program can prepare the queries that it needs itself, which saves a launch: reading the
+projection's row again is nothing beside the cache. The new key and value belong to the program that
+attends to the end of the context, and ride along in the tile of the queries, which has room for
+them.
 """
 
 from __future__ import annotations
@@ -116,13 +117,17 @@ def _decode_kernel(
     SPLIT: tl.constexpr,
     LAST_ARRIVER: tl.constexpr,
     NUM_PREFETCHED: tl.constexpr,
+    PREPARE: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Attend the query heads of one KV head to one program's share of a context.
 
-    Shapes: qkv [S, X] with a row stride, or float32 [NUM_PARTS, S, X] to be summed; weights [D]; cos and sin [P, F]; position and slot int64
-    [S]; k and v [B, L, G, D]; block_table int32 [S, ...] with a row stride; context int32 [S];
+    With PREPARE, queries, keys and values are made of the fused projection, see `prepare_heads`;
+    else qkv holds queries [S, N * D], and the cache all keys and values.
+
+    Shapes: qkv [S, X] with a row stride, or float32 [NUM_PARTS, S, X] to be summed; weights [D];
+    cos and sin [P, F]; position and slot int64 [S]; k and v [B, L, G, D]; block_table int32 [S, ...] with a row stride; context int32 [S];
     out [S, N, D]; partial float32 [S * G, MAX_CHUNKS, R, D]; stats float32
     [S * G, MAX_CHUNKS, 2, R]; arrivals int32 [S * G], zero before and after the launch.
     Grid: (G, S, num_splits).
@@ -153,12 +158,13 @@ def _decode_kernel(
     tokens_K = tl.arange(0, TILE)
     position_K = first_tile * TILE + tokens_K
     block_K = tl.load(table_ptr + position_K // L, mask=position_K < context, other=0)
-    half_F = tl.arange(0, BLOCK_F)[None, :]
-    angle_F = tl.load(position_ptr + sequence) * F + half_F
-    cos_F = tl.load(cos_ptr + angle_F, mask=half_F < F, other=0.0).to(tl.float32)
-    sin_F = tl.load(sin_ptr + angle_F, mask=half_F < F, other=0.0).to(tl.float32)
-    weights = load_norm_weights(q_weight_ptr, k_weight_ptr, F, BLOCK_F)
-    slot = tl.load(slot_ptr + sequence)
+    if PREPARE:
+        half_F = tl.arange(0, BLOCK_F)[None, :]
+        angle_F = tl.load(position_ptr + sequence) * F + half_F
+        cos_F = tl.load(cos_ptr + angle_F, mask=half_F < F, other=0.0).to(tl.float32)
+        sin_F = tl.load(sin_ptr + angle_F, mask=half_F < F, other=0.0).to(tl.float32)
+        weights = load_norm_weights(q_weight_ptr, k_weight_ptr, F, BLOCK_F)
+        slot = tl.load(slot_ptr + sequence)
     # Nested, because one condition is the compiler's and the other the device's.
     if USE_PDL and NUM_PREFETCHED > 0:  # noqa: SIM102
         if first_tile < last_tile:
@@ -173,27 +179,34 @@ def _decode_kernel(
     if (split > 0) & (first_tile >= num_tiles):
         return
 
-    # The group's queries, then its key and its value.
-    rows_A = tl.arange(0, A)
-    head_A = tl.where(rows_A < GROUP, head * GROUP + rows_A, N + head + (rows_A - GROUP) * G)
-    has_end = last_tile == num_tiles
-    there_A = (rows_A < GROUP) | (has_end & (rows_A < GROUP + 2))
-    token_ptr = qkv_ptr + sequence.to(tl.int64) * qkv_stride
-    first_AF, second_AF = prepare_heads(
-        token_ptr, qkv_part_stride, head_A, there_A, cos_F, sin_F, weights, eps, N, G, F, BLOCK_F,
-        NUM_PARTS, out_ptr.dtype.element_ty,
-    )  # fmt: skip
-    # Through memory, so that the loop need not know about the new key and value. This program alone
-    # reads them: the barrier orders its threads' stores before all of its loads of the cache, also
-    # the asynchronous ones, and its multiprocessor's L1 cache holds nothing older than its stores.
-    write_cache(k_ptr, v_ptr, slot, head_A, there_A, first_AF, second_AF, N, G, F, BLOCK_F)
-    if has_end:
-        tl.debug_barrier()
-    # Rows past the group's, the key and the value among them, are computed but not used.
-    q_MD = _joined(first_AF, second_AF, A, M, BLOCK_F).to(out_ptr.dtype.element_ty)
-
     rows_M = tl.arange(0, M)
     dims_D, in_head_D = head_dims(F, BLOCK_F)
+    token_ptr = qkv_ptr + sequence.to(tl.int64) * qkv_stride
+    if PREPARE:
+        # The group's queries, then its key and its value.
+        rows_A = tl.arange(0, A)
+        head_A = tl.where(rows_A < GROUP, head * GROUP + rows_A, N + head + (rows_A - GROUP) * G)
+        has_end = last_tile == num_tiles
+        there_A = (rows_A < GROUP) | (has_end & (rows_A < GROUP + 2))
+        first_AF, second_AF = prepare_heads(
+            token_ptr, qkv_part_stride, head_A, there_A, cos_F, sin_F, weights, eps, N, G, F,
+            BLOCK_F, NUM_PARTS, out_ptr.dtype.element_ty,
+        )  # fmt: skip
+        # Through memory, so that the loop need not know about the new key and value. This program
+        # alone reads them: the barrier orders its threads' stores before all of its loads of the
+        # cache, also the asynchronous ones, and its multiprocessor's L1 cache holds nothing older
+        # than its stores.
+        write_cache(k_ptr, v_ptr, slot, head_A, there_A, first_AF, second_AF, N, G, F, BLOCK_F)
+        if has_end:
+            tl.debug_barrier()
+        # Rows past the group's, the key and the value among them, are computed but not used.
+        q_MD = _joined(first_AF, second_AF, A, M, BLOCK_F).to(out_ptr.dtype.element_ty)
+    else:
+        q_MD = tl.load(
+            token_ptr + (head * GROUP + rows_M[:, None]) * D + dims_D[None, :],
+            mask=(rows_M[:, None] < GROUP) & in_head_D[None, :],
+            other=0.0,
+        )
     head_D = head * D + dims_D
     whole = chunks_per_program >= num_chunks
 
@@ -262,21 +275,16 @@ def _decode_kernel(
 
 
 def paged_decode(
-    qkv: torch.Tensor,
-    q_weight_D: torch.Tensor,
-    k_weight_D: torch.Tensor,
-    eps: float,
-    cos_PF: torch.Tensor,
-    sin_PF: torch.Tensor,
-    positions_S: torch.Tensor,
+    q_SND: torch.Tensor,
     k_cache_BLGD: torch.Tensor,
     v_cache_BLGD: torch.Tensor,
-    slots_S: torch.Tensor,
     block_tables_SB: torch.Tensor,
     context_lens_S: torch.Tensor,
     scale: float,
     out_SND: torch.Tensor,
     *,
+    prepare: tuple[torch.Tensor, ...] | None = None,
+    eps: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     tiles: DecodeTiles | None = None,
@@ -284,24 +292,28 @@ def paged_decode(
     last_arriver: bool = True,
     use_pdl: bool = False,
 ) -> None:
-    """Prepare each sequence's one token as `norm_rope_write` does, and attend, into ``out_SND``.
+    """Attend each sequence's one query to its context, into ``out_SND``.
 
-    The arguments are checked by the caller. qkv: [S, X], whose rows may lie apart, of out's dtype, or
-    contiguous float32 [parts, S, X], to be summed and rounded to that. out and caches: contiguous,
-    the caches of out's dtype or float8_e4m3fn. Tables: int32 with columns side by side. Contexts:
-    int32, where 0 gives zeros. Cache entries outside the contexts are not used, whatever they hold.
-    A slot is the last position of its context, or -1 for a context of 0. No sequence may have
-    another's slot in its context, because nothing orders the one's store before the other's load.
+    The arguments are checked by the caller: q and out contiguous, of one dtype; caches contiguous,
+    of that dtype or float8_e4m3fn; tables int32 with columns side by side; contexts int32, where 0
+    gives zeros. Cache entries outside the contexts are not used, whatever they hold.
 
     Args:
+        q_SND: the queries; with ``prepare`` instead the fused projection [S, X], whose rows may lie
+            apart, or contiguous float32 parts of it [parts, S, X].
         scale: factor on the scores.
+        prepare: make queries, keys and values as `norm_rope_write` does, from its arguments
+            ``(q_weight_D, k_weight_D, cos_PF, sin_PF, positions_S, slots_S)``. A slot is the last
+            position of its context, or -1 for a context of 0. No sequence may have another's slot
+            in its context, because nothing orders the one's store before the other's load.
+        eps: of the norms.
         k_scale, v_scale: what the cached keys and values are multiplied by; new ones are written
             as they are.
         tiles, launch: None: the committed ones.
         last_arriver: merge in the last program that finishes (for which the first call must come
             before any capture of a CUDA graph), else in a second kernel.
         use_pdl: launch before the preceding kernel has ended (compute capability 9 and above);
-            everything but ``qkv`` and the caches is then read without waiting.
+            everything but ``q_SND`` and the caches is then read without waiting.
     """
     num_sequences, num_heads, head_dim = out_SND.shape
     block_size, num_kv_heads = k_cache_BLGD.shape[1:3]
@@ -331,18 +343,14 @@ def paged_decode(
     if split:
         chunks = num_pairs * tiles.max_chunks
         partials, stats = torch.empty(
-            chunks * rows * (head_dim + 2), dtype=torch.float32, device=qkv.device
+            chunks * rows * (head_dim + 2), dtype=torch.float32, device=out_SND.device
         ).split([chunks * rows * head_dim, chunks * rows * 2])
         if last_arriver:
-            arrivals = arrival_counters(qkv.device)
+            arrivals = arrival_counters(out_SND.device)
+    is_split = prepare is not None and q_SND.dim() == 3
     _decode_kernel[(num_kv_heads, num_sequences, launch.num_splits)](
-        qkv,
-        q_weight_D,
-        k_weight_D,
-        cos_PF,
-        sin_PF,
-        positions_S,
-        slots_S,
+        q_SND,
+        *(prepare or [out_SND] * 6),
         k_cache_BLGD,
         v_cache_BLGD,
         block_tables_SB,
@@ -351,8 +359,8 @@ def paged_decode(
         partials,
         stats,
         arrivals,
-        qkv.stride(-2),
-        qkv.stride(0),
+        q_SND.stride(1 if is_split else 0),
+        q_SND.stride(0),
         block_tables_SB.stride(0),
         launch.num_splits,
         launch.min_tokens,
@@ -363,8 +371,9 @@ def paged_decode(
         A=max(16, triton.next_power_of_2(group + 2)),
         SPLIT=split,
         LAST_ARRIVER=last_arriver,
-        NUM_PREFETCHED=launch.num_prefetched,
-        NUM_PARTS=len(qkv) if qkv.dim() == 3 else 1,
+        NUM_PREFETCHED=launch.num_prefetched if prepare else 0,
+        PREPARE=prepare is not None,
+        NUM_PARTS=len(q_SND) if is_split else 1,
         num_stages=launch.num_stages,
         **shape,
     )

@@ -154,19 +154,21 @@ def attend(
     with torch.cuda.device(parts.device):
         paged_decode(
             parts,
-            norms.q_weight_D,
-            norms.k_weight_D,
-            norms.eps,
-            rope.cos_PF,
-            rope.sin_PF,
-            positions_T,
             k_cache_BLGD,
             v_cache_BLGD,
-            batch.slots_T,
             batch.block_tables_SB,
             batch.context_lens_S,
             scale,
             out_TND,
+            prepare=(
+                norms.q_weight_D,
+                norms.k_weight_D,
+                rope.cos_PF,
+                rope.sin_PF,
+                positions_T,
+                batch.slots_T,
+            ),
+            eps=norms.eps,
             use_pdl=supports_pdl(parts.device),
         )
     return out_TND

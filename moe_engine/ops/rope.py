@@ -63,9 +63,7 @@ def norm_rope_write(
         assert rope.cos_PF.is_contiguous(), rope.cos_PF.stride()
         assert rope.sin_PF.is_contiguous(), rope.sin_PF.stride()
         with torch.cuda.device(qkv_TX.device):
-            num_heads = qkv_TX.shape[1] // head_dim - 2 * k_cache_BLGD.shape[2]
-            q_TND = qkv_TX.new_empty(qkv_TX.shape[0], num_heads, head_dim)
-            kernels.norm_rope_write(
+            q_TND: torch.Tensor = kernels.norm_rope_write(
                 qkv_TX,
                 q_weight_D,
                 k_weight_D,
@@ -76,7 +74,6 @@ def norm_rope_write(
                 k_cache_BLGD,
                 v_cache_BLGD,
                 slots_T,
-                q_TND,
                 use_pdl=supports_pdl(qkv_TX.device),
             )
         return q_TND

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from moe_engine.ops import attention
+from moe_engine.ops.reference import rope as rope_reference
+from moe_engine.ops.rope import RopeTable, norm_rope_write
 from tests.kernels.paged import Case, expected, make_case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs triton, and a GPU or TRITON_INTERPRET=1",
 )
 if importlib.util.find_spec("triton") is not None:
+    from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
     from moe_engine.kernels.paged_decode_table import DecodeLaunch, DecodeTiles
 
@@ -230,3 +233,117 @@ def test_cuda_tensors_take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     case = decodes([5], dtype=torch.bfloat16)
     attention.paged_attention(case.q_TND, case.cache, case.batch, case.scale)
     assert calls == [1]
+
+
+def prepared(
+    case: Case, num_parts: int, rope_dim: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """A projection [num_parts, S, X] for the case, and what `paged_decode` prepares it with."""
+    num_sequences, num_heads, head_dim = case.q_TND.shape
+    num_kv_heads = case.cache[0].shape[2]
+    parts = torch.randn(num_parts, num_sequences, (num_heads + 2 * num_kv_heads) * head_dim)
+    weights = (torch.rand(2, head_dim) + 0.5).to(case.q_TND.dtype)
+    angles_PF = torch.rand(400, rope_dim)
+    positions_S = (case.batch.context_lens_S - 1).clamp(min=0).to(torch.int64)
+    prepare = (*weights, angles_PF.cos(), angles_PF.sin(), positions_S, case.batch.slots_T)
+    return parts.to(DEVICE), tuple(tensor.to(DEVICE) for tensor in prepare)
+
+
+# Dtype, the cache's dtype if it is another, parts of the projection, and heads.
+PREPARED = [
+    (torch.float32, None, 1, (8, 1, 16)),
+    (torch.float32, None, 4, (4, 4, 32)),
+    (torch.bfloat16, None, 8, (6, 2, 32)),
+    (torch.float16, None, 1, (16, 1, 16)),
+    (torch.bfloat16, FP8, 1, (4, 2, 24)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype", "num_parts", "heads"), PREPARED)
+def test_prepares_the_new_tokens_as_norm_rope_write_does(
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    num_parts: int,
+    heads: tuple[int, int, int],
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    case = decodes(
+        [0, 1, 17, 65, 130, 0],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+    )
+    parts, prepare = prepared(case, num_parts, head_dim // 2)
+    qkv = parts if num_parts > 1 else parts[0].to(dtype)
+    summed = attention.SplitSums(parts, dtype).summed()
+    q_weight_D, k_weight_D, cos_PF, sin_PF, positions_S, slots_S = prepare
+    expected_cache = tuple(tensor.to(dtype) for tensor in case.cache)
+    q_SND = rope_reference.norm_rope_write(
+        summed,
+        q_weight_D,
+        k_weight_D,
+        1e-6,
+        (cos_PF, sin_PF),
+        positions_S,
+        *expected_cache,
+        slots_S,
+    )
+    expected_cache = tuple(tensor.to(cache_dtype or dtype) for tensor in expected_cache)
+    expected_SND = expected(replace(case, q_TND=q_SND, cache=expected_cache))
+    cache = tuple(tensor.clone() for tensor in case.cache)
+    out_SND = torch.full_like(case.q_TND, math.nan)
+    for launch in (None, DecodeLaunch(num_splits=3, min_tokens=16)):
+        paged_decode(
+            qkv,
+            *cache,
+            case.batch.block_tables_SB,
+            case.batch.context_lens_S,
+            case.scale,
+            out_SND,
+            prepare=prepare,
+            eps=1e-6,
+            tiles=DecodeTiles(**SMALL_TILES),
+            launch=launch,
+            use_pdl=not INTERPRETED and supports_pdl(out_SND.device),
+        )
+        tolerance = 2 * TOLERANCE[dtype] if cache_dtype is None else 6e-2
+        torch.testing.assert_close(out_SND.float(), expected_SND, rtol=tolerance, atol=tolerance)
+        # Rounded twice, by the reference to the dtype first: an eighth is one step of float8.
+        rtol = tolerance if cache_dtype is None else 0.13
+        for ours, theirs in zip(cache, expected_cache, strict=True):
+            torch.testing.assert_close(
+                ours.float(), theirs.float(), rtol=rtol, atol=tolerance, equal_nan=True
+            )
+
+
+@needs_gpu
+@pytest.mark.parametrize("num_parts", [1, 4])
+@pytest.mark.parametrize(
+    "contexts", [[576], [570 + i for i in range(33)], [1, 2100, 0, 64, 65] * 40]
+)
+def test_the_operator_writes_the_bits_of_norm_rope_write(
+    contexts: list[int], num_parts: int
+) -> None:
+    case = decodes(contexts, num_heads=32, num_kv_heads=4, head_dim=128, dtype=torch.bfloat16)
+    parts, prepare = prepared(case, num_parts, 64)
+    prepare = (*prepare[:2], *(torch.rand(2, 2200, 64, device=DEVICE)), *prepare[4:])
+    rope = RopeTable(*prepare[2:4])
+    sums = attention.SplitSums(parts, torch.bfloat16)
+    cache = tuple(tensor.clone() for tensor in case.cache)
+    q_SND = norm_rope_write(sums.summed(), *prepare[:2], 1e-6, rope, prepare[4], cache, prepare[5])
+    expected_SND = attention.paged_attention(q_SND, cache, case.batch, case.scale)
+    ours = tuple(tensor.clone() for tensor in case.cache)
+    out_SND = attention.attend(
+        sums if num_parts > 1 else sums.summed(),
+        attention.HeadNorms(*prepare[:2], 1e-6),
+        rope,
+        prepare[4],
+        ours,
+        case.batch,
+        case.scale,
+    )
+    assert torch.equal(out_SND, expected_SND)
+    for mine, theirs in zip(ours, cache, strict=True):
+        assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16))

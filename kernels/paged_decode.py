@@ -127,9 +127,10 @@ def _decode_kernel(
     else qkv holds queries [S, N * D], and the cache all keys and values.
 
     Shapes: qkv [S, X] with a row stride, or float32 [NUM_PARTS, S, X] to be summed; weights [D];
-    cos and sin [P, F]; position and slot int64 [S]; k and v [B, L, G, D]; block_table int32 [S, ...] with a row stride; context int32 [S];
-    out [S, N, D]; partial float32 [S * G, MAX_CHUNKS, R, D]; stats float32
-    [S * G, MAX_CHUNKS, 2, R]; arrivals int32 [S * G], zero before and after the launch.
+    cos and sin [P, F]; position and slot int64 [S]; k and v [B, L, G, D]; block_table int32
+    [S, ...] with a row stride; context int32 [S]; out [S, N, D]; partial float32
+    [S * G, MAX_CHUNKS, R, D]; stats float32 [S * G, MAX_CHUNKS, 2, R]; arrivals int32 [S * G], zero
+    before and after the launch.
     Grid: (G, S, num_splits).
 
     Example, N = G = 1, scale 1, and queries, keys and values that differ in one dimension only,

@@ -255,7 +255,8 @@ PREPARED = [
     (torch.float32, None, 4, (4, 4, 32)),
     (torch.bfloat16, None, 8, (6, 2, 32)),
     (torch.float16, None, 1, (16, 1, 16)),
-    (torch.bfloat16, FP8, 1, (4, 2, 24)),
+    # Triton's interpreter rounds to float8 without the carry.
+    pytest.param(torch.bfloat16, FP8, 1, (4, 2, 24), marks=needs_gpu),
 ]
 
 

@@ -131,7 +131,7 @@ def write_cache(
     tl.store(v_ptr + offset_RF + F, second_RF.to(v_ptr.dtype.element_ty), mask=to_v_RF)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "qkv_part_stride"])
 def _norm_rope_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -145,6 +145,7 @@ def _norm_rope_kernel(
     v_ptr,
     num_tokens,
     qkv_stride,
+    qkv_part_stride,
     eps,
     N: tl.constexpr,
     G: tl.constexpr,
@@ -152,21 +153,24 @@ def _norm_rope_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Norm, rotate and store BLOCK_A heads of BLOCK_T tokens.
 
-    Shapes: qkv [T, A * D] with a row stride; weights [D]; cos and sin [P, F]; position and slot
-    int64 [T]; q [T, N, D]; k and v [B * L, G, D]. Grid: (heads / BLOCK_A, tokens / BLOCK_T).
-    float32 arithmetic, rounded once.
+    Shapes: qkv [T, A * D] with a row stride, or float32 [NUM_PARTS, T, A * D] to be summed; weights
+    [D]; cos and sin [P, F]; position and slot int64 [T]; q [T, N, D]; k and v [B * L, G, D].
+    Programs: the heads of a block of tokens follow each other. float32 arithmetic, rounded once.
 
     Example, D = 2, weight 1, eps 0, a quarter turn (cos 0, sin 1): the head (3, 4) has the mean
     square 12.5, its norm is (0.849, 1.131), rotated it is (-1.131, 0.849). A value head stays.
     """
     D: tl.constexpr = 2 * F
+    BLOCKS_OF_HEADS: tl.constexpr = (N + 2 * G + BLOCK_A - 1) // BLOCK_A
     rows_R = tl.arange(0, BLOCK_T * BLOCK_A)
-    token_R = tl.program_id(1) * BLOCK_T + rows_R // BLOCK_A
-    head_R = tl.program_id(0) * BLOCK_A + rows_R % BLOCK_A
+    # One axis, because the others end at 65,535.
+    token_R = tl.program_id(0) // BLOCKS_OF_HEADS * BLOCK_T + rows_R // BLOCK_A
+    head_R = tl.program_id(0) % BLOCKS_OF_HEADS * BLOCK_A + rows_R % BLOCK_A
     there_R = (token_R < num_tokens) & (head_R < N + 2 * G)
     dims_F = tl.arange(0, BLOCK_F)[None, :]
     mask_RF = there_R[:, None] & (dims_F < F)
@@ -184,8 +188,8 @@ def _norm_rope_kernel(
 
     token_ptr_R = qkv_ptr + token_R.to(tl.int64) * qkv_stride
     first_RF, second_RF = prepare_heads(
-        token_ptr_R, 0, head_R, there_R, cos_RF, sin_RF, weights, eps, N, G, F, BLOCK_F,
-        1, qkv_ptr.dtype.element_ty,
+        token_ptr_R, qkv_part_stride, head_R, there_R, cos_RF, sin_RF, weights, eps, N, G, F,
+        BLOCK_F, NUM_PARTS, q_ptr.dtype.element_ty,
     )  # fmt: skip
     q_RF = q_ptr + ((token_R.to(tl.int64) * N + head_R) * D)[:, None] + dims_F
     to_q_RF = mask_RF & (head_R < N)[:, None]
@@ -195,7 +199,7 @@ def _norm_rope_kernel(
 
 
 def norm_rope_write(
-    qkv_TX: torch.Tensor,
+    qkv: torch.Tensor,
     q_weight_D: torch.Tensor,
     k_weight_D: torch.Tensor,
     eps: float,
@@ -209,28 +213,31 @@ def norm_rope_write(
     launch: tuple[int, int, int] | None = None,
     use_pdl: bool = False,
 ) -> torch.Tensor:
-    """Queries [T, N, D] in ``qkv_TX``'s dtype; keys and values go to the cache, in its dtype.
+    """Queries [T, N, D] in the weights' dtype; keys and values go to the cache, in its dtype.
 
-    The arguments are checked by the caller; the rows of ``qkv_TX`` may lie apart.
+    The arguments are checked by the caller. qkv: [T, X] of that dtype, whose rows may lie apart, or
+    contiguous float32 [parts, T, X], to be summed and rounded to it.
 
     Args:
         launch: heads a program, tokens a program, warps; None: as the number of tokens wants it.
         use_pdl: launch before the preceding kernel has ended (compute capability 9 and above);
             ``positions_T``, ``slots_T``, the tables and weights are then read without waiting.
     """
-    num_tokens = qkv_TX.shape[0]
+    num_tokens, width = qkv.shape[-2:]
     num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
-    num_heads = qkv_TX.shape[1] // head_dim - 2 * num_kv_heads
-    q_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv_TX.dtype, device=qkv_TX.device)
+    num_heads = width // head_dim - 2 * num_kv_heads
+    q_TND = torch.empty(
+        (num_tokens, num_heads, head_dim), dtype=q_weight_D.dtype, device=qkv.device
+    )
     if num_tokens == 0:
         return q_TND
     if launch is None:
         launch = next(row[1:] for row in LAUNCHES if num_tokens <= row[0])
     block_heads, block_tokens, num_warps = launch
     num_all_heads = num_heads + 2 * num_kv_heads
-    grid = (triton.cdiv(num_all_heads, block_heads), triton.cdiv(num_tokens, block_tokens))
+    grid = (triton.cdiv(num_all_heads, block_heads) * triton.cdiv(num_tokens, block_tokens),)
     _norm_rope_kernel[grid](
-        qkv_TX,
+        qkv,
         q_weight_D,
         k_weight_D,
         cos_PF,
@@ -241,7 +248,8 @@ def norm_rope_write(
         k_cache_BLGD,
         v_cache_BLGD,
         num_tokens,
-        qkv_TX.stride(0),
+        qkv.stride(-2),
+        qkv.stride(0),
         eps,
         N=num_heads,
         G=num_kv_heads,
@@ -249,6 +257,7 @@ def norm_rope_write(
         BLOCK_T=block_tokens,
         BLOCK_A=block_heads,
         BLOCK_F=triton.next_power_of_2(head_dim // 2),
+        NUM_PARTS=len(qkv) if qkv.dim() == 3 else 1,
         USE_PDL=use_pdl,
         num_warps=num_warps,
         launch_pdl=use_pdl,

@@ -135,9 +135,8 @@ def attend(
     k_cache_BLGD, v_cache_BLGD = cache
     is_fused = k_cache_BLGD.is_cuda and native.has_triton() and not batch.prefills
     if not is_fused:
-        qkv_TX = qkv.summed() if isinstance(qkv, SplitSums) else qkv
         q_TND = norm_rope_write(
-            qkv_TX, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
+            qkv, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
             batch.slots_T,
         )  # fmt: skip
         return paged_attention(q_TND, cache, batch, scale)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_engine.ops import native
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.reference import rope as reference
 from moe_engine.ops.reference.rope import rope_cos_sin, rope_frequencies
 
@@ -26,7 +27,7 @@ class RopeTable:
 
 
 def norm_rope_write(
-    qkv_TX: torch.Tensor,
+    qkv: torch.Tensor | SplitSums,
     q_weight_D: torch.Tensor,
     k_weight_D: torch.Tensor,
     eps: float,
@@ -41,7 +42,8 @@ def norm_rope_write(
     values are written to the cache.
 
     Args:
-        qkv_TX: query heads, then key heads, then value heads.
+        qkv: [T, X], query heads, then key heads, then value heads; or what is still to be summed
+            to that.
         q_weight_D, k_weight_D: weights of the head norms.
         eps: added to the mean of the squares.
         positions_T: int64 position of each token in its sequence.
@@ -50,21 +52,23 @@ def norm_rope_write(
     """
     k_cache_BLGD, v_cache_BLGD = cache
     head_dim = k_cache_BLGD.shape[3]
+    parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
     assert q_weight_D.shape == k_weight_D.shape == (head_dim,), (q_weight_D.shape, head_dim)
-    assert qkv_TX.shape[0] == positions_T.shape[0] == slots_T.shape[0], qkv_TX.shape
-    assert qkv_TX.shape[1] % head_dim == 0, (qkv_TX.shape, head_dim)
-    if qkv_TX.is_cuda and native.has_triton():
+    assert q_weight_D.dtype == qkv.dtype, (q_weight_D.dtype, qkv.dtype)
+    assert parts.shape[-2] == positions_T.shape[0] == slots_T.shape[0], parts.shape
+    assert parts.shape[-1] % head_dim == 0, (parts.shape, head_dim)
+    if parts.is_cuda and native.has_triton():
         from moe_engine.kernels import norm_rope as kernels
         from moe_engine.kernels.launch import supports_pdl
 
-        assert qkv_TX.stride(1) == 1, qkv_TX.stride()
+        assert parts.stride(-1) == 1, parts.stride()
         assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
         assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
         assert rope.cos_PF.is_contiguous(), rope.cos_PF.stride()
         assert rope.sin_PF.is_contiguous(), rope.sin_PF.stride()
-        with torch.cuda.device(qkv_TX.device):
+        with torch.cuda.device(parts.device):
             q_TND: torch.Tensor = kernels.norm_rope_write(
-                qkv_TX,
+                parts,
                 q_weight_D,
                 k_weight_D,
                 eps,
@@ -74,11 +78,11 @@ def norm_rope_write(
                 k_cache_BLGD,
                 v_cache_BLGD,
                 slots_T,
-                use_pdl=supports_pdl(qkv_TX.device),
+                use_pdl=supports_pdl(parts.device),
             )
         return q_TND
     return reference.norm_rope_write(
-        qkv_TX,
+        qkv.summed() if isinstance(qkv, SplitSums) else qkv,
         q_weight_D,
         k_weight_D,
         eps,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -135,6 +135,17 @@ def test_matches_the_reference(
 @pytest.mark.parametrize("launch", [(8, 1, 2), (16, 1, 4), (8, 4, 4), (2, 2, 1)])
 def test_every_launch_computes_the_same(launch: tuple[int, int, int]) -> None:
     check(make_inputs(7, (8, 2, 16), torch.float32), launch=launch)
+
+
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_parts_of_the_projection_are_summed(num_parts: int) -> None:
+    inputs = make_inputs(7, (4, 2, 16), torch.float32)
+    parts = torch.randn(num_parts, *inputs.qkv_TX.shape, device=DEVICE)
+    caches = inputs.cache(16, torch.float32), inputs.cache(16, torch.float32)
+    q_TND = run_kernel(replace(inputs, qkv_TX=parts), caches[0])
+    expected_TND = run_reference(replace(inputs, qkv_TX=parts.sum(0)), caches[1])
+    torch.testing.assert_close(q_TND, expected_TND, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(caches[0], caches[1], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("block_size", [1, 16])

@@ -3,9 +3,11 @@
     python -m benchmarks.bench_engine --config configs/qwen3-30b-a3b-1gpu.yaml \
         --load-format dummy --batches 1,8,32,64,128,256 --input 512 --output 256 --json FILE
 
-Everything goes through `MoEEngine` with token-id prompts, greedy, past end-of-sequence tokens, the
-prefix cache off. With dummy weights the model needs no checkpoint: a name that is no directory is
-looked up in benchmarks/models/.
+Everything goes through `MoEEngine` with token-id prompts, past end-of-sequence tokens, the prefix
+cache off. With dummy weights the model needs no checkpoint: a name that is no directory is looked
+up in benchmarks/models/. ``--temperature 1`` draws nearly uniform tokens from dummy weights, and a
+batch then needs as many experts as the floor assumes; greedy, the default, sequences may come to
+repeat the same token and need fewer, as the share of distinct tokens in the results shows.
 
 - A decode step's time is the slope between runs of ``output / 2 + 1`` and ``output + 1`` tokens
   (129 and 257): start and tail cancel. Beside it stand percentiles of the intervals between the
@@ -91,6 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int_list, default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--input", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=256, help="tokens of the longer run, less 1")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="of a step; 0 leaves out")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--check", action="store_true")
@@ -202,6 +205,9 @@ class EngineBench:
                 for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
             },
             "tok_per_s": batch / step_s,
+            "distinct_tokens": statistics.mean(
+                run.share_of_distinct_tokens() for run in runs[lengths[1]]
+            ),
             "mean_context": context,
             "bytes": {"experts": needed.experts, "dense": needed.dense, "kv": needed.kv},
             "floor_ms": floor_s * 1e3,
@@ -256,7 +262,7 @@ class EngineBench:
         """A run with prompts never seen before."""
         self._seed += 1
         prompts = random_prompts(batch, num_input, self._model.vocab_size, self._seed)
-        return run_batch(self._engine, prompts, num_output)
+        return run_batch(self._engine, prompts, num_output, self._arguments.temperature)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Run:
     Attributes:
         seconds: from the first prompt handed over to the last token received.
         arrivals: per prompt, `time.perf_counter` of each of its tokens.
-        token_ids: per prompt, its greedy output.
+        token_ids: per prompt, its output.
     """
 
     seconds: float
@@ -38,13 +38,24 @@ class Run:
         steps = [at for at in last_start if at <= end]
         return [after - before for before, after in itertools.pairwise(steps)]
 
+    def share_of_distinct_tokens(self) -> float:
+        """How many of the tokens that are sampled at once differ, 1 if all do.
 
-def run_batch(engine: MoEEngine, prompts: list[list[int]], num_tokens: int) -> Run:
-    """Decode greedily, past any end-of-sequence token.
+        Greedy decoding of random weights soon repeats itself, and sequences that have the same
+        token need the same experts, so a step reads less than one of as many different tokens.
+        """
+        steps = list(zip(*self.token_ids, strict=True))
+        return statistics.mean(len(set(step)) / len(step) for step in steps)
+
+
+def run_batch(
+    engine: MoEEngine, prompts: list[list[int]], num_tokens: int, temperature: float = 0.0
+) -> Run:
+    """Decode past any end-of-sequence token.
 
     What `MoEEngine.generate` does, with a clock where the engine's news arrive.
     """
-    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    params = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True)
     arrivals: list[list[float]] = [[] for _ in prompts]
     news: queue.SimpleQueue[tuple[int, News]] = queue.SimpleQueue()
     start = time.perf_counter()

@@ -11,14 +11,16 @@ def print_decode(rows: list[dict[str, Any]], peer: Peer | None) -> None:
     """One line per batch size."""
     name = peer.peer if peer else "peer"
     print(
-        f"\n{'batch':>5} {'step ms':>8} {'p99':>7} {'tok/s':>8} {'floor ms':>8} {'share':>6}",
+        f"\n{'batch':>5} {'step ms':>8} {'p99':>7} {'tok/s':>8} {'floor ms':>8} {'share':>6} "
+        f"{'distinct':>8}",
         end="",
     )
     print(f"  {name} ms   ratio" if peer else "")
     for row in rows:
         print(
             f"{row['batch']:5} {row['step_ms']:8.3f} {row['interval_ms']['p99']:7.2f} "
-            f"{row['tok_per_s']:8.0f} {row['floor_ms']:8.2f} {row['share_of_bandwidth']:6.1%}",
+            f"{row['tok_per_s']:8.0f} {row['floor_ms']:8.2f} {row['share_of_bandwidth']:6.1%} "
+            f"{row['distinct_tokens']:8.1%}",
             end="",
         )
         theirs = peer.decode_step_ms.get(str(row["batch"])) if peer else None

@@ -88,6 +88,11 @@ def test_steps_count_only_while_the_whole_batch_decodes():
     assert Run(1.0, [[1.0], [2.0]], []).step_seconds() == []
 
 
+def test_distinct_tokens_are_counted_step_by_step() -> None:
+    run = Run(1.0, [], [(1, 2, 3), (1, 5, 3), (7, 2, 3), (8, 9, 3)])
+    assert run.share_of_distinct_tokens() == pytest.approx((3 / 4 + 3 / 4 + 1 / 4) / 3)
+
+
 def test_percentiles_interpolate_and_do_without_values():
     assert percentile([float(n) for n in range(101)], 0.99) == pytest.approx(99)
     assert percentile([3.0], 0.5) == 3.0

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from moe_engine.config import RopeConfig
-from moe_engine.ops.attention import PagedBatch, PrefillSpan, paged_attention
-from moe_engine.ops.moe import expert_ffn, group_by_expert, route, summed
+from moe_engine.ops.attention import (
+    HeadNorms,
+    PagedBatch,
+    PrefillSpan,
+    attend,
+    paged_attention,
+)
+from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.moe import expert_ffn, group_by_expert, norm_and_route, route, summed
 from moe_engine.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 
@@ -235,3 +242,51 @@ def test_expert_ffn_sums_the_weighted_local_experts(rows, routing):
     out = summed(expert_ffn(x, ids, weights, gate_up, down))
     expected = naive_ffn(x, ids.long(), weights, gate_up, down)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_parts", [None, 1, 4])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_norm_and_route_is_an_addition_a_norm_and_a_router(rows, num_parts):
+    shape = (rows, 16)
+    x = torch.randn(shape if num_parts is None else (num_parts, *shape))
+    residual, weight, router = torch.randn(shape), torch.randn(16), torch.randn(6, 16)
+    sums = x if num_parts is None else SplitSums(x, torch.float32)
+    num_tokens = torch.tensor([max(rows - 2, 0)], dtype=torch.int32)
+    normed, total, ids, weights = norm_and_route(
+        sums, residual, weight, 1e-6, router, 3, True, num_tokens
+    )
+    expected_total = residual + (x if num_parts is None else x.sum(0))
+    torch.testing.assert_close(total, expected_total)
+    expected = torch.nn.functional.rms_norm(expected_total, (16,), weight, 1e-6)
+    torch.testing.assert_close(normed, expected, rtol=1e-5, atol=1e-5)
+    expected_ids, expected_weights = route(normed, router, 3, True, num_tokens)
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(weights, expected_weights)
+
+
+def test_attend_prepares_before_it_attends():
+    """Two decodes, a padding row and a prompt of three, from a projection in parts."""
+    heads, kv_heads, dim, block_size = 4, 2, 8, 4
+    rope = RopeTable(*rope_cos_sin(50, *rope_frequencies(RopeConfig(theta=1e4), dim)))
+    parts = torch.randn(3, 6, (heads + 2 * kv_heads) * dim)
+    norms = HeadNorms(*torch.randn(2, dim), 1e-6)
+    batch = PagedBatch(
+        slots_T=torch.tensor([5, 9, -1, 16, 17, 18]),
+        block_tables_SB=torch.tensor([[0, 1], [2, 0], [0, 0], [4, 0]], dtype=torch.int32),
+        context_lens_S=torch.tensor([6, 2, 0, 3], dtype=torch.int32),
+        query_starts_S=torch.tensor([0, 1, 2, 3, 6], dtype=torch.int32),
+        num_decodes=3,
+        prefills=(PrefillSpan(3, 3, 3),),
+    )
+    positions = torch.tensor([5, 1, 0, 0, 1, 2])
+    caches = [torch.randn(2, 6, block_size, kv_heads, dim) for _ in range(2)]
+    caches[1].copy_(caches[0])
+    out = attend(
+        SplitSums(parts, torch.float32), norms, rope, positions, tuple(caches[0]), batch, 0.5
+    )
+    q = norm_rope_write(
+        parts[0] + parts[1] + parts[2], norms.q_weight_D, norms.k_weight_D, norms.eps, rope,
+        positions, tuple(caches[1]), batch.slots_T,
+    )  # fmt: skip
+    assert torch.equal(caches[0], caches[1])
+    assert torch.equal(out, paged_attention(q, tuple(caches[1]), batch, 0.5))

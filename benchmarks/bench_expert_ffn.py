@@ -72,6 +72,10 @@ def main() -> None:
         names = graphable_implementations(dims, layers[0])
         results["experts"] = []
         for num_tokens in sorted(options.tokens):
+            if "streaming" in names and not hopper.takes_streaming_experts(
+                dims.top_k, layers[0].down_EHI, num_tokens
+            ):
+                names.remove("streaming")
             row = bench_experts(dims, layers, num_tokens, zipf, results["ceilings"], names)
             results["experts"].append(row)
             names = [name for name in names if row["share_of_floor"][name] > 1 / HOPELESS]

@@ -25,9 +25,9 @@ __device__ __forceinline__ void wait_for_previous_kernels() {
 #endif
 }
 
-// Lets the next kernel start once all blocks have said so. Called after
-// wait_for_previous_kernels(): the next kernel may then read, before its own wait, whatever this
-// kernel could read.
+// Lets the next kernel start once all blocks have said so. If it is called after
+// wait_for_previous_kernels(), the next kernel may read, before its own wait, whatever this kernel
+// could read; else only what nothing before it in the step writes.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -9,8 +9,9 @@ side by side, since the rotation pairs their elements. All its loads are indepen
 angles, which wait for the positions.
 
 Decode attention (`paged_decode`) prepares its heads itself, with the functions of this file. They
-leave no rounding open, neither to the compiler (multiplications and additions are fused where it
-says so) nor to the launch (sums have a fixed order), so both write the same bits.
+leave the compiler no rounding: multiplications and additions are fused where the code says so. A
+row of a head of 128 lies in the same eight lanes in every launch, which add it up in the same
+order, so both write the same bits.
 """
 
 from __future__ import annotations
@@ -34,19 +35,6 @@ def load_norm_weights(q_weight_ptr, k_weight_ptr, F: tl.constexpr, BLOCK_F: tl.c
     first_k_F = tl.load(k_weight_ptr + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
     second_k_F = tl.load(k_weight_ptr + F + dims_F, mask=in_half_F, other=0.0).to(tl.float32)
     return first_q_F, second_q_F, first_k_F, second_k_F
-
-
-@triton.constexpr_function
-def _log2(power_of_two: int) -> int:
-    return power_of_two.bit_length() - 1
-
-
-@triton.jit
-def _sum_rows(x_RF, BLOCK_F: tl.constexpr):
-    """Sums of rows, [R, 1]: neighbours first, then neighbouring sums. Two have only one order."""
-    for step in tl.static_range(_log2(BLOCK_F)):
-        x_RF = tl.sum(tl.reshape(x_RF, [x_RF.shape[0], BLOCK_F >> (step + 1), 2]), axis=2)
-    return x_RF
 
 
 @triton.jit
@@ -94,7 +82,8 @@ def prepare_heads(
     first_RF = _load_summed(head_RF, mask_RF, part_stride, NUM_PARTS, DTYPE)
     second_RF = _load_summed(head_RF + F, mask_RF, part_stride, NUM_PARTS, DTYPE)
 
-    square_R1 = _sum_rows(tl.fma(first_RF, first_RF, second_RF * second_RF), BLOCK_F)
+    square_RF = tl.fma(first_RF, first_RF, second_RF * second_RF)
+    square_R1 = tl.sum(square_RF, axis=1, keep_dims=True)
     scale_R1 = tl.rsqrt(square_R1 / D + eps)
     a_RF = first_RF * scale_R1 * tl.where(is_q_R1, first_q_F, first_k_F)
     b_RF = second_RF * scale_R1 * tl.where(is_q_R1, second_q_F, second_k_F)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_engine.ops.attention import PagedBatch, PrefillSpan
+from moe_engine.ops.attention import HeadNorms, PagedBatch, PrefillSpan
+from moe_engine.ops.rope import RopeTable
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 4, 128, 16
 NUM_BLOCKS = 1 << 16
 SCALE = HEAD_DIM**-0.5
 TOKEN_BYTES = 2 * NUM_KV_HEADS * HEAD_DIM  # of elements of one byte
+NUM_POSITIONS = 40960
+EPS = 1e-6
 # Outputs are averages of values around 1, in bfloat16.
 TOLERANCE = 3e-2
 
@@ -26,6 +29,34 @@ class Inputs:
 
     q_TND: torch.Tensor
     batch: PagedBatch
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a step's queries, keys and values are made of."""
+
+    qkv_TX: torch.Tensor
+    norms: HeadNorms
+    rope: RopeTable
+    positions_T: torch.Tensor
+
+
+def make_projections(inputs: list[Inputs]) -> list[Projection]:
+    """One for each step of decodes, at the ends of the contexts; norms and angles are shared."""
+    q_weight_D, k_weight_D = torch.rand(2, HEAD_DIM, device="cuda").bfloat16()
+    angles_PF = torch.rand(NUM_POSITIONS, HEAD_DIM // 2, device="cuda")
+    norms = HeadNorms(q_weight_D, k_weight_D, EPS)
+    rope = RopeTable(angles_PF.cos(), angles_PF.sin())
+    width = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    return [
+        Projection(
+            torch.randn(one.batch.num_tokens, width, device="cuda", dtype=torch.bfloat16),
+            norms,
+            rope,
+            one.batch.context_lens_S.long() - 1,
+        )
+        for one in inputs
+    ]
 
 
 def make_cache(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:

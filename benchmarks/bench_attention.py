@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
 from moe_engine.kernels.paged_prefill import paged_prefill
 from moe_engine.ops import cudnn_prefill
-from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.attention import attend, paged_attention
 from moe_engine.ops.reference.rope import norm_rope_write as reference_norm_rope_write
+from moe_engine.ops.rope import norm_rope_write as norm_rope_write_operator
 
 BATCHES = (1, 8, 32, 64, 128, 256)
 # FlashInfer 0.6's tensor-core decode on an H200, microseconds.
@@ -49,8 +51,6 @@ PREFILLS = {
 # H200, microseconds: cuDNN, FlashInfer's FA3.
 PREFILL_PEER_US = {"16x512": 97.0, "1x8192": 892.0}
 NORM_ROPE_TOKENS = (1, 8, 64, 256, 2048, 8192)
-NUM_POSITIONS = 40960
-EPS = 1e-6
 
 Row = dict[str, Any]
 Cache = tuple[torch.Tensor, torch.Tensor]
@@ -110,6 +110,8 @@ def measure(cache: Cache, ceilings: dict[str, float]) -> list[Row]:
         for index, batch_size in enumerate(BATCHES):
             peer = PEER_US[context][index] if isinstance(context, int) else None
             add(decode_row(batch_size, context, cache, "decode", peer))
+            for row in prepared_decode_rows(batch_size, context, cache):
+                add(row)
     for how in ({"use_pdl": False}, {"last_arriver": False, "use_pdl": True}):
         name = "decode, no PDL" if "last_arriver" not in how else "decode, 2nd kernel"
         for batch_size in (1, 8):
@@ -129,7 +131,7 @@ def norm_rope_row(num_tokens: int, cache: Cache) -> Row:
     """Preparation of T tokens: the projection's output is read once, q, k and v written once."""
     width = (cases.NUM_HEADS + 2 * cases.NUM_KV_HEADS) * cases.HEAD_DIM
     num_bytes = 2 * 2 * num_tokens * width
-    angles = torch.rand(NUM_POSITIONS, cases.HEAD_DIM // 2, device="cuda")
+    angles = torch.rand(cases.NUM_POSITIONS, cases.HEAD_DIM // 2, device="cuda")
     cos_PF, sin_PF = angles.cos(), angles.sin()
     q_weight_D, k_weight_D = torch.rand(2, cases.HEAD_DIM, device="cuda").bfloat16()
     order = torch.randperm(cases.NUM_BLOCKS * cases.BLOCK_SIZE, device="cuda")
@@ -137,7 +139,7 @@ def norm_rope_row(num_tokens: int, cache: Cache) -> Row:
 
     def make(index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         qkv_TX = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)
-        positions_T = torch.randint(0, NUM_POSITIONS, (num_tokens,), device="cuda")
+        positions_T = torch.randint(0, cases.NUM_POSITIONS, (num_tokens,), device="cuda")
         first = (index * num_tokens) % (len(order) - num_tokens)
         return qkv_TX, positions_T, order[first : first + num_tokens]
 
@@ -145,7 +147,7 @@ def norm_rope_row(num_tokens: int, cache: Cache) -> Row:
         qkv_TX: torch.Tensor, positions_T: torch.Tensor, slots_T: torch.Tensor
     ) -> torch.Tensor:
         return norm_rope_write(
-            qkv_TX, q_weight_D, k_weight_D, EPS, cos_PF, sin_PF, positions_T, cache[0], cache[1],
+            qkv_TX, q_weight_D, k_weight_D, cases.EPS, cos_PF, sin_PF, positions_T, *cache,
             slots_T, use_pdl=use_pdl,
         )  # fmt: skip
 
@@ -153,8 +155,7 @@ def norm_rope_row(num_tokens: int, cache: Cache) -> Row:
     q_TND = prepare(qkv_TX, positions_T, slots_T)
     written = [tensor.flatten(0, 1)[slots_T] for tensor in cache]
     expected_TND = reference_norm_rope_write(
-        qkv_TX, q_weight_D, k_weight_D, EPS, (cos_PF, sin_PF), positions_T, cache[0], cache[1],
-        slots_T,
+        qkv_TX, q_weight_D, k_weight_D, cases.EPS, (cos_PF, sin_PF), positions_T, *cache, slots_T,
     )  # fmt: skip
     expected = [expected_TND, *(tensor.flatten(0, 1)[slots_T] for tensor in cache)]
     error = max(
@@ -206,6 +207,55 @@ def decode_row(
         "peer_us": peer_us,
         **_timed(inputs, cache, attend, num_bytes=num_bytes),
     }
+
+
+def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> list[Row]:
+    """Decode from the fused projection on: in one launch, and in two that write the same bits."""
+    contexts = cases.decode_contexts(batch_size, context)
+    num_bytes = sum(contexts) * cases.TOKEN_BYTES * cache[0].itemsize
+    inputs = [
+        cases.make_inputs([(1, length) for length in contexts])
+        for _ in range(num_rotations(num_bytes))
+    ]
+    steps = list(zip(inputs, cases.make_projections(inputs), strict=True))
+
+    def together(one: cases.Inputs, new: cases.Projection) -> torch.Tensor:
+        return attend(
+            new.qkv_TX, new.norms, new.rope, new.positions_T, cache, one.batch, cases.SCALE
+        )
+
+    def prepare(one: cases.Inputs, new: cases.Projection) -> torch.Tensor:
+        return norm_rope_write_operator(
+            new.qkv_TX, new.norms.q_weight_D, new.norms.k_weight_D, new.norms.eps, new.rope,
+            new.positions_T, cache, one.batch.slots_T,
+        )  # fmt: skip
+
+    def apart(one: cases.Inputs, new: cases.Projection) -> torch.Tensor:
+        return paged_attention(prepare(one, new), cache, one.batch, cases.SCALE)
+
+    slots_T = inputs[0].batch.slots_T
+    q_TND = prepare(*steps[0])
+    expected = [tensor.flatten(0, 1)[slots_T] for tensor in cache]
+    for tensor in cache:
+        tensor.flatten(0, 1)[slots_T] = 0
+    out_TND = together(*steps[0])
+    for tensor, written in zip(cache, expected, strict=True):
+        assert torch.equal(tensor.flatten(0, 1)[slots_T], written), "other bits are written"
+    error = cases.worst_difference(replace(inputs[0], q_TND=q_TND), cache, out_TND)
+    assert error < cases.TOLERANCE, f"attention is off by {error}"
+    rows: list[Row] = []
+    for name, way in (("prepare and decode", together), ("prepare, then decode", apart)):
+        seconds = seconds_per_call([partial(way, *step) for step in steps])
+        rows.append(
+            {
+                "kernel": name,
+                "case": f"{batch_size} x {context}",
+                "us": seconds * 1e6,
+                "bytes_per_s": num_bytes / seconds,
+                "error": error,
+            }
+        )
+    return rows
 
 
 def prefill_rows(name: str, lens: list[tuple[int, int]], cache: Cache) -> list[Row]:

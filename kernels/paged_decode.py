@@ -326,6 +326,9 @@ def paged_decode(
     split = launch.num_splits > 1
     group = num_heads // num_kv_heads
     rows = triton.next_power_of_2(group)
+    # Four heads a warp, as in every launch of `norm_rope_write`: the squares of a head then lie in
+    # the same lanes there and here, and add up to the same bits.
+    num_prepared = max(triton.next_power_of_2(group + 2), 4 * tiles.num_warps)
     shape = {
         "N": num_heads,
         "G": num_kv_heads,
@@ -369,7 +372,7 @@ def paged_decode(
         scale * k_scale * LOG2_E,
         v_scale,
         L=block_size,
-        A=max(16, triton.next_power_of_2(group + 2)),
+        A=min(num_prepared, 2 * max(16, rows)),
         SPLIT=split,
         LAST_ARRIVER=last_arriver,
         NUM_PREFETCHED=launch.num_prefetched if prepare else 0,

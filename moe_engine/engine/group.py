@@ -120,6 +120,7 @@ class Group:
             return
         while (new_blocks := self.pool.allocate(num_missing)) is None:
             victim = self.running[-1]
+            self._register(victim)
             self._drop(victim, victim.preempt())
             preempted.append(victim)
             if victim is sequence:
@@ -183,6 +184,7 @@ class Group:
 
     def finish(self, sequence: Sequence) -> None:
         """Take a running sequence out for good."""
+        self._register(sequence)
         self._drop(sequence, sequence.finish())
 
     def take_plan(self) -> tuple[GroupPlan, list[PlannedStep]]:
@@ -203,7 +205,12 @@ class Group:
     def _add_step(self, sequence: Sequence, num_tokens: int, new_blocks: list[int]) -> None:
         start = sequence.num_computed
         output_index = sequence.next_output_index
+        is_lone = num_tokens == 1
+        if is_lone:
+            self._register(sequence)
         is_sampling = sequence.compute(num_tokens, new_blocks)
+        if not is_lone:
+            self._register(sequence)
         self._steps.append(
             SequenceStep(
                 seq_id=sequence.seq_id,
@@ -215,16 +222,18 @@ class Group:
         )
         self._planned[sequence.seq_id] = PlannedStep(sequence, sequence.seq_id, is_sampling)
         self._budget -= num_tokens
-        if self._has_prefix_cache:
-            self._register(sequence)
 
     def _register(self, sequence: Sequence) -> None:
-        """Offer the blocks that are full once this step has run to the prefix cache.
+        """Offer the blocks that are full once all planned steps have run to the prefix cache.
 
-        They are not written yet, but whoever takes them is planned for this step or a later one,
-        and a layer writes the KV of its whole batch before its attention reads any. A position
-        whose token is still on the device has no digest, so its block waits.
+        They may not be written yet, but whoever takes them is planned for this step or a later one.
+        Within a step, a layer first writes the KV of the sequences that compute several positions;
+        those that compute one each write and read at the same time, so what they fill in this step
+        is offered in the next. A position whose token is still on the device has no digest, so its
+        block waits.
         """
+        if not self._has_prefix_cache:
+            return
         num_tokens = min(sequence.num_computed, len(sequence.token_ids))
         num_full_blocks = num_tokens // self._block_size
         if num_full_blocks == sequence.num_registered:

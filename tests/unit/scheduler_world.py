@@ -108,7 +108,7 @@ class FakeDevice:
         held, kv = self.held[group], self.kv[group]
         assert len({step.seq_id for step in steps}) == len(steps)
         writers: dict[int, int] = {}
-        for step in steps:  # all KV of the batch is written before any is read
+        for step in steps:
             sequence = held[step.seq_id]
             sequence.extend_prefixes()
             sequence.block_table += step.new_blocks
@@ -124,22 +124,38 @@ class FakeDevice:
             for position in range(step.start, sequence.end):
                 block = sequence.block_table[position // self.block_size]
                 assert writers.setdefault(block, step.seq_id) == step.seq_id, "two writers"
-                slot = (position, sequence.prefixes[position])
-                kv[block, position % self.block_size] = slot
+        # Sequences that compute several positions write first. Nothing orders those that compute
+        # one: its own is written when its attention reads the cache, the others' may not be.
+        lone = [held[step.seq_id] for step in steps if step.num_tokens == 1]
+        for step in steps:
+            if step.num_tokens > 1:
+                self._write(kv, held[step.seq_id], step.start)
+        for sequence in lone:
+            self._check_reads(kv, sequence, sequence.end - 1)
+        for sequence in lone:
+            self._write(kv, sequence, sequence.end - 1)
         tokens, prompt_logprobs = [], []
         for step in steps:
             sequence = held[step.seq_id]
-            for position in range(sequence.end):
-                block = sequence.block_table[position // self.block_size]
-                assert kv.get((block, position % self.block_size)) == (
-                    position,
-                    sequence.prefixes[position],
-                ), f"sequence {step.seq_id} reads KV that is not its own at {position}"
+            self._check_reads(kv, sequence, sequence.end)
             prompt_logprobs += self._prompt_logprobs(sequence, step)
             assert (step.uniform is not None) == (sequence.end == len(sequence.tokens))
             if step.uniform is not None:
                 tokens.append(self._sample(sequence, step.uniform))
         return StepResult(step_id, group, tokens, prompt_logprobs)
+
+    def _write(self, kv, sequence: DeviceSequence, start: int) -> None:
+        for position in range(start, sequence.end):
+            block = sequence.block_table[position // self.block_size]
+            kv[block, position % self.block_size] = (position, sequence.prefixes[position])
+
+    def _check_reads(self, kv, sequence: DeviceSequence, end: int) -> None:
+        for position in range(end):
+            block = sequence.block_table[position // self.block_size]
+            written = kv.get((block, position % self.block_size))
+            assert written == (position, sequence.prefixes[position]), (
+                f"sequence {sequence.new.seq_id} reads KV that is not its own at {position}"
+            )
 
     def _sample(self, sequence: DeviceSequence, number: float) -> SampledToken:
         new = sequence.new
@@ -311,7 +327,8 @@ class World:
             for seq_id in retired:
                 index = self._index(held[seq_id].new)
                 if not self.clients[index].is_finished:  # preempted
-                    assert index > max(remaining), "not the latest arrival was preempted"
+                    latest = max(remaining, default=-1)
+                    assert index > latest, "not the latest arrival was preempted"
         admitted = [new for group in plan.groups for new in group.admitted]
         for new in sorted(admitted, key=lambda new: new.seq_id):  # the order of admission
             self._check_admission(new, running)

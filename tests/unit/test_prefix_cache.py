@@ -160,3 +160,16 @@ def test_hit_tokens_are_counted_at_the_first_admission():
     stats = world.scheduler.stats()
     assert (stats.prefix_queried_tokens_total, stats.prefix_hit_tokens_total) == (10, 4)
     assert (stats.prompt_tokens_total, stats.generation_tokens_total) == (10, 2)
+
+
+def test_a_block_that_a_lone_token_fills_is_offered_in_the_next_step():
+    """Two sequences that compute one position each write and read at the same time."""
+    world = World(block_size=2, max_prefill_chunk=3, pipeline_depth=1)
+    world.add([1, 2, 3, 4], max_tokens=1)
+    world.step()
+    world.add([1, 2, 3, 4, 5], max_tokens=1)  # its first four tokens are complete with this step
+    plan = world.step()
+    assert computed_tokens(plan) == [1, 3]
+    world.drain()
+    world.add([1, 2, 3, 4, 6], max_tokens=1)
+    assert computed_tokens(world.step()) == [1]

@@ -31,10 +31,12 @@ struct NormRouterArgs {
 // Whether the kernel takes these sizes.
 bool norm_router_fits(int num_experts, int hidden, int top_k);
 
-// new_residual = x + residual; normed = its RMS norm; then the top_k experts by normed gate^T, best
-// first and the lower number among equals, and their softmax weights. Rows that are no tokens get
-// ids -1 and weights 0. Everything contiguous and aligned to 16 bytes. Enqueues one kernel on
-// `stream` and returns; a CUDA graph can capture it. Throws std::invalid_argument for other sizes.
+// new_residual = x + residual; normed = its RMS norm; then the top_k experts by the product of the
+// norm and gate^T, best first and the lower number among equals, and their softmax weights. The
+// product takes the norm scaled after it, so it is not the one of the rounded `normed`. Rows that
+// are no tokens get ids -1 and weights 0. Everything contiguous and aligned to 16 bytes. Enqueues
+// one kernel on `stream` and returns; a CUDA graph can capture it. Throws std::invalid_argument for
+// other sizes.
 void norm_router(const NormRouterArgs& args, cudaStream_t stream);
 
 }  // namespace moe_engine

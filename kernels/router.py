@@ -3,7 +3,7 @@
 Legend: T tokens, E experts, H hidden size, K experts per token, S chunks of the hidden dimension.
 
 A logit is the sum of S partial sums, one per chunk of `_chunk_size` columns, added in order; both
-kernels do exactly that, so a token's experts and weights are the same bits in any batch.
+kernels do exactly that, so a token's experts and weights are the same bits from either of them.
 
 - Few tokens: reading the gate matrix is the work, so it is spread over (expert block, chunk)
   programs, which load their piece before they wait for the tokens. Each leaves its partial logits

@@ -145,6 +145,9 @@ def attend(
     from moe_engine.kernels.paged_decode import paged_decode
 
     parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
+    assert parts.stride(-1) == 1, parts.stride()
+    assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
+    assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
     num_tokens, width = parts.shape[-2:]
     num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
     out_TND = parts.new_empty(

@@ -105,6 +105,9 @@ def norm_and_route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ops.norm.add_rms_norm`, then `route` of what was normalised; for a few rows one launch.
 
+    That launch takes the logits of the norm before it is rounded, so experts that are all but
+    equally likely may come out in another order than from the two operators.
+
     Args:
         x: [T, H], or what is still to be summed to that.
 

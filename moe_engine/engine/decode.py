@@ -3,7 +3,8 @@
 All that such a step needs from the host are two integers per sequence, its slot and its position;
 the rest happens on the device: look up token ids and cache slots, run the model, take the most
 likely tokens and append them to the sequence table. So the whole of it can be captured in a CUDA
-graph, once for each batch size (see `engine.graphs`).
+graph, once for each batch size (see `engine.graphs`). What it takes to draw other tokens from the
+logits, five numbers per sequence, has static memory as well, and can be captured likewise.
 
 Shape legend: W rows of the largest batch, S rows of a batch, V vocabulary.
 """
@@ -22,7 +23,7 @@ from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
 from moe_engine.ops.attention import PagedBatch
 from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
-from moe_engine.ops.sampling import greedy_tokens
+from moe_engine.ops.sampling import greedy_tokens, params_device, sample_tokens
 
 _ROW_ALIGNMENT = 16
 
@@ -32,6 +33,7 @@ class DecodeStep:
 
     Attributes:
         max_rows: W.
+        can_draw: whether `draw` can be used here without waiting for the device.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class DecodeStep:
         self._inputs = DecodeInputs.empty(max_rows, table.blocks_NB.shape[1], self._device)
         self._query_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=self._device)
         self._tokens_W = torch.zeros(max_rows, dtype=torch.int64, device=self._device)
+        self._params_5W = torch.zeros(5, max_rows, dtype=torch.float64, device=self._device)
+        self.can_draw = params_device(self._device) == self._device
 
     def load(self, slots: list[int], positions: list[int]) -> None:
         """Bring a batch to the device; the rows behind it become padding."""
@@ -109,8 +113,31 @@ class DecodeStep:
         self._append(num_rows, tokens_S)
         return logits_SV
 
+    def load_draw(self, params_5B: np.ndarray) -> None:
+        """Bring the parameters of `ops.sampling.sample_tokens` to the device, padding behind."""
+        size = params_5B.shape[1]
+        host = torch.empty(
+            self._params_5W.shape, dtype=torch.float64, pin_memory=self._params_5W.is_cuda
+        )
+        params_5W: np.ndarray = host.numpy()
+        params_5W[:, :size] = params_5B
+        params_5W[:, size:] = 0.0
+        self._params_5W.copy_(host, non_blocking=True)
+
+    def draw(self, num_rows: int, logits_SV: torch.Tensor | None) -> None:
+        """Replace the tokens of the last `compute` by draws with the parameters loaded.
+
+        Args:
+            num_rows: as for `compute`.
+            logits_SV: what `compute` returned (a collective over TP).
+        """
+        tokens_S = self._tokens_W[:num_rows]
+        if logits_SV is not None:
+            tokens_S.copy_(sample_tokens(logits_SV, self._params_5W[:, :num_rows]))
+        self._append(num_rows, tokens_S)
+
     def tokens(self, num_rows: int) -> torch.Tensor:
-        """The tokens of the last `compute`, int64 [S]; overwritten by the next one."""
+        """The tokens of the last `compute` or `draw`, int64 [S]; overwritten by the next one."""
         return self._tokens_W[:num_rows]
 
     def replace_tokens(self, tokens_S: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 Replaying a graph costs the host microseconds where launching a step's kernels one by one would
 cost it more than the device needs to run them. A batch is padded to the next size captured.
+Drawing tokens is a graph of its own, replayed behind the step's if not everybody takes the most
+likely token.
 
 All graphs share one memory pool: only one runs at a time, and what one leaves behind (its logits)
 is used up before the next one starts, by the order of the stream.
@@ -61,6 +63,7 @@ class DecodeGraphs:
         self._decode = decode
         self._exchange = exchange
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+        self._draw_graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -72,17 +75,26 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         self._decode.load([], [])
         for size in reversed(self.buckets):
-            self._decode.compute(size, self._exchange.select(size))
-            self._graphs[size] = self._capture(size, pool)
+            logits = self._decode.compute(size, self._exchange.select(size))
+            if self._decode.can_draw:
+                self._decode.draw(size, logits)
+            self._capture(size, pool)
 
-    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
-        """The graph of one size, and where it leaves its logits."""
+    def _capture(self, size: int, pool: Any) -> None:
+        """Capture the graphs of one size."""
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog, senders of results) may use the device meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self._decode.compute(size, self._exchange.select(size))
         graph.replay()  # the first replay brings the graph to the device
-        return graph, None if logits is None else _unowned(logits)
+        if self._decode.can_draw:
+            # The logits are still held, so none of this graph's memory will lie over them.
+            draw_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(draw_graph, pool=pool, capture_error_mode="thread_local"):
+                self._decode.draw(size, logits)
+            draw_graph.replay()
+            self._draw_graphs[size] = draw_graph
+        self._graphs[size] = graph, None if logits is None else _unowned(logits)
 
     def pick(self, num_rows: int) -> int | None:
         """The size for a batch, None if it must run without a graph."""
@@ -97,6 +109,13 @@ class DecodeGraphs:
         graph, logits = self._graphs[size]
         graph.replay()
         return logits
+
+    def draw(self, size: int) -> None:
+        """Draw tokens for the batch that was just replayed, with the parameters that were loaded.
+
+        Only if `DecodeStep.can_draw`.
+        """
+        self._draw_graphs[size].replay()
 
 
 class _Memory:

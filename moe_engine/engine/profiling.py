@@ -99,7 +99,8 @@ class StepProfiler:
         if not (with_graphs and buckets):
             return StepMemory(activations, graphs=0)
         pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
-        num_layers = self._model_config.num_hidden_layers
+        # Drawing the tokens has fewer kernels than one layer.
+        num_layers = self._model_config.num_hidden_layers + 1
         graphs = len(buckets) * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
         return StepMemory(activations, pool + graphs)
 
@@ -145,7 +146,9 @@ class StepProfiler:
             self._model, self._kv, self._new_table(), self._groups, self._limits.max_num_seqs
         )
         decode.load([], [])
-        decode.compute(num_rows, self._exchange.select(num_rows))
+        logits = decode.compute(num_rows, self._exchange.select(num_rows))
+        if decode.can_draw:
+            decode.draw(num_rows, logits)
 
     def _new_table(self) -> SequenceTable:
         return SequenceTable(

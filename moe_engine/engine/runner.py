@@ -115,7 +115,14 @@ class ModelRunner:
         logits_SV = self._graphs.replay(size)
         tokens_B = self._decode.tokens(len(steps))
         logits_BV = None if logits_SV is None else logits_SV[: len(steps)]
-        if not self._sampler.is_argmax(step.seq_id for step in steps):
+        seq_ids = [step.seq_id for step in steps]
+        if self._sampler.is_argmax(seq_ids):
+            pass  # the graph has taken the most likely tokens
+        elif self._decode.can_draw and self._sampler.is_plain(seq_ids):
+            uniforms = [step.uniform for step in steps if step.uniform is not None]
+            self._decode.load_draw(self._sampler.draw_params(seq_ids, uniforms))
+            self._graphs.draw(size)
+        else:
             if logits_BV is not None:
                 tokens_B = self._sampler.sample(logits_BV, self._sample_rows(steps))
             self._decode.replace_tokens(tokens_B)

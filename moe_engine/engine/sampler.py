@@ -11,6 +11,8 @@ Where this differs from vLLM:
 - Equally likely tokens are ranked by id, where vLLM gives all of them the worst rank.
 - NaN logits count as -inf. If nothing is left to choose, the token is 0.
 
+The last part, from the temperature on, is one operator (`ops.sampling.sample_tokens`) that takes
+five numbers a row; rows whose logits are as the model made them (`Sampler.is_plain`) need no more.
 Nothing here waits for the device.
 
 Shapes: B rows of the batch, R some of them, N positions, V vocabulary.
@@ -21,21 +23,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moe_engine.engine.pending import LogprobRows, PendingLogprobs, to_host
 from moe_engine.ops.sampling import (
     apply_output_penalties,
     apply_repetition_penalty,
-    draw_tokens,
     greedy_tokens,
-    mask_min_p,
-    mask_top_k,
-    mask_top_p,
-    scale_by_temperature,
+    params_device,
+    sample_tokens,
     to_float32_without_nan,
     top_logprobs,
 )
+from moe_engine.ops.transfer import to_device
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import NewSequence
 
@@ -43,9 +44,6 @@ _GREEDY_BELOW_TEMPERATURE = 1e-5
 
 # Ranking takes int64 temporaries of the size of the logits; this bounds them for long prompts.
 _LOGPROB_ROWS_AT_ONCE = 128
-
-# Filters and the draw take about ten times the memory of the logits; this bounds them likewise.
-_DRAW_ROWS_AT_ONCE = 64
 
 # A positive repetition penalty must stay positive in float32.
 _SMALLEST_REPETITION_PENALTY = torch.finfo(torch.float32).tiny
@@ -71,6 +69,7 @@ class _SequenceState:
     """What the sampler keeps of a sequence; a tensor is there only if the parameters need it.
 
     Attributes:
+        draw: temperature (0 if greedy), top_k (0 if off), top_p, min_p.
         bias: token ids (int64) and what to add to their logits (float32).
         early_stop_ids: int64, the stop ids that ``min_tokens`` holds back.
         output_counts_V: int32, how often the output has each token.
@@ -78,20 +77,22 @@ class _SequenceState:
     """
 
     params: SamplingParams
+    draw: tuple[float, float, float, float]
     bias: tuple[torch.Tensor, torch.Tensor] | None
     early_stop_ids: torch.Tensor | None
     output_counts_V: torch.Tensor | None
     prompt_mask_V: torch.Tensor | None
 
     @property
-    def is_greedy(self) -> bool:
-        return self.params.temperature < _GREEDY_BELOW_TEMPERATURE
+    def is_plain(self) -> bool:
+        """Whether the token is drawn from the raw logits."""
+        extras = (self.bias, self.early_stop_ids, self.output_counts_V)
+        return all(extra is None for extra in extras)
 
     @property
     def is_argmax(self) -> bool:
         """Whether the most likely token of the raw logits is always the one."""
-        extras = (self.bias, self.early_stop_ids, self.output_counts_V)
-        return self.is_greedy and all(extra is None for extra in extras)
+        return self.is_plain and self.draw[0] == 0.0
 
 
 class Sampler:
@@ -103,6 +104,7 @@ class Sampler:
         self._device = device
         self._states: dict[int, _SequenceState] = {}
         self._not_argmax: set[int] = set()
+        self._not_plain: set[int] = set()
         self._with_logprobs: set[int] = set()
         self._one = torch.ones(1, dtype=torch.int32, device=device)
 
@@ -124,6 +126,7 @@ class Sampler:
         stop_ids = [stop_id for stop_id in sequence.stop_ids if stop_id < self._vocab_size]
         state = _SequenceState(
             params=params,
+            draw=self._draw_of(params),
             bias=self._bias(params.logit_bias) if params.logit_bias else None,
             early_stop_ids=(
                 self._to_device(stop_ids, torch.int64) if params.min_tokens and stop_ids else None
@@ -134,6 +137,8 @@ class Sampler:
         self._states[sequence.seq_id] = state
         if not state.is_argmax:
             self._not_argmax.add(sequence.seq_id)
+        if not state.is_plain:
+            self._not_plain.add(sequence.seq_id)
         if params.logprobs is not None:
             self._with_logprobs.add(sequence.seq_id)
 
@@ -141,6 +146,7 @@ class Sampler:
         """Forget a sequence."""
         del self._states[seq_id]
         self._not_argmax.discard(seq_id)
+        self._not_plain.discard(seq_id)
         self._with_logprobs.discard(seq_id)
 
     def is_argmax(self, seq_ids: Iterable[int]) -> bool:
@@ -149,6 +155,22 @@ class Sampler:
         Then it need not be called at all.
         """
         return self._not_argmax.isdisjoint(seq_ids)
+
+    def is_plain(self, seq_ids: Iterable[int]) -> bool:
+        """Whether all of them draw from the raw logits: `draw_params` is all `sample` goes by.
+
+        They have no logit bias, no stop ids to hold back and no penalties.
+        """
+        return self._not_plain.isdisjoint(seq_ids)
+
+    def draw_params(self, seq_ids: Sequence[int], uniforms: Sequence[float]) -> np.ndarray:
+        """What `moe_engine.ops.sampling.sample_tokens` needs to know of rows, float64 [5, B]."""
+        params_5B = np.empty((5, len(seq_ids)))
+        if seq_ids:
+            params_5B[:4] = np.array([self._states[seq_id].draw for seq_id in seq_ids]).T
+        params_5B[4] = uniforms
+        assert ((params_5B[4] >= 0.0) & (params_5B[4] < 1.0)).all()
+        return params_5B
 
     def sample(self, logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
         """Choose the next token of every row and count it among its sequence's outputs.
@@ -164,22 +186,14 @@ class Sampler:
         """
         assert logits_BV.shape == (len(rows), self._vocab_size)
         states = [self._states[row.seq_id] for row in rows]
-        if all(state.is_argmax for state in states):
-            return greedy_tokens(logits_BV)
-        adjusted_BV = self._adjust(to_float32_without_nan(logits_BV), rows, states)
-        drawn = [i for i, state in enumerate(states) if not state.is_greedy]
-        if not drawn:
-            tokens_B = greedy_tokens(adjusted_BV)
-        elif len(drawn) == len(rows):
-            tokens_B = self._draw(adjusted_BV, rows, states)
+        if not all(state.is_plain for state in states):
+            logits_BV = self._adjust(to_float32_without_nan(logits_BV), rows, states)
+        params_5B = self.draw_params([row.seq_id for row in rows], [row.uniform for row in rows])
+        if params_5B[0].any():
+            on_device = to_device(params_5B, torch.float64, params_device(self._device))
+            tokens_B = sample_tokens(logits_BV, on_device)
         else:
-            drawn_R = self._to_device(drawn, torch.int64)
-            drawn_tokens_R = self._draw(
-                adjusted_BV.index_select(0, drawn_R),
-                [rows[i] for i in drawn],
-                [states[i] for i in drawn],
-            )
-            tokens_B = greedy_tokens(adjusted_BV).index_copy(0, drawn_R, drawn_tokens_R)
+            tokens_B = greedy_tokens(logits_BV)
         for i, state in enumerate(states):
             if state.output_counts_V is not None:
                 state.output_counts_V.scatter_add_(0, tokens_B[i : i + 1], self._one)
@@ -230,11 +244,11 @@ class Sampler:
         states: Sequence[_SequenceState],
     ) -> torch.Tensor:
         """What also changes a greedy choice: bias, min_tokens, penalties. Uses up its logits."""
-        for row, state, logits_V in zip(rows, states, logits_BV.unbind(0), strict=True):
+        for i, (row, state) in enumerate(zip(rows, states, strict=True)):
             if state.bias is not None:
-                logits_V.index_add_(0, *state.bias)
+                logits_BV[i].index_add_(0, *state.bias)
             if state.early_stop_ids is not None and row.num_output_tokens < state.params.min_tokens:
-                logits_V.index_fill_(0, state.early_stop_ids, -torch.inf)
+                logits_BV[i].index_fill_(0, state.early_stop_ids, -torch.inf)
 
         logits_BV = self._on_rows(
             logits_BV, states, lambda s: s.prompt_mask_V is not None, self._repetition_penalty
@@ -265,49 +279,6 @@ class Sampler:
             _stack_counts(states),
             self._to_device([s.params.frequency_penalty for s in states], torch.float32),
             self._to_device([s.params.presence_penalty for s in states], torch.float32),
-        )
-
-    def _draw(
-        self,
-        logits_RV: torch.Tensor,
-        rows: Sequence[SampleRow],
-        states: Sequence[_SequenceState],
-    ) -> torch.Tensor:
-        """Temperature, filters and the draw, for rows that are not greedy; int64 [R]."""
-        parts = []
-        for start in range(0, len(rows), _DRAW_ROWS_AT_ONCE):
-            part = slice(start, start + _DRAW_ROWS_AT_ONCE)
-            parts.append(self._draw_part(logits_RV[part], rows[part], states[part]))
-        return torch.cat(parts)
-
-    def _draw_part(
-        self,
-        logits_RV: torch.Tensor,
-        rows: Sequence[SampleRow],
-        states: Sequence[_SequenceState],
-    ) -> torch.Tensor:
-        assert all(0.0 <= row.uniform < 1.0 for row in rows)
-        temperatures = [state.params.temperature for state in states]
-        logits_RV = scale_by_temperature(logits_RV, self._to_device(temperatures, torch.float32))
-        logits_RV = self._on_rows(logits_RV, states, lambda s: s.params.min_p > 0.0, self._min_p)
-        logits_RV = self._on_rows(
-            logits_RV, states, lambda s: 0 < s.params.top_k < self._vocab_size, self._top_k
-        )
-        logits_RV = self._on_rows(logits_RV, states, lambda s: s.params.top_p < 1.0, self._top_p)
-        return draw_tokens(logits_RV, self._to_device([row.uniform for row in rows], torch.float64))
-
-    def _min_p(self, logits_RV: torch.Tensor, states: Sequence[_SequenceState]) -> torch.Tensor:
-        return mask_min_p(
-            logits_RV, self._to_device([s.params.min_p for s in states], torch.float32)
-        )
-
-    def _top_k(self, logits_RV: torch.Tensor, states: Sequence[_SequenceState]) -> torch.Tensor:
-        top_ks = [s.params.top_k for s in states]
-        return mask_top_k(logits_RV, self._to_device(top_ks, torch.int64), max(top_ks))
-
-    def _top_p(self, logits_RV: torch.Tensor, states: Sequence[_SequenceState]) -> torch.Tensor:
-        return mask_top_p(
-            logits_RV, self._to_device([s.params.top_p for s in states], torch.float64)
         )
 
     def _on_rows(
@@ -351,10 +322,18 @@ class Sampler:
         ids = self._to_device(token_ids, torch.int64)
         return counts_V.scatter_add_(0, ids, self._one.expand(len(token_ids)))
 
+    def _draw_of(self, params: SamplingParams) -> tuple[float, float, float, float]:
+        is_greedy = params.temperature < _GREEDY_BELOW_TEMPERATURE
+        has_top_k = 0 < params.top_k < self._vocab_size
+        return (
+            0.0 if is_greedy else params.temperature,
+            float(params.top_k) if has_top_k else 0.0,
+            params.top_p,
+            params.min_p,
+        )
+
     def _to_device(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of host numbers; pinned, because a copy from pageable memory would wait."""
-        host = torch.tensor(values, dtype=dtype, pin_memory=self._device.type == "cuda")
-        return host.to(self._device, non_blocking=True)
+        return to_device(values, dtype, self._device)
 
 
 def _stack_counts(states: Sequence[_SequenceState]) -> torch.Tensor:

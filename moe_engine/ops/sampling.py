@@ -1,4 +1,7 @@
-"""Sampling operators over batches of logits; only the greedy choice has a kernel."""
+"""Sampling operators over batches of logits; choosing tokens has kernels, the rest has none.
+
+Shapes: B rows of the batch, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,6 @@ from moe_engine.ops.reference import sampling as reference
 from moe_engine.ops.reference.sampling import (
     apply_output_penalties,
     apply_repetition_penalty,
-    draw_tokens,
-    mask_min_p,
-    mask_top_k,
-    mask_top_p,
-    scale_by_temperature,
     to_float32_without_nan,
     top_logprobs,
 )
@@ -21,15 +19,16 @@ from moe_engine.ops.reference.sampling import (
 __all__ = [
     "apply_output_penalties",
     "apply_repetition_penalty",
-    "draw_tokens",
     "greedy_tokens",
-    "mask_min_p",
-    "mask_top_k",
-    "mask_top_p",
-    "scale_by_temperature",
+    "params_device",
+    "sample_tokens",
     "to_float32_without_nan",
     "top_logprobs",
 ]
+
+# The kernels add up weights of up to 2**40 in int64.
+_MAX_VOCAB_SIZE = 2**22
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
@@ -45,3 +44,46 @@ def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
             tokens_B: torch.Tensor = kernels.greedy_tokens(logits_BV)
         return tokens_B
     return reference.greedy_tokens(logits_BV)
+
+
+def params_device(device: torch.device) -> torch.device:
+    """Where `sample_tokens` wants its parameters if the logits are on ``device``.
+
+    Kernels read them on the device; the reference needs some of them on the host.
+    """
+    if device.type == "cuda" and native.has_triton():
+        return device
+    return torch.device("cpu")
+
+
+def sample_tokens(logits_BV: torch.Tensor, params_5B: torch.Tensor) -> torch.Tensor:
+    """Choose a token per row: temperature, min_p, top_k, top_p, then the draw; int64 [B].
+
+    The reference (`moe_engine.ops.reference.sampling`) defines the filters and the draw; where the
+    kernels may differ from it, `moe_engine.kernels.sampling` says. A row's token depends on that
+    row alone. Nothing here waits for the device.
+
+    Args:
+        logits_BV: any float dtype, V >= 1; NaN counts as -inf, and a row of -inf alone gives 0.
+        params_5B: float64 on `params_device`; of each row
+            0: temperature, at least 1e-5, or 0 for the most likely token, whatever the others are;
+            1: top_k, how many of the most likely tokens stay; 0, or V and more: all;
+            2: top_p in (0, 1]; 1: off;
+            3: min_p in [0, 1]; 0: off;
+            4: the uniform number in [0, 1) that decides the draw.
+    """
+    num_rows, vocab_size = logits_BV.shape
+    assert params_5B.shape == (5, num_rows), (params_5B.shape, logits_BV.shape)
+    assert params_5B.dtype == torch.float64, params_5B.dtype
+    assert params_5B.device == params_device(logits_BV.device), params_5B.device
+    assert vocab_size <= _MAX_VOCAB_SIZE, vocab_size
+    if not params_5B.is_cuda:
+        return reference.sample_tokens(logits_BV, params_5B)
+    from moe_engine.kernels import sampling as kernels
+
+    assert num_rows == 0 or params_5B.stride(1) == 1, params_5B.stride()
+    if logits_BV.dtype not in _KERNEL_DTYPES:
+        logits_BV = logits_BV.to(torch.float32)
+    with torch.cuda.device(logits_BV.device):
+        tokens_B: torch.Tensor = kernels.sample_tokens(logits_BV, params_5B)
+    return tokens_B

@@ -14,7 +14,7 @@ from moe_engine import SamplingParams
 from moe_engine.config.engine import GIB
 from moe_engine.engine.decode import DecodeStep
 from moe_engine.types.messages import AddRequest
-from tests.unit.runner_world import RunnerWorld, mixed_requests
+from tests.unit.runner_world import DRAWN_KINDS, GREEDY_KINDS, RunnerWorld, mixed_requests
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -78,6 +78,17 @@ def test_mixed_steps_of_all_kinds_of_requests(tmp_path, plain, cuda_graphs, dept
     options = {"cuda_graphs": cuda_graphs, "pipeline_depth": depth, "max_prefill_chunk": chunk}
     world = RunnerWorld(tmp_path, dtype="float32", **GPU, **options)
     assert world.runtime.uses_graphs == cuda_graphs
+    assert_same_tokens(world.run(requests), alone(plain, requests))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_tokens_are_drawn_in_graphs(tmp_path, plain, depth):
+    """Nobody's logits are changed, so steps in which all decode have a graph for the draws too."""
+    kinds = (*DRAWN_KINDS, GREEDY_KINDS[0], {"temperature": 0.6, "top_k": 20, "top_p": 0.95})
+    requests = mixed_requests(random.Random(7), 24, kinds=kinds)
+    world = RunnerWorld(tmp_path, dtype="float32", pipeline_depth=depth, **GPU)
+    draw_graphs = world.runner._graphs._draw_graphs
+    assert sorted(draw_graphs) == world.runner._graphs.buckets
     assert_same_tokens(world.run(requests), alone(plain, requests))
 
 

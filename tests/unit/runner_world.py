@@ -41,6 +41,7 @@ class UncapturedGraphs:
     def __init__(self, decode, exchange):
         self.buckets = graph_buckets(decode.max_rows)
         self.sizes_run = []
+        self.sizes_drawn = []
         self._decode = decode
         self._exchange = exchange
 
@@ -49,7 +50,12 @@ class UncapturedGraphs:
 
     def replay(self, size):
         self.sizes_run.append(size)
-        return self._decode.compute(size, self._exchange.select(size))
+        self._logits = self._decode.compute(size, self._exchange.select(size))
+        return self._logits
+
+    def draw(self, size):
+        self.sizes_drawn.append(size)
+        self._decode.draw(size, self._logits)
 
 
 class RunnerWorld:
@@ -107,16 +113,20 @@ def make_runtime(config: EngineConfig) -> RankRuntime:
     return runtime
 
 
-def mixed_requests(choose, number, *, longest=30, **common):
-    """Requests of every kind of sampling."""
-    kinds = (
-        {"temperature": 0.0},
-        {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 1},
-        {"temperature": 0.8, "top_p": 0.9, "top_k": 20},
-        {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
-        {"temperature": 1.0, "logprobs": 0},
-        {"temperature": 0.0, "logit_bias": {5: 3.0}, "min_tokens": 3},
-    )
+GREEDY_KINDS = ({"temperature": 0.0}, {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 1})
+DRAWN_KINDS = (
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 20},
+    {"temperature": 1.0, "logprobs": 0},
+)
+ADJUSTED_KINDS = (
+    {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"temperature": 0.0, "logit_bias": {5: 3.0}, "min_tokens": 3},
+)
+ALL_KINDS = (*GREEDY_KINDS, *DRAWN_KINDS, *ADJUSTED_KINDS)
+
+
+def mixed_requests(choose, number, *, longest=30, kinds=ALL_KINDS, **common):
+    """Requests of several kinds of sampling."""
     requests = []
     for index in range(number):
         prompt = [choose.randrange(90) for _ in range(choose.randint(1, longest))]

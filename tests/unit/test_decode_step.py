@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_engine.types.sampling import SamplingParams
-from tests.unit.runner_world import RunnerWorld, mixed_requests
+from tests.unit.runner_world import DRAWN_KINDS, GREEDY_KINDS, RunnerWorld, mixed_requests
 
 
 def assert_same_outputs(found, expected):
@@ -30,6 +30,24 @@ def test_requests_of_all_kinds_get_the_same_tokens(tmp_path, depth, chunk):
     world = RunnerWorld(tmp_path, with_decode_steps=True, **options)
     assert_same_outputs(world.run(requests), expected)
     assert {1, 2, 4, 8, 9} & set(world.runner._graphs.sizes_run)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_tokens_are_drawn_in_static_memory_whatever_was_there(tmp_path, depth):
+    """Greedy rows and padding among them, in batches of several sizes, one after the other."""
+    kinds = (*DRAWN_KINDS, GREEDY_KINDS[0], {"temperature": 0.6, "top_k": 20, "top_p": 0.95})
+    requests = mixed_requests(random.Random(5), 24, kinds=kinds)
+    expected = RunnerWorld(tmp_path, pipeline_depth=depth).run(requests)
+    world = RunnerWorld(tmp_path, with_decode_steps=True, pipeline_depth=depth)
+    assert_same_outputs(world.run(requests), expected)
+    assert {4, 8, 9} <= set(world.runner._graphs.sizes_drawn)
+
+
+def test_a_batch_of_greedy_rows_draws_nothing(tmp_path):
+    world = RunnerWorld(tmp_path, with_decode_steps=True)
+    world.run(mixed_requests(random.Random(6), 12, kinds=GREEDY_KINDS))
+    assert world.runner._graphs.sizes_run
+    assert not world.runner._graphs.sizes_drawn
 
 
 @pytest.mark.parametrize("size", range(1, 10))

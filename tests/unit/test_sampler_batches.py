@@ -52,7 +52,7 @@ def test_draws_in_pieces_are_the_same(monkeypatch):
     logits = torch.from_numpy(rng.standard_normal((25, 50)) * 3)
     rows = rows_of(references, rng.random(25).tolist())
     expected = sampler_of(50, *references).sample(logits, rows)
-    monkeypatch.setattr("moe_engine.engine.sampler._DRAW_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("moe_engine.ops.reference.sampling._DRAW_ROWS_AT_ONCE", 4)
     assert torch.equal(sampler_of(50, *references).sample(logits, rows), expected)
 
 
@@ -81,6 +81,41 @@ def test_only_plain_greedy_rows_are_an_argmax(options, is_argmax):
     assert both.is_argmax([])
     both.retire(1)
     assert both.is_argmax([0, 1])  # nothing of a retired sequence stays behind
+
+
+def test_rows_are_plain_unless_something_changes_their_logits():
+    options = (
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "logprobs": 2}, True),
+        ({"logit_bias": {1: 1.0}}, False),
+        ({"min_tokens": 2}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"frequency_penalty": 0.1}, False),
+        ({"presence_penalty": -0.1}, False),
+    )
+    references = [Reference(SamplingParams(**some), [1], stop_ids=[4]) for some, _ in options]
+    sampler = sampler_of(20, *references)
+    for seq_id, (_, is_plain) in enumerate(options):
+        assert sampler.is_plain([seq_id]) == sampler.is_plain([0, seq_id]) == is_plain
+    sampler.retire(1)
+    assert sampler.is_plain([0, 1])  # nothing of a retired sequence stays behind
+
+
+def test_draw_params_say_what_each_row_asked_for():
+    options = (
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+        {"temperature": 9e-6, "min_p": 0.25},
+        {"top_k": -1},
+        {"top_k": 50},  # as many as the vocabulary has
+    )
+    sampler = sampler_of(50, *(Reference(SamplingParams(**some), [1]) for some in options))
+    params_5B = sampler.draw_params([2, 0, 1, 3], [0.25, 0.5, 0.75, 0.0])
+    assert params_5B.T.tolist() == [
+        [1.0, 0.0, 1.0, 0.0, 0.25],
+        [0.6, 20.0, 0.95, 0.0, 0.5],
+        [0.0, 0.0, 1.0, 0.25, 0.75],
+        [1.0, 0.0, 1.0, 0.0, 0.0],
+    ]
+    assert sampler.draw_params([], []).shape == (5, 0)
 
 
 def test_a_batch_that_is_only_greedy_copies_no_logits(monkeypatch):

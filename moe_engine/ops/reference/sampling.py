@@ -14,11 +14,19 @@ Shapes: B rows of the batch, R of them that an operation is for, N positions, V 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
+
+from moe_engine.ops.transfer import to_device
 
 # Multiplies probabilities into int64: fine enough for the smallest probability that a draw with
 # 53 random bits can meet, with room for a sum that rounding has put above 1.
 _FIXED_POINT_ONE = 2.0**60
+
+# Filters and the draw take about ten times the memory of the logits; this bounds them.
+_DRAW_ROWS_AT_ONCE = 64
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -73,6 +81,69 @@ def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
     NaN counts as -inf; a row of -inf alone gives 0.
     """
     return torch.argmax(logits_BV.masked_fill(logits_BV.isnan(), -torch.inf), dim=-1)
+
+
+def sample_tokens(logits_BV: torch.Tensor, params_5B: torch.Tensor) -> torch.Tensor:
+    """See `moe_engine.ops.sampling.sample_tokens`; ``params_5B`` is on the host."""
+    params: np.ndarray = params_5B.numpy()
+    drawn_R = np.flatnonzero(params[0] > 0.0)
+    if not len(drawn_R):
+        return greedy_tokens(logits_BV)
+    tokens_R = torch.cat(
+        [
+            _draw_rows(logits_BV, rows, params[:, rows])
+            for rows in np.split(
+                drawn_R, range(_DRAW_ROWS_AT_ONCE, len(drawn_R), _DRAW_ROWS_AT_ONCE)
+            )
+        ]
+    )
+    if len(drawn_R) == len(logits_BV):
+        return tokens_R
+    index_R = to_device(drawn_R, torch.int64, logits_BV.device)
+    return greedy_tokens(logits_BV).index_copy(0, index_R, tokens_R)
+
+
+def _draw_rows(logits_BV: torch.Tensor, rows: np.ndarray, params_5R: np.ndarray) -> torch.Tensor:
+    """Temperature, filters and the draw of some rows; int64 [R]."""
+    device = logits_BV.device
+    temperature_R, top_k_R, top_p_R, min_p_R, uniform_R = params_5R
+    if len(rows) < len(logits_BV):
+        logits_BV = logits_BV.index_select(0, to_device(rows, torch.int64, device))
+    logits_RV = scale_by_temperature(
+        to_float32_without_nan(logits_BV), to_device(temperature_R, torch.float32, device)
+    )
+
+    def filter_rows(
+        logits_RV: torch.Tensor,
+        is_filtered_R: np.ndarray,
+        mask: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+    ) -> torch.Tensor:
+        chosen = np.flatnonzero(is_filtered_R)
+        if not len(chosen):
+            return logits_RV
+        if len(chosen) == len(logits_RV):
+            return mask(logits_RV, chosen)
+        index = to_device(chosen, torch.int64, device)
+        return logits_RV.index_copy(0, index, mask(logits_RV.index_select(0, index), chosen))
+
+    logits_RV = filter_rows(
+        logits_RV,
+        min_p_R > 0.0,
+        lambda some, rows: mask_min_p(some, to_device(min_p_R[rows], torch.float32, device)),
+    )
+    logits_RV = filter_rows(
+        logits_RV,
+        (top_k_R > 0) & (top_k_R < logits_RV.shape[1]),
+        lambda some, rows: mask_top_k(
+            some, to_device(top_k_R[rows], torch.int64, device), int(top_k_R[rows].max())
+        ),
+    )
+    logits_RV = filter_rows(
+        logits_RV,
+        top_p_R < 1.0,
+        lambda some, rows: mask_top_p(some, to_device(top_p_R[rows], torch.float64, device)),
+    )
+    return draw_tokens(logits_RV, to_device(uniform_R, torch.float64, device))
 
 
 def scale_by_temperature(logits_RV: torch.Tensor, temperature_R: torch.Tensor) -> torch.Tensor:

@@ -155,6 +155,9 @@ def _decode_kernel(
         chunks_per_program = count_chunks_per_program(context, num_chunks, num_splits, min_tokens)
     first_tile = split * chunks_per_program * tiles_per_chunk
     last_tile = tl.minimum(first_tile + chunks_per_program * tiles_per_chunk, num_tiles)
+    if (split > 0) & (first_tile >= num_tiles):
+        # Without waiting: the programs of split 0 do, so the launch still ends after those before.
+        return
     table_ptr = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     tokens_K = tl.arange(0, TILE)
     position_K = first_tile * TILE + tokens_K
@@ -177,8 +180,6 @@ def _decode_kernel(
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if (split > 0) & (first_tile >= num_tiles):
-        return
 
     rows_M = tl.arange(0, M)
     dims_D, in_head_D = head_dims(F, BLOCK_F)

@@ -19,7 +19,9 @@ from moe_engine.ops import native
 LINEAR_MAX_ROWS = 16
 """Rows that the streaming linear layer takes."""
 SPLIT_LINEAR_ROWS = range(LINEAR_MAX_ROWS + 1, 65)
-"""Rows for which the split linear layer is best; it takes any up to 64."""
+"""Rows for which the split linear layer can be best; it takes any up to 64."""
+SPLIT_LINEAR_MAX_SUMS = 256
+"""Parts times rows up to which it is best, for the sake of the operator that adds them up."""
 
 NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
@@ -79,7 +81,9 @@ def takes_split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     if not (_rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
         return False
     library = extension(x_RX.device)
-    return library is not None and _num_splits(library, weight_OX) > 0
+    if library is None:
+        return False
+    return 0 < _num_splits(library, weight_OX) * x_RX.shape[0] <= SPLIT_LINEAR_MAX_SUMS
 
 
 def _num_splits(library: ModuleType, weight_OX: torch.Tensor) -> int:

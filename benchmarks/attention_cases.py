@@ -30,6 +30,10 @@ class Inputs:
     q_TND: torch.Tensor
     batch: PagedBatch
 
+    def own_kv(self, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The cached keys and values of the step's own tokens, [2, T, G, D]."""
+        return torch.stack([tensor.flatten(0, 1)[self.batch.slots_T] for tensor in cache])
+
 
 @dataclass(frozen=True)
 class Projection:

@@ -261,6 +261,7 @@ def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> l
 def prefill_rows(name: str, lens: list[tuple[int, int]], cache: Cache) -> list[Row]:
     """Prefill by the operator, by the Triton kernel and, for equal whole prompts, by cuDNN."""
     inputs = [cases.make_inputs(lens) for _ in range(3)]
+    own_kv = {id(one): one.own_kv(cache) for one in inputs}
     flop = sum(
         4 * cases.NUM_HEADS * cases.HEAD_DIM * (query * context - query * (query - 1) / 2)
         for query, context in lens
@@ -276,12 +277,13 @@ def prefill_rows(name: str, lens: list[tuple[int, int]], cache: Cache) -> list[R
         return out
 
     def cudnn(one: cases.Inputs) -> torch.Tensor:
+        own_k_TGD, own_v_TGD = own_kv[id(one)]
         return cudnn_prefill.attend(
-            one.q_TND, *cache, one.batch.slots_T, len(lens), lens[0][0], cases.SCALE
+            one.q_TND, own_k_TGD, own_v_TGD, len(lens), lens[0][0], cases.SCALE
         )
 
     def operator(one: cases.Inputs) -> torch.Tensor:
-        return paged_attention(one.q_TND, cache, one.batch, cases.SCALE)
+        return paged_attention(one.q_TND, cache, one.batch, cases.SCALE, own_kv[id(one)])
 
     ways = {"prefill, operator": operator, "prefill, triton": triton}
     if set(lens) == {(lens[0][0], lens[0][0])}:
@@ -315,9 +317,10 @@ def _timed(
 def cudnn_first_call_ms(length: int, cache: Cache) -> float:
     """What a shape that cuDNN has not seen costs the host."""
     one = cases.make_inputs([(length, length)])
+    own_k_TGD, own_v_TGD = one.own_kv(cache)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    cudnn_prefill.attend(one.q_TND, *cache, one.batch.slots_T, 1, length, cases.SCALE)
+    cudnn_prefill.attend(one.q_TND, own_k_TGD, own_v_TGD, 1, length, cases.SCALE)
     torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
 

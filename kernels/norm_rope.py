@@ -132,6 +132,8 @@ def _norm_rope_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    own_k_ptr,
+    own_v_ptr,
     num_tokens,
     qkv_stride,
     qkv_part_stride,
@@ -143,12 +145,14 @@ def _norm_rope_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_F: tl.constexpr,
     NUM_PARTS: tl.constexpr,
+    HAS_OWN: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Norm, rotate and store BLOCK_A heads of BLOCK_T tokens.
 
     Shapes: qkv [T, A * D] with a row stride, or float32 [NUM_PARTS, T, A * D] to be summed; weights
-    [D]; cos and sin [P, F]; position and slot int64 [T]; q [T, N, D]; k and v [B * L, G, D].
+    [D]; cos and sin [P, F]; position and slot int64 [T]; q [T, N, D]; k and v [B * L, G, D]; own
+    keys and values [T, G, D], a cache whose slots are the tokens' numbers.
     Programs: the heads of a block of tokens follow each other. float32 arithmetic, rounded once.
 
     Example, D = 2, weight 1, eps 0, a quarter turn (cos 0, sin 1): the head (3, 4) has the mean
@@ -185,6 +189,11 @@ def _norm_rope_kernel(
     tl.store(q_RF, first_RF.to(q_ptr.dtype.element_ty), mask=to_q_RF)
     tl.store(q_RF + F, second_RF.to(q_ptr.dtype.element_ty), mask=to_q_RF)
     write_cache(k_ptr, v_ptr, slot_R, head_R, there_R, first_RF, second_RF, N, G, F, BLOCK_F)
+    if HAS_OWN:
+        write_cache(
+            own_k_ptr, own_v_ptr, token_R.to(tl.int64), head_R, there_R, first_RF, second_RF, N, G,
+            F, BLOCK_F,
+        )  # fmt: skip
 
 
 def norm_rope_write(
@@ -198,11 +207,14 @@ def norm_rope_write(
     k_cache_BLGD: torch.Tensor,
     v_cache_BLGD: torch.Tensor,
     slots_T: torch.Tensor,
+    own_kv_2TGD: torch.Tensor | None = None,
     *,
     launch: tuple[int, int, int] | None = None,
     use_pdl: bool = False,
 ) -> torch.Tensor:
     """Queries [T, N, D] in the weights' dtype; keys and values go to the cache, in its dtype.
+
+    They also go to ``own_kv_2TGD``, if it is there, whether they have a slot in the cache or not.
 
     The arguments are checked by the caller. qkv: [T, X] of that dtype, whose rows may lie apart, or
     contiguous float32 [parts, T, X], to be summed and rounded to it.
@@ -225,6 +237,7 @@ def norm_rope_write(
     block_heads, block_tokens, num_warps = launch
     num_all_heads = num_heads + 2 * num_kv_heads
     grid = (triton.cdiv(num_all_heads, block_heads) * triton.cdiv(num_tokens, block_tokens),)
+    own_k_TGD, own_v_TGD = (None, None) if own_kv_2TGD is None else own_kv_2TGD.unbind()
     _norm_rope_kernel[grid](
         qkv,
         q_weight_D,
@@ -236,6 +249,8 @@ def norm_rope_write(
         q_TND,
         k_cache_BLGD,
         v_cache_BLGD,
+        own_k_TGD,
+        own_v_TGD,
         num_tokens,
         qkv.stride(-2),
         qkv.stride(0),
@@ -247,6 +262,7 @@ def norm_rope_write(
         BLOCK_A=block_heads,
         BLOCK_F=triton.next_power_of_2(head_dim // 2),
         NUM_PARTS=len(qkv) if qkv.dim() == 3 else 1,
+        HAS_OWN=own_kv_2TGD is not None,
         USE_PDL=use_pdl,
         num_warps=num_warps,
         launch_pdl=use_pdl,

@@ -2,11 +2,12 @@
 
 A step that only decodes runs as a CUDA graph instead, where there is one (see `engine.decode`).
 
-Shape legend: T tokens of the step, S sequences, B blocks.
+Shape legend: T tokens of the step, S sequences, B blocks, R rows that need logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,20 +26,24 @@ class StepBatch:
     Attributes:
         token_ids_T, positions_T: int64.
         paged: where the tokens stand in the KV cache; sequences that compute one position first.
-        last_rows: per sequence step, in the plan's order, the row of its last token.
+        rows_R: int64, of each sequence in the plan's order the rows whose logits score its prompt,
+            then the last row of each that samples; None if these are all T rows in order.
     """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     paged: PagedBatch
-    last_rows: list[int]
+    rows_R: torch.Tensor | None
 
 
-def build_batch(table: SequenceTable, steps: list[SequenceStep], slots: list[int]) -> StepBatch:
+def build_batch(
+    table: SequenceTable, steps: list[SequenceStep], slots: list[int], num_scored: Sequence[int]
+) -> StepBatch:
     """Lay out the step's tokens, one sequence after the other; nobody waits for the device.
 
     Args:
         slots: what `SequenceTable.advance` returned for ``steps``.
+        num_scored: how many of a step's positions, the first ones, need logits to score the prompt.
     """
     slots_S = np.array(slots, dtype=np.int64)
     starts_S = np.array([step.start for step in steps], dtype=np.int64)
@@ -48,14 +53,13 @@ def build_batch(table: SequenceTable, steps: list[SequenceStep], slots: list[int
     contexts_S = starts_S + counts_S
     ends_S = counts_S.cumsum()
     firsts_S = ends_S - counts_S
-    last_rows = np.empty_like(order)
-    last_rows[order] = ends_S - 1
 
     num_tokens = int(counts_S.sum())
+    needed_R = _needed_rows(steps, firsts_S[order.argsort()], num_scored)
     positions_T = np.arange(num_tokens) + np.repeat(starts_S - firsts_S, counts_S)
     slots_T = np.repeat(slots_S, counts_S)
     tokens_NC, blocks_NB, block_size = table.tokens_NC, table.blocks_NB, table.block_size
-    positions, token_places, block_places, offsets, slots_of_rows, contexts, query_starts = stage(
+    positions, token_places, block_places, offsets, slots_of_rows, contexts, starts, rows_R = stage(
         [
             positions_T,
             slots_T * tokens_NC.shape[1] + positions_T,
@@ -64,6 +68,7 @@ def build_batch(table: SequenceTable, steps: list[SequenceStep], slots: list[int
             slots_S,
             contexts_S,
             np.append(firsts_S, num_tokens),
+            needed_R,
         ],
         tokens_NC.device,
         torch.int64,
@@ -81,12 +86,26 @@ def build_batch(table: SequenceTable, steps: list[SequenceStep], slots: list[int
         slots_T=torch.add(offsets, blocks_T, alpha=block_size),
         block_tables_SB=blocks_NB[:, :num_blocks].index_select(0, slots_of_rows),
         context_lens_S=contexts.to(torch.int32),
-        query_starts_S=query_starts.to(torch.int32),
+        query_starts_S=starts.to(torch.int32),
         num_decodes=num_decodes,
         prefills=tuple(PrefillSpan(*span) for span in spans),
     )
     token_ids_T = tokens_NC.view(-1).index_select(0, token_places).to(torch.int64)
-    return StepBatch(token_ids_T, positions, paged, last_rows.tolist())
+    needs_all = np.array_equal(needed_R, np.arange(num_tokens))
+    return StepBatch(token_ids_T, positions, paged, None if needs_all else rows_R)
+
+
+def _needed_rows(
+    steps: list[SequenceStep], firsts: np.ndarray, num_scored: Sequence[int]
+) -> np.ndarray:
+    """See `StepBatch.rows_R`; ``firsts`` are the steps' first rows, in the plan's order."""
+    scoring = [np.arange(first, first + num) for first, num in zip(firsts, num_scored, strict=True)]
+    sampling = [
+        first + step.num_tokens - 1
+        for step, first in zip(steps, firsts, strict=True)
+        if step.uniform is not None
+    ]
+    return np.concatenate([*scoring, np.array(sampling, dtype=np.int64)])
 
 
 def largest_group(groups: list[GroupPlan]) -> int:

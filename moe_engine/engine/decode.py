@@ -17,7 +17,6 @@ import torch
 from moe_engine.cache.kv import KVCache
 from moe_engine.dist.exchange import Exchange
 from moe_engine.dist.groups import ParallelGroups
-from moe_engine.dist.layout import split_evenly
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -103,7 +102,6 @@ class DecodeStep:
             batch=batch,
             kv=self._kv,
             exchange=exchange,
-            tp_token_counts=split_evenly(num_rows, self._groups.tp.size),
             num_tokens_1=self._rows_3W[0, :1],
         )
         logits_SV = self._model.logits(self._model(inputs.token_ids_S, step))

@@ -18,7 +18,6 @@ from moe_engine.cache.kv import KVCache
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
-from moe_engine.dist.layout import split_evenly
 from moe_engine.engine.decode import DecodeStep
 from moe_engine.engine.graphs import capturable_buckets
 from moe_engine.engine.runner import PROMPT_ROWS_AT_ONCE
@@ -156,13 +155,11 @@ class StepProfiler:
         )
 
     def _forward(self, batch: PagedBatch, positions_T: torch.Tensor) -> torch.Tensor:
-        num_tokens = len(positions_T)
         step = ForwardContext(
             positions_T=positions_T,
             batch=batch,
             kv=self._kv,
-            exchange=self._exchange.select(num_tokens),
-            tp_token_counts=split_evenly(num_tokens, self._groups.layout.attention_tp),
+            exchange=self._exchange.select(len(positions_T)),
         )
         x_TH: torch.Tensor = self._model(torch.zeros_like(positions_T), step)
         return x_TH

@@ -3,7 +3,8 @@
 On a GPU nothing here waits for the device: a step is enqueued, its results are on their way to
 pinned memory, and `PendingStep.result` is where somebody waits.
 
-Shape legend: T tokens of the step, R rows that need logits, B sequences that sample, V vocabulary.
+Shape legend: T tokens of the step, R rows that need logits, P of them those that score a prompt,
+B sequences that sample, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from moe_engine.cache.kv import KVCache
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
-from moe_engine.dist.layout import split_evenly
-from moe_engine.engine.batch import StepBatch, build_batch, largest_group
+from moe_engine.engine.batch import build_batch, largest_group
 from moe_engine.engine.decode import DecodeStep
 from moe_engine.engine.graphs import DecodeGraphs
 from moe_engine.engine.pending import PendingLogprobs, PendingStep, to_host
@@ -132,26 +132,28 @@ class ModelRunner:
         self, plan: StepPlan, group: GroupPlan, slots: list[int], pending: PendingStep
     ) -> None:
         """A step of any kind."""
-        batch = build_batch(self._table, group.steps, slots)
-        num_tokens = batch.token_ids_T.shape[0]
+        num_scored = [self._num_scored(step) for step in group.steps]
+        batch = build_batch(self._table, group.steps, slots, num_scored)
         step = ForwardContext(
             positions_T=batch.positions_T,
             batch=batch.paged,
             kv=self._kv,
             exchange=self._exchange.select(largest_group(plan.groups)),
-            tp_token_counts=split_evenly(num_tokens, self._groups.layout.attention_tp),
         )
-        x_TH = self._model(batch.token_ids_T, step)
-        self._score_prompts(group, batch, x_TH, pending)
-        self._sample(group, batch, slots, x_TH, pending)
+        x_RH = self._model(batch.token_ids_T, step, batch.rows_R)
+        first_sampled = sum(num_scored)
+        self._score_prompts(group, num_scored, x_RH[:first_sampled], pending)
+        self._sample(group, slots, x_RH[first_sampled:], pending)
+
+    def _num_scored(self, step: SequenceStep) -> int:
+        """How many of a step's positions, the first ones, have logits that score the prompt."""
+        sequence = self._sequences[step.seq_id]
+        if sequence.params.prompt_logprobs is None:
+            return 0
+        return max(0, min(step.end, sequence.num_prompt_tokens - 1) - step.start)
 
     def _sample(
-        self,
-        group: GroupPlan,
-        batch: StepBatch,
-        slots: list[int],
-        x_TH: torch.Tensor,
-        pending: PendingStep,
+        self, group: GroupPlan, slots: list[int], x_BH: torch.Tensor, pending: PendingStep
     ) -> None:
         """Sample on TP rank 0, tell the TP group, and keep the tokens for the next step."""
         chosen = [i for i, step in enumerate(group.steps) if step.uniform is not None]
@@ -160,10 +162,8 @@ class ModelRunner:
         steps = [group.steps[i] for i in chosen]
         longest = self._table.tokens_NC.shape[1]
         places = [slots[i] * longest + group.steps[i].end for i in chosen]
-        rows_B, places_B = stage(
-            [[batch.last_rows[i] for i in chosen], places], self._device, torch.int64
-        )
-        logits_BV = self._model.logits(x_TH.index_select(0, rows_B))
+        [places_B] = stage([places], self._device, torch.int64)
+        logits_BV = self._model.logits(x_BH)
         if logits_BV is None:
             tokens_B = torch.empty(len(steps), dtype=torch.int64, device=self._device)
         elif self._sampler.is_argmax(step.seq_id for step in steps):
@@ -197,23 +197,25 @@ class ModelRunner:
         return rows
 
     def _score_prompts(
-        self, group: GroupPlan, batch: StepBatch, x_TH: torch.Tensor, pending: PendingStep
+        self,
+        group: GroupPlan,
+        num_scored: list[int],
+        x_RH: torch.Tensor,
+        pending: PendingStep,
     ) -> None:
         """Log-probabilities of the prompt tokens that follow this step's prompt positions."""
-        for index, step in enumerate(group.steps):
+        parts = x_RH.split(num_scored)
+        for step, x_PH in zip(group.steps, parts, strict=True):
             sequence = self._sequences[step.seq_id]
             num_top = sequence.params.prompt_logprobs
-            last = min(step.end, sequence.num_prompt_tokens - 1)
-            if num_top is None or step.start >= last:
-                continue
-            first_row = batch.last_rows[index] - step.num_tokens + 1
+            targets_P = sequence.token_ids[step.start + 1 : step.start + 1 + len(x_PH)]
             pieces: list[PendingLogprobs] = []
-            for start in range(step.start, last, PROMPT_ROWS_AT_ONCE):
-                stop = min(start + PROMPT_ROWS_AT_ONCE, last)
-                rows = slice(first_row + start - step.start, first_row + stop - step.start)
-                logits_RV = self._model.logits(x_TH[rows])
+            for first in range(0, len(x_PH), PROMPT_ROWS_AT_ONCE):
+                rows = slice(first, first + PROMPT_ROWS_AT_ONCE)
+                logits_RV = self._model.logits(x_PH[rows])
                 if logits_RV is not None:
-                    [targets] = stage([sequence.token_ids[start + 1 : stop + 1]], self._device)
+                    assert num_top is not None
+                    [targets] = stage([targets_P[rows]], self._device)
                     targets_R = targets.to(torch.int64)
                     pieces.append(self._sampler.prompt_logprobs(logits_RV, targets_R, num_top))
             if pieces:

@@ -1,6 +1,6 @@
 """Grouped-query attention with query and key norms, heads cut over the attention-TP group.
 
-Shape legend: T tokens, H hidden size, N query heads here, D head dimension.
+Shape legend: T tokens, R rows that are needed, H hidden size, N query heads here, D head dimension.
 """
 
 from __future__ import annotations
@@ -57,9 +57,17 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(context, model.head_dim)
 
     def forward(
-        self, x_TH: torch.Tensor, rope: RopeTable, step: ForwardContext
+        self,
+        x_TH: torch.Tensor,
+        rope: RopeTable,
+        step: ForwardContext,
+        rows_R: torch.Tensor | None,
     ) -> torch.Tensor | SplitSums:
-        """Attention output [T, H], the same on every rank of the TP group."""
+        """Attention output [R, H], the same on every rank of the TP group.
+
+        Args:
+            rows_R: int64 rows that are needed of the output; None: all T of them.
+        """
         out_TND = attend(
             self.qkv_proj.unsummed(x_TH),
             HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps),
@@ -69,7 +77,10 @@ class Attention(nn.Module):
             step.batch,
             self._head_dim**-0.5,
         )
-        return self.o_proj(out_TND.flatten(1))
+        out_RX = out_TND.flatten(1)
+        if rows_R is not None:
+            out_RX = out_RX.index_select(0, rows_R)
+        return self.o_proj(out_RX)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""

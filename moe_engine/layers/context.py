@@ -40,8 +40,6 @@ class ForwardContext:
         batch: where the tokens stand in the KV cache.
         kv: the KV cache of this rank.
         exchange: the MoE exchange backend of this step.
-        tp_token_counts: how the T tokens are shared out over the attention-TP group when the
-            exchange wants disjoint shares.
         num_tokens_1: int32 [1] on the device, how many of the T rows are tokens; the others, at
             the end, are padding, which no expert works on. None: all of them are tokens.
     """
@@ -50,5 +48,4 @@ class ForwardContext:
     batch: PagedBatch
     kv: KVCache
     exchange: Exchange
-    tp_token_counts: list[int]
     num_tokens_1: torch.Tensor | None = None

@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.dist.exchange import ExpertShard
+from moe_engine.dist.layout import split_evenly
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.ops.linear import SplitSums
@@ -62,7 +63,7 @@ class SparseMoE(nn.Module):
             )
             return self._run_experts(normed_TH, ids_TK, weights_TK, step), residual_TH
         normed_TH, residual_TH = norm.after_adding(x, residual_TH)
-        counts = step.tp_token_counts
+        counts = split_evenly(normed_TH.shape[0], self._tp.size)
         first = sum(counts[: self._tp.rank])
         share_TH = normed_TH[first : first + counts[self._tp.rank]]
         ids_TK, weights_TK = route(share_TH, self.router, self._top_k, self._normalize)

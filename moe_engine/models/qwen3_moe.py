@@ -44,20 +44,25 @@ class DecoderLayer(nn.Module):
         residual_TH: torch.Tensor | None,
         rope: RopeTable,
         step: ForwardContext,
+        rows_R: torch.Tensor | None,
     ) -> tuple[LayerOutput, torch.Tensor]:
         """The feed-forward's output, not yet added, and the residual stream it belongs to.
+
+        Keys and values are cached of all rows, whichever are needed.
 
         Args:
             x_TH: what the previous layer returned first; before the first layer the embeddings.
             residual_TH: what it returned second; None before the first layer.
+            rows_R: int64 rows to return, for which alone there is a feed-forward; None: all.
         """
         if residual_TH is None:
             assert isinstance(x_TH, torch.Tensor)
             normed_TH, residual_TH = self.input_layernorm(x_TH), x_TH
         else:
             normed_TH, residual_TH = self.input_layernorm.after_adding(x_TH, residual_TH)
-        attended_TH = self.self_attn(normed_TH, rope, step)
-        return self.mlp(attended_TH, residual_TH, self.post_attention_layernorm, step)
+        attended_RH = self.self_attn(normed_TH, rope, step, rows_R)
+        residual_RH = residual_TH if rows_R is None else residual_TH.index_select(0, rows_R)
+        return self.mlp(attended_RH, residual_RH, self.post_attention_layernorm, step)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""
@@ -78,14 +83,27 @@ class Qwen3MoeForCausalLM(nn.Module):
         self.lm_head = OutputHead(context, self.embed_tokens)
         self._rope = make_rope_table(context)
 
-    def forward(self, token_ids_T: torch.Tensor, step: ForwardContext) -> torch.Tensor:
-        """Final hidden states [T, H]; a collective over the world, T may be 0."""
-        x_TH, residual_TH = self.embed_tokens(token_ids_T), None
-        for layer in self.layers:
-            x_TH, residual_TH = layer(x_TH, residual_TH, self._rope, step)
-        assert residual_TH is not None
-        normed_TH, _ = self.norm.after_adding(x_TH, residual_TH)
-        return normed_TH
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        step: ForwardContext,
+        rows_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Final hidden states [R, H]; a collective over the world, T and R may be 0.
+
+        Only attention mixes rows. So nothing behind the last layer's needs the others.
+
+        Args:
+            rows_R: int64 rows that are needed, in the order wanted; None: all T of them.
+        """
+        assert rows_R is None or step.num_tokens_1 is None, "padding has no place among some rows"
+        x, residual = self.embed_tokens(token_ids_T), None
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, self._rope, step, rows_R if index == last else None)
+        assert residual is not None
+        normed_RH, _ = self.norm.after_adding(x, residual)
+        return normed_RH
 
     def logits(self, x_RH: torch.Tensor) -> torch.Tensor | None:
         """Logits [R, V] on the TP group's rank 0, None elsewhere (a collective over TP)."""

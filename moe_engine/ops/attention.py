@@ -7,6 +7,7 @@ L tokens a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -77,12 +78,18 @@ class PagedBatch:
         decodes = [(row, 1) for row in range(self.num_decodes)]
         return decodes + [(span.first_row, span.query_len) for span in self.prefills]
 
+    @cached_property
+    def prefill_groups(self) -> list[PrefillGroup]:
+        """Who attends to which prefills on a GPU where cuDNN can; the same in every layer."""
+        return plan_prefills(self.prefills, cudnn=True)
+
 
 def paged_attention(
     q_TND: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     batch: PagedBatch,
     scale: float,
+    own_kv_2TGD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend causally to the cache, which already holds this step's keys and values; [T, N, D].
 
@@ -95,6 +102,8 @@ def paged_attention(
         cache: keys and values of one layer, each [B, L, G, D], contiguous, in the dtype of the
             queries or float8_e4m3fn.
         scale: positive factor on the scores, usually D ** -0.5.
+        own_kv_2TGD: this step's keys and values once more, contiguous, which is where cuDNN reads
+            them; without them no prefill goes to cuDNN.
     """
     k_cache_BLGD, v_cache_BLGD = cache
     assert q_TND.shape[1] % k_cache_BLGD.shape[2] == 0, (q_TND.shape, k_cache_BLGD.shape)
@@ -114,7 +123,7 @@ def paged_attention(
     assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
     with torch.cuda.device(q_TND.device):
-        return _on_gpu(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale)
+        return _on_gpu(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale, own_kv_2TGD)
 
 
 def attend(
@@ -134,25 +143,28 @@ def attend(
     """
     k_cache_BLGD, v_cache_BLGD = cache
     is_fused = k_cache_BLGD.is_cuda and native.has_triton() and not batch.prefills
+    parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
+    num_tokens, width = parts.shape[-2:]
+    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
+    num_heads = width // head_dim - 2 * num_kv_heads
     if not is_fused:
+        own_kv_2TGD = None
+        # Even if no prompt is for cuDNN: without them it is another kernel, yet to be compiled.
+        if cudnn_prefill.usable(qkv.dtype, num_heads, k_cache_BLGD):
+            own_kv_2TGD = k_cache_BLGD.new_empty(2, num_tokens, num_kv_heads, head_dim)
         q_TND = norm_rope_write(
             qkv, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
-            batch.slots_T,
+            batch.slots_T, own_kv_2TGD,
         )  # fmt: skip
-        return paged_attention(q_TND, cache, batch, scale)
+        return paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
 
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
 
-    parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
     assert parts.stride(-1) == 1, parts.stride()
     assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
-    num_tokens, width = parts.shape[-2:]
-    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
-    out_TND = parts.new_empty(
-        num_tokens, width // head_dim - 2 * num_kv_heads, head_dim, dtype=qkv.dtype
-    )
+    out_TND = parts.new_empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype)
     with torch.cuda.device(parts.device):
         paged_decode(
             parts,
@@ -182,28 +194,28 @@ def _on_gpu(
     v_cache_BLGD: torch.Tensor,
     batch: PagedBatch,
     scale: float,
+    own_kv_2TGD: torch.Tensor | None,
 ) -> torch.Tensor:
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
     from moe_engine.kernels.paged_prefill import paged_prefill
 
-    groups: list[PrefillGroup] = []
-    if batch.prefills:
-        groups = plan_prefills(batch.prefills, cudnn_prefill.usable(q_TND, k_cache_BLGD))
+    def by_cudnn(rows: slice, group: PrefillGroup) -> torch.Tensor:
+        assert own_kv_2TGD is not None
+        own_k_TGD, own_v_TGD = own_kv_2TGD[:, rows]
+        return cudnn_prefill.attend(
+            q_TND[rows], own_k_TGD, own_v_TGD, group.num_spans, group.padded_len, scale
+        )
+
+    groups = (
+        plan_prefills(batch.prefills, cudnn=False) if own_kv_2TGD is None else batch.prefill_groups
+    )
     if (
         len(groups) == 1
         and groups[0].implementation is Implementation.CUDNN
         and batch.num_decodes == 0
     ):
-        return cudnn_prefill.attend(
-            q_TND,
-            k_cache_BLGD,
-            v_cache_BLGD,
-            batch.slots_T,
-            groups[0].num_spans,
-            groups[0].padded_len,
-            scale,
-        )
+        return by_cudnn(slice(None), groups[0])
 
     out_TND = torch.empty_like(q_TND)
     paged_decode(
@@ -220,15 +232,7 @@ def _on_gpu(
         spans = batch.prefills[group.first : group.first + group.num_spans]
         if group.implementation is Implementation.CUDNN:
             rows = slice(spans[0].first_row, spans[-1].first_row + spans[-1].query_len)
-            out_TND[rows] = cudnn_prefill.attend(
-                q_TND[rows],
-                k_cache_BLGD,
-                v_cache_BLGD,
-                batch.slots_T[rows],
-                group.num_spans,
-                group.padded_len,
-                scale,
-            )
+            out_TND[rows] = by_cudnn(rows, group)
         else:
             paged_prefill(
                 q_TND,

@@ -35,6 +35,7 @@ def norm_rope_write(
     positions_T: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     slots_T: torch.Tensor,
+    own_kv_2TGD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make queries, keys and values of the fused projection's output; returns q [T, N, D].
 
@@ -49,6 +50,8 @@ def norm_rope_write(
         positions_T: int64 position of each token in its sequence.
         cache: keys and values of one layer, each [B, L, G, D].
         slots_T: int64 cache slot (block × L + offset) of each token; -1: not written.
+        own_kv_2TGD: contiguous, of the dtype of ``qkv``; keys and values are written here, too,
+            one token after the other.
     """
     k_cache_BLGD, v_cache_BLGD = cache
     head_dim = k_cache_BLGD.shape[3]
@@ -57,6 +60,11 @@ def norm_rope_write(
     assert q_weight_D.dtype == qkv.dtype, (q_weight_D.dtype, qkv.dtype)
     assert parts.shape[-2] == positions_T.shape[0] == slots_T.shape[0], parts.shape
     assert parts.shape[-1] % head_dim == 0, (parts.shape, head_dim)
+    if own_kv_2TGD is not None:
+        expected = (2, parts.shape[-2], *k_cache_BLGD.shape[2:])
+        assert own_kv_2TGD.shape == expected, (own_kv_2TGD.shape, expected)
+        assert own_kv_2TGD.dtype == qkv.dtype, (own_kv_2TGD.dtype, qkv.dtype)
+        assert own_kv_2TGD.is_contiguous(), own_kv_2TGD.stride()
     if parts.is_cuda and native.has_triton():
         from moe_engine.kernels import norm_rope as kernels
         from moe_engine.kernels.launch import supports_pdl
@@ -78,6 +86,7 @@ def norm_rope_write(
                 k_cache_BLGD,
                 v_cache_BLGD,
                 slots_T,
+                own_kv_2TGD,
                 use_pdl=supports_pdl(parts.device),
             )
         return q_TND
@@ -91,4 +100,5 @@ def norm_rope_write(
         k_cache_BLGD,
         v_cache_BLGD,
         slots_T,
+        own_kv_2TGD,
     )

@@ -89,6 +89,7 @@ class ForcedEngine:
         self._new_blocks: dict[int, list[int]] = {}
         # What the last step has left: hidden states of a mixed step, logits of a decode step.
         self._hidden_TH = self._logits_SV = torch.empty(0)
+        self._runner._model.register_forward_pre_hook(self._ask_for_all_rows)
         self._runner._model.register_forward_hook(self._keep_hidden)
         self._replay = self._runner._graphs.replay
         self._runner._graphs.replay = self._run_bucket
@@ -135,6 +136,9 @@ class ForcedEngine:
             table_NC.copy_(forced_NC)  # where the sampled tokens were written
         assert len(self.sizes_run) >= num_steps, "decode steps did not run as such"
         return list(torch.stack(steps, dim=1))
+
+    def _ask_for_all_rows(self, _model: object, args: tuple[object, ...]) -> tuple[object, ...]:
+        return args[:2]
 
     def _keep_hidden(self, _model: object, _args: object, x_TH: torch.Tensor) -> None:
         self._hidden_TH = x_TH

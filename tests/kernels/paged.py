@@ -26,6 +26,11 @@ class Case:
     def scale(self) -> float:
         return self.q_TND.shape[2] ** -0.5
 
+    @property
+    def own_kv_2TGD(self) -> torch.Tensor:
+        """The keys and values of the step's own tokens."""
+        return torch.stack([tensor.flatten(0, 1)[self.batch.slots_T] for tensor in self.cache])
+
 
 def make_case(
     lens: list[tuple[int, int]],

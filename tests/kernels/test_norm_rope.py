@@ -50,6 +50,11 @@ class Inputs:
         poison = torch.full(shape, math.nan, device=DEVICE).to(dtype)
         return poison, poison.clone()
 
+    def own_kv(self) -> torch.Tensor:
+        """Room for the tokens' own keys and values, full of NaN."""
+        shape = (2, len(self.slots_T), self.num_kv_heads, len(self.q_weight_D))
+        return torch.full(shape, math.nan, device=DEVICE).to(self.q_weight_D.dtype)
+
     @property
     def num_slots(self) -> int:
         return 16 * (len(self.slots_T) // 16 + 2)
@@ -94,7 +99,11 @@ def run_kernel(
     )
 
 
-def run_reference(inputs: Inputs, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def run_reference(
+    inputs: Inputs,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    own_kv_2TGD: torch.Tensor | None = None,
+) -> torch.Tensor:
     return reference.norm_rope_write(
         inputs.qkv_TX,
         inputs.q_weight_D,
@@ -104,15 +113,17 @@ def run_reference(inputs: Inputs, cache: tuple[torch.Tensor, torch.Tensor]) -> t
         inputs.positions_T,
         *cache,
         inputs.slots_T,
+        own_kv_2TGD,
     )
 
 
-def check(inputs: Inputs, block_size: int = 16, **how: object) -> None:
+def check(inputs: Inputs, block_size: int = 16, with_own: bool = False, **how: object) -> None:
     dtype = inputs.qkv_TX.dtype
     caches = inputs.cache(block_size, dtype), inputs.cache(block_size, dtype)
     before = inputs.qkv_TX.clone()
-    q_TND = run_kernel(inputs, caches[0], **how)
-    expected_TND = run_reference(inputs, caches[1])
+    own_kv = [inputs.own_kv() if with_own else None for _ in caches]
+    q_TND = run_kernel(inputs, caches[0], own_kv_2TGD=own_kv[0], **how)
+    expected_TND = run_reference(inputs, caches[1], own_kv[1])
     assert torch.equal(inputs.qkv_TX, before)
     assert q_TND.dtype == dtype
     # A rotated element is a difference of two, whose errors count as a share of the head's size.
@@ -121,6 +132,12 @@ def check(inputs: Inputs, block_size: int = 16, **how: object) -> None:
     # NaN where nothing is written, in both.
     torch.testing.assert_close(caches[0][0], caches[1][0], equal_nan=True, **close)
     assert torch.equal(caches[0][1].nan_to_num(7), caches[1][1].nan_to_num(7)), "values are copied"
+    if with_own:
+        torch.testing.assert_close(own_kv[0], own_kv[1], **close)
+        there = inputs.slots_T >= 0
+        for cached, own_TGD in zip(caches[0], own_kv[0], strict=True):
+            written = cached.flatten(0, 1)[inputs.slots_T[there]]
+            assert torch.equal(written, own_TGD[there]), "the same bits"
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -132,9 +149,18 @@ def test_matches_the_reference(
     check(make_inputs(num_tokens, heads, dtype))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_leaves_the_tokens_own_keys_and_values_as_they_are_cached(
+    num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    check(make_inputs(num_tokens, heads, dtype), with_own=True)
+
+
 @pytest.mark.parametrize("launch", [(8, 1, 2), (16, 1, 4), (8, 4, 4), (2, 2, 1)])
 def test_every_launch_computes_the_same(launch: tuple[int, int, int]) -> None:
-    check(make_inputs(7, (8, 2, 16), torch.float32), launch=launch)
+    check(make_inputs(7, (8, 2, 16), torch.float32), with_own=True, launch=launch)
 
 
 @pytest.mark.parametrize("num_parts", [1, 4])
@@ -142,9 +168,11 @@ def test_parts_of_the_projection_are_summed(num_parts: int) -> None:
     inputs = make_inputs(7, (4, 2, 16), torch.float32)
     parts = torch.randn(num_parts, *inputs.qkv_TX.shape, device=DEVICE)
     caches = inputs.cache(16, torch.float32), inputs.cache(16, torch.float32)
-    q_TND = run_kernel(replace(inputs, qkv_TX=parts), caches[0])
-    expected_TND = run_reference(replace(inputs, qkv_TX=parts.sum(0)), caches[1])
+    own_kv = inputs.own_kv(), inputs.own_kv()
+    q_TND = run_kernel(replace(inputs, qkv_TX=parts), caches[0], own_kv_2TGD=own_kv[0])
+    expected_TND = run_reference(replace(inputs, qkv_TX=parts.sum(0)), caches[1], own_kv[1])
     torch.testing.assert_close(q_TND, expected_TND, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own_kv[0], own_kv[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(caches[0], caches[1], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
@@ -188,7 +216,7 @@ def test_a_narrower_cache_gets_rounded_values() -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 256, 513, 3001])
 def test_model_sizes_on_a_gpu(num_tokens: int, dtype: torch.dtype) -> None:
-    check(make_inputs(num_tokens, (32, 4, 128), dtype), use_pdl=True)
+    check(make_inputs(num_tokens, (32, 4, 128), dtype), with_own=True, use_pdl=True)
     check(make_inputs(num_tokens, (32, 4, 128), dtype))
 
 

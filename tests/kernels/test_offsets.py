@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_engine.ops import attention, cudnn_prefill, hopper, moe, norm, rope
+from moe_engine.ops import attention, hopper, moe, norm, rope
 from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
 from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import norm as norm_reference
@@ -250,19 +250,10 @@ def test_sequence_table() -> None:
 QWEN3 = {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "dtype": BF16, "device": "cuda"}
 
 
-@pytest.mark.parametrize(
-    ("lens", "implementations"),
-    [
-        ([(1, 3000), (1, 1), (1, 0)], []),
-        ([(1, 40), (70, 300)], ["triton"]),
-        ([(1030, 1030)], ["cudnn"]),
-    ],
-)
-def test_far_blocks_of_a_kv_cache(lens: list[tuple[int, int]], implementations: list[str]) -> None:
-    """By the operator, through all that it may pick."""
+@pytest.mark.parametrize("lens", [[(1, 3000), (1, 1), (1, 0)], [(1, 40), (70, 300)]])
+def test_far_blocks_of_a_kv_cache(lens: list[tuple[int, int]]) -> None:
+    """By the operator, through all that reads the cache."""
     case = make_case(lens, **QWEN3)
-    if "cudnn" in implementations and not cudnn_prefill.usable(case.q_TND, case.cache[0]):
-        pytest.skip("needs cuDNN attention")
     near = case.cache[0].shape[0]
     num_blocks = LIMIT // case.cache[0][0].numel() + near
     far = [torch.empty(num_blocks, *t.shape[1:], dtype=BF16, device="cuda") for t in case.cache]
@@ -275,8 +266,6 @@ def test_far_blocks_of_a_kv_cache(lens: list[tuple[int, int]], implementations: 
         block_tables_SB=case.batch.block_tables_SB + shift,
         slots_T=torch.where(slots_T >= 0, slots_T + shift * 16, slots_T),
     )
-    groups = attention.plan_prefills(batch.prefills, True)
-    assert [group.implementation.value for group in groups] == implementations
     out_TND = attention.paged_attention(case.q_TND, (far[0], far[1]), batch, case.scale)
     check_rows(out_TND.flatten(0, 1), expected(case).flatten(0, 1))
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from moe_engine.ops import cudnn_prefill, prefill_plan
+from moe_engine.ops import attention, cudnn_prefill, prefill_plan
 from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.rope import RopeTable, norm_rope_write
 from tests.kernels.paged import Case, expected, make_case
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -129,12 +130,59 @@ def test_fp8_cache(dtype: torch.dtype) -> None:
 def test_padded_whole_prompts_are_exact(
     prompt_len: int, num_prompts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuDNN's call with any backend of PyTorch: gather, fill up, attend, cut off."""
+    """cuDNN's call with any backend of PyTorch: fill up, attend, cut off."""
     monkeypatch.setattr(cudnn_prefill, "BACKEND", SDPBackend.MATH)
     case = make_case([(prompt_len, prompt_len)] * num_prompts, device="cpu")
-    out_TND = cudnn_prefill.attend(
-        case.q_TND, *case.cache, case.batch.slots_T, num_prompts, 8, case.scale
-    )
+    out_TND = cudnn_prefill.attend(case.q_TND, *case.own_kv_2TGD, num_prompts, 8, case.scale)
+    torch.testing.assert_close(out_TND, expected(case), rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("prompt_len", [5, 8])
+def test_filled_up_prompts_are_of_the_shape_and_the_strides_of_full_ones(
+    prompt_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN keeps a plan for each."""
+    seen = []
+
+    def look(*tensors: torch.Tensor, **_: object) -> torch.Tensor:
+        seen.extend((tensor.shape, tensor.stride()) for tensor in tensors)
+        return tensors[0]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    case = make_case([(prompt_len, prompt_len)] * 3, device="cpu")
+    cudnn_prefill.attend(case.q_TND, *case.own_kv_2TGD, 3, 8, case.scale)
+    q, k = torch.empty(3, 8, 4, 16).transpose(1, 2), torch.empty(3, 8, 2, 16).transpose(1, 2)
+    assert seen == [(tensor.shape, tensor.stride()) for tensor in (q, k, k)]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("lens", "implementations"),
+    [
+        ([(1, 7), (1, 0), (10, 10), (3, 20), (16, 16), (2, 2)], ["cudnn", "triton"] * 2),
+        ([(12, 12)], ["cudnn"]),
+        ([(8, 8)] * 3, ["cudnn"]),
+    ],
+)
+def test_long_prompts_attend_to_the_steps_own_keys_and_values(
+    lens: list[tuple[int, int]], implementations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With any backend of PyTorch for cuDNN; what it should not read is NaN."""
+    monkeypatch.setattr(cudnn_prefill, "BACKEND", SDPBackend.MATH)
+    for name in ("MIN_PROMPT", "PAD", "MIN_EQUAL_PROMPT", "MIN_EQUAL_TOKENS", "EQUAL_MULTIPLE"):
+        monkeypatch.setattr(prefill_plan, name, 8)
+    case = make_case(lens, device=DEVICE)
+    found = [group.implementation.value for group in case.batch.prefill_groups]
+    assert found == implementations
+    own_kv_2TGD, cache = case.own_kv_2TGD, [tensor.clone() for tensor in case.cache]
+    for span in case.batch.prefills:
+        rows = slice(span.first_row, span.first_row + span.query_len)
+        if span.query_len >= 8:
+            for tensor in cache:
+                tensor.flatten(0, 1)[case.batch.slots_T[rows]] = math.nan
+        else:
+            own_kv_2TGD[:, rows] = math.nan
+    out_TND = attention._on_gpu(case.q_TND, *cache, case.batch, case.scale, own_kv_2TGD)
     torch.testing.assert_close(out_TND, expected(case), rtol=5e-6, atol=5e-6)
 
 
@@ -181,19 +229,58 @@ def test_the_operator_attends_with_every_implementation(
     lens: list[tuple[int, int]], implementations: list[str], dtype: torch.dtype
 ) -> None:
     case = make_case(lens, device="cuda", dtype=dtype, **QWEN3)
-    if "cudnn" in implementations and not cudnn_prefill.usable(case.q_TND, case.cache[0]):
+    if "cudnn" in implementations and not cudnn_prefill.usable(dtype, 32, case.cache[0]):
         pytest.skip("needs cuDNN attention")
-    groups = prefill_plan.plan_prefills(case.batch.prefills, True)
-    assert [group.implementation.value for group in groups] == implementations
-    out_TND = paged_attention(case.q_TND, case.cache, case.batch, case.scale)
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(out_TND.float(), expected(case), rtol=tolerance, atol=tolerance)
+    found = [group.implementation.value for group in case.batch.prefill_groups]
+    assert found == implementations
+    rest = (case.cache, case.batch, case.scale)
+    expected_TND, tolerance = expected(case), TOLERANCE[dtype]
+    for own_kv_2TGD in (case.own_kv_2TGD, None):
+        out_TND = paged_attention(case.q_TND, *rest, own_kv_2TGD)
+        torch.testing.assert_close(out_TND.float(), expected_TND, rtol=tolerance, atol=tolerance)
+
+
+@needs_gpu
+@pytest.mark.parametrize("cache_dtype", [None, FP8])
+@pytest.mark.parametrize("lens", [[(1500, 1500)], [(1, 40), (1030, 1030), (100, 900)], [(9, 9)]])
+def test_from_the_projection_on_prompts_get_what_is_cached(
+    lens: list[tuple[int, int]],
+    cache_dtype: torch.dtype | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`attend` prepares, caches and attends as its parts do; cuDNN has the long whole prompts."""
+    dtype = torch.bfloat16
+    case = make_case(lens, device="cuda", dtype=dtype, cache_dtype=cache_dtype, **QWEN3)
+    if not cudnn_prefill.usable(dtype, 32, case.cache[0].to(dtype)):
+        pytest.skip("needs cuDNN attention")
+    calls, cudnn = [], cudnn_prefill.attend
+    monkeypatch.setattr(
+        cudnn_prefill, "attend", lambda *args: calls.append(len(args[0])) or cudnn(*args)
+    )
+    qkv_TX = torch.randn(case.batch.num_tokens, 40 * 128, device="cuda").to(dtype)
+    norms = attention.HeadNorms(*torch.rand(2, 128, device="cuda").to(dtype), 1e-6)
+    angles = torch.rand(2048, 64, device="cuda")
+    rope = RopeTable(angles.cos(), angles.sin())
+    positions_T = torch.cat([torch.arange(end - num, end) for num, end in lens]).cuda()
+    other = tuple(tensor.clone() for tensor in case.cache)
+    out_TND = attention.attend(qkv_TX, norms, rope, positions_T, case.cache, case.batch, case.scale)
+    is_whole = {num: num == end and num >= prefill_plan.MIN_PROMPT for num, end in lens}
+    assert calls == [num for num, whole in is_whole.items() if whole and cache_dtype is None]
+
+    q_TND = norm_rope_write(
+        qkv_TX, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, other,
+        case.batch.slots_T,
+    )  # fmt: skip
+    for ours, theirs in zip(case.cache, other, strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    expected_TND = expected(replace(case, q_TND=q_TND))
+    torch.testing.assert_close(out_TND.float(), expected_TND, rtol=2e-2, atol=2e-2)
 
 
 @needs_gpu
 def test_float32_goes_to_triton_on_a_gpu() -> None:
     case = make_case([(1, 5), (1024, 1024)], device="cuda", **QWEN3)
-    assert not cudnn_prefill.usable(case.q_TND, case.cache[0])
+    assert not cudnn_prefill.usable(torch.float32, 32, case.cache[0])
     out_TND = paged_attention(case.q_TND, case.cache, case.batch, case.scale)
     torch.testing.assert_close(out_TND, expected(case), rtol=5e-6, atol=5e-6)
 

@@ -1,6 +1,7 @@
 """A step's tensors, against what the plan says in words."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ def sequence(seq_id, token_ids):
     return NewSequence(seq_id, token_ids, len(token_ids), SamplingParams())
 
 
-def build(table, steps):
-    return build_batch(table, steps, table.advance(steps))
+def build(table, steps, num_scored=None):
+    return build_batch(table, steps, table.advance(steps), num_scored or [0] * len(steps))
 
 
 def append(table, slot, position, token):
@@ -35,9 +36,13 @@ def test_mixed_step_lays_out_each_sequences_tokens_positions_and_slots():
     table.admit([sequence(seq_id, prompt) for seq_id, prompt in prompts.items()])
     table.advance([SequenceStep(7, 0, 6, [20, 3]), SequenceStep(8, 0, 1, [4])])
     append(table, 1, 1, 77)
-    steps = [SequenceStep(9, 4, 5, [9, 1, 30]), SequenceStep(8, 1, 1), SequenceStep(7, 6, 3, [0])]
+    steps = [
+        SequenceStep(9, 4, 5, [9, 1, 30]),
+        SequenceStep(8, 1, 1, uniform=0.5),
+        SequenceStep(7, 6, 3, [0], uniform=0.5),
+    ]
     slots = table.advance(steps)
-    batch = build_batch(table, steps, slots)
+    batch = build_batch(table, steps, slots, [5, 0, 2])
     paged = batch.paged
     assert batch.token_ids_T.tolist() == [77, *range(204, 209), *range(106, 109)]
     assert batch.positions_T.tolist() == [1, 4, 5, 6, 7, 8, 6, 7, 8]
@@ -48,7 +53,7 @@ def test_mixed_step_lays_out_each_sequences_tokens_positions_and_slots():
     assert paged.query_starts_S.tolist() == [0, 1, 6, 9]
     assert paged.block_tables_SB[0, :1].tolist() == [4]
     assert paged.block_tables_SB[1:].tolist() == [[9, 1, 30], [20, 3, 0]]
-    assert batch.last_rows == [5, 0, 8]
+    assert batch.rows_R.tolist() == [1, 2, 3, 4, 5, 6, 7, 0, 8]
     assert slots == [2, 1, 0]
 
 
@@ -80,7 +85,14 @@ def test_every_row_is_where_its_sequence_says(seed):
             blocks[seq_id] += new_blocks
             steps.append(SequenceStep(seq_id, starts[seq_id], count, new_blocks))
             starts[seq_id] += count
-        check_rows(build(table, steps), steps, tokens, blocks, block_size)
+        steps = [
+            replace(step, uniform=0.5 if step.end == len(tokens[step.seq_id]) else None)
+            for step in steps
+        ]
+        num_scored = [choose.choice((0, step.num_tokens - 1)) for step in steps]
+        batch = build(table, steps, num_scored)
+        check_rows(batch, steps, tokens, blocks, block_size)
+        check_needed_rows(batch, steps, num_scored, tokens)
 
 
 def check_rows(batch, steps, tokens, blocks, block_size):
@@ -114,8 +126,24 @@ def check_rows(batch, steps, tokens, blocks, block_size):
         for start, step, context in spans
         if step.num_tokens > 1
     )
-    ends = {step.seq_id: start - 1 for step, start in zip(in_row_order, starts[1:], strict=True)}
-    assert batch.last_rows == [ends[step.seq_id] for step in steps]
+
+
+def check_needed_rows(batch, steps, num_scored, tokens):
+    """Each needed row has the token and the position whose logits somebody wants."""
+    wanted = [
+        (step.seq_id, step.start + i)
+        for step, num in zip(steps, num_scored, strict=True)
+        for i in range(num)
+    ]
+    wanted += [(step.seq_id, step.end - 1) for step in steps if step.uniform is not None]
+    if batch.rows_R is None:
+        assert len(wanted) == len(batch.token_ids_T)
+        rows = list(range(len(wanted)))
+    else:
+        rows = batch.rows_R.tolist()
+    found = [(int(batch.token_ids_T[row]), int(batch.positions_T[row])) for row in rows]
+    assert found == [(tokens[seq_id][position], position) for seq_id, position in wanted]
+    assert len(set(rows)) == len(rows)
 
 
 def test_slot_of_a_retired_sequence_starts_afresh():
@@ -138,6 +166,22 @@ def test_last_token_of_a_full_context_is_kept():
     assert build(table, [SequenceStep(1, 3, 1)]).token_ids_T.tolist() == [9]
 
 
+def test_a_step_that_needs_all_rows_in_order_picks_none():
+    table = SequenceTable(2, 16, BLOCK_SIZE, CPU)
+    table.admit([sequence(1, [5, 6, 7]), sequence(2, [8])])
+    scored = SequenceStep(1, 0, 3, [4], uniform=0.5)
+    alone = SequenceStep(2, 0, 1, [6], uniform=0.5)
+    assert build(table, [alone]).rows_R is None
+    assert build(table, [scored], [2]).rows_R is None
+    assert build(table, [alone, scored], [0, 2]).rows_R.tolist() == [1, 2, 0, 3]
+
+
+def test_a_chunk_that_ends_inside_its_prompt_needs_no_row():
+    table = SequenceTable(1, 16, BLOCK_SIZE, CPU)
+    table.admit([sequence(1, list(range(9)))])
+    assert build(table, [SequenceStep(1, 0, 4, [2])]).rows_R.tolist() == []
+
+
 def test_laying_out_needs_no_value_from_the_device():
     # A meta tensor has no values: reading one, or a shape that depends on one, raises.
     table = SequenceTable(3, 32, BLOCK_SIZE, torch.device("meta"))
@@ -150,6 +194,7 @@ def test_laying_out_needs_no_value_from_the_device():
 def test_idle_step_is_empty():
     batch = build(SequenceTable(2, 8, BLOCK_SIZE, CPU), [])
     assert batch.token_ids_T.shape == batch.positions_T.shape == (0,)
+    assert batch.rows_R is None
     assert batch.paged.num_decodes == 0
     assert batch.paged.prefills == ()
     assert batch.paged.query_starts_S.tolist() == [0]

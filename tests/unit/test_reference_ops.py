@@ -149,7 +149,8 @@ def test_norm_rope_write_prepares_queries_and_fills_the_cache(num_tokens):
     slots = torch.randperm(5 * block_size)[:num_tokens]
     slots[3:4] = -1
     cache = (torch.zeros(5, block_size, kv_heads, dim), torch.zeros(5, block_size, kv_heads, dim))
-    q = norm_rope_write(qkv, q_weight, k_weight, eps, rope, positions, cache, slots)
+    own_kv = torch.full((2, num_tokens, kv_heads, dim), math.nan)
+    q = norm_rope_write(qkv, q_weight, k_weight, eps, rope, positions, cache, slots, own_kv)
     written_k, written_v = (part.flatten(0, 1) for part in cache)
     parts = qkv.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], dim=1)
     for t in range(num_tokens):
@@ -161,9 +162,11 @@ def test_norm_rope_write_prepares_queries_and_fills_the_cache(num_tokens):
             pairs = pairs * torch.polar(torch.ones_like(angles), angles)
             turned.append(torch.cat((pairs.real, pairs.imag), dim=-1))
         torch.testing.assert_close(q[t], turned[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own_kv[0, t], turned[1], rtol=1e-5, atol=1e-5)
+        assert torch.equal(own_kv[1, t], parts[2][t])
         if slots[t] >= 0:
-            torch.testing.assert_close(written_k[slots[t]], turned[1], rtol=1e-5, atol=1e-5)
-            assert torch.equal(written_v[slots[t]], parts[2][t])
+            assert torch.equal(written_k[slots[t]], own_kv[0, t])
+            assert torch.equal(written_v[slots[t]], own_kv[1, t])
     untouched = [slot for slot in range(20) if slot not in slots.tolist()]
     assert not written_k[untouched].any()
     assert not written_v[untouched].any()

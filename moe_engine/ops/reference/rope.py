@@ -89,6 +89,7 @@ def norm_rope_write(
     k_cache_BLGD: torch.Tensor,
     v_cache_BLGD: torch.Tensor,
     slots_T: torch.Tensor,
+    own_kv_2TGD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm and rotate query and key heads in float32, store keys and values, return q [T, N, D].
 
@@ -100,8 +101,11 @@ def norm_rope_write(
     q_TND, k_TGD, v_TGD = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     cos_TF, sin_TF = (table[positions_T] for table in cos_sin_PF)
     q_TND = apply_rope(_norm(q_TND, q_weight_D, eps), cos_TF, sin_TF).to(qkv_TX.dtype)
-    k_TGD = apply_rope(_norm(k_TGD, k_weight_D, eps), cos_TF, sin_TF).to(k_cache_BLGD.dtype)
-    write_kv(k_TGD, v_TGD.to(v_cache_BLGD.dtype), k_cache_BLGD, v_cache_BLGD, slots_T)
+    k_TGD = apply_rope(_norm(k_TGD, k_weight_D, eps), cos_TF, sin_TF)
+    if own_kv_2TGD is not None:
+        own_kv_2TGD[0], own_kv_2TGD[1] = k_TGD, v_TGD
+    k_TGD, v_TGD = k_TGD.to(k_cache_BLGD.dtype), v_TGD.to(v_cache_BLGD.dtype)
+    write_kv(k_TGD, v_TGD, k_cache_BLGD, v_cache_BLGD, slots_T)
     return q_TND
 
 

@@ -15,7 +15,7 @@ import torch
 
 from moe_engine.engine.staging import stage
 from moe_engine.engine.table import SequenceTable
-from moe_engine.ops.attention import PagedBatch, PrefillSpan
+from moe_engine.ops.attention import NeededRows, PagedBatch, PrefillSpan
 from moe_engine.types.step import GroupPlan, SequenceStep
 
 
@@ -26,14 +26,14 @@ class StepBatch:
     Attributes:
         token_ids_T, positions_T: int64.
         paged: where the tokens stand in the KV cache; sequences that compute one position first.
-        rows_R: int64, of each sequence in the plan's order the rows whose logits score its prompt,
-            then the last row of each that samples; None if these are all T rows in order.
+        needed: of each sequence in the plan's order the rows whose logits score its prompt, then
+            the last row of each that samples; None if these are all T rows in order.
     """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     paged: PagedBatch
-    rows_R: torch.Tensor | None
+    needed: NeededRows | None
 
 
 def build_batch(
@@ -55,11 +55,23 @@ def build_batch(
     firsts_S = ends_S - counts_S
 
     num_tokens = int(counts_S.sum())
-    needed_R = _needed_rows(steps, firsts_S[order.argsort()], num_scored)
+    place_S = order.argsort()  # of the plan's sequences in the batch
+    needed_R = _needed_rows(steps, firsts_S[place_S], num_scored)
+    sampling_S = [step.uniform is not None for step in steps]
     positions_T = np.arange(num_tokens) + np.repeat(starts_S - firsts_S, counts_S)
     slots_T = np.repeat(slots_S, counts_S)
     tokens_NC, blocks_NB, block_size = table.tokens_NC, table.blocks_NB, table.block_size
-    positions, token_places, block_places, offsets, slots_of_rows, contexts, starts, rows_R = stage(
+    (
+        positions,
+        token_places,
+        block_places,
+        offsets,
+        slots_of_rows,
+        contexts,
+        starts,
+        rows_R,
+        ends,
+    ) = stage(
         [
             positions_T,
             slots_T * tokens_NC.shape[1] + positions_T,
@@ -69,10 +81,12 @@ def build_batch(
             contexts_S,
             np.append(firsts_S, num_tokens),
             needed_R,
+            place_S[sampling_S],
         ],
         tokens_NC.device,
         torch.int64,
     )
+    contexts, starts, rows_R, ends = others
     blocks_T = blocks_NB.view(-1).index_select(0, block_places).to(torch.int64)
     num_blocks = -(-int(contexts_S.max(initial=1)) // block_size)
     num_decodes = int((counts_S == 1).sum())
@@ -91,8 +105,19 @@ def build_batch(
         prefills=tuple(PrefillSpan(*span) for span in spans),
     )
     token_ids_T = tokens_NC.view(-1).index_select(0, token_places).to(torch.int64)
-    needs_all = np.array_equal(needed_R, np.arange(num_tokens))
-    return StepBatch(token_ids_T, positions, paged, None if needs_all else rows_R)
+    if np.array_equal(needed_R, np.arange(num_tokens)):
+        return StepBatch(token_ids_T, positions, paged, needed=None)
+    as_decodes = None
+    if not any(num_scored):
+        as_decodes = PagedBatch(
+            slots_T=paged.slots_T.index_select(0, rows_R),
+            block_tables_SB=paged.block_tables_SB.index_select(0, ends),
+            context_lens_S=paged.context_lens_S.index_select(0, ends),
+            query_starts_S=torch.arange(len(rows_R) + 1, dtype=torch.int32, device=rows_R.device),
+            num_decodes=len(rows_R),
+            prefills=(),
+        )
+    return StepBatch(token_ids_T, positions, paged, NeededRows(rows_R, as_decodes))
 
 
 def _needed_rows(

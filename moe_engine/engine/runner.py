@@ -140,7 +140,7 @@ class ModelRunner:
             kv=self._kv,
             exchange=self._exchange.select(largest_group(plan.groups)),
         )
-        x_RH = self._model(batch.token_ids_T, step, batch.rows_R)
+        x_RH = self._model(batch.token_ids_T, step, batch.needed)
         first_sampled = sum(num_scored)
         self._score_prompts(group, num_scored, x_RH[:first_sampled], pending)
         self._sample(group, slots, x_RH[first_sampled:], pending)

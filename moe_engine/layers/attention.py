@@ -15,7 +15,7 @@ from moe_engine.config import ModelConfig
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_engine.layers.norm import RMSNorm
-from moe_engine.ops.attention import HeadNorms, attend
+from moe_engine.ops.attention import HeadNorms, NeededRows, attend
 from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.rope import RopeTable
 
@@ -61,14 +61,14 @@ class Attention(nn.Module):
         x_TH: torch.Tensor,
         rope: RopeTable,
         step: ForwardContext,
-        rows_R: torch.Tensor | None,
+        needed: NeededRows | None,
     ) -> torch.Tensor | SplitSums:
         """Attention output [R, H], the same on every rank of the TP group.
 
         Args:
-            rows_R: int64 rows that are needed of the output; None: all T of them.
+            needed: the R rows of the output that are needed; None: all T of them.
         """
-        out_TND = attend(
+        out_RND = attend(
             self.qkv_proj.unsummed(x_TH),
             HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps),
             rope,
@@ -76,11 +76,9 @@ class Attention(nn.Module):
             step.kv.layer(self._layer),
             step.batch,
             self._head_dim**-0.5,
+            needed,
         )
-        out_RX = out_TND.flatten(1)
-        if rows_R is not None:
-            out_RX = out_RX.index_select(0, rows_R)
-        return self.o_proj(out_RX)
+        return self.o_proj(out_RND.flatten(1))
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""

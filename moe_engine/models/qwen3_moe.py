@@ -18,6 +18,7 @@ from moe_engine.layers.mlp import DenseMLP
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.layers.rotary import make_rope_table
+from moe_engine.ops.attention import NeededRows
 from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.rope import RopeTable
@@ -44,7 +45,7 @@ class DecoderLayer(nn.Module):
         residual_TH: torch.Tensor | None,
         rope: RopeTable,
         step: ForwardContext,
-        rows_R: torch.Tensor | None,
+        needed: NeededRows | None,
     ) -> tuple[LayerOutput, torch.Tensor]:
         """The feed-forward's output, not yet added, and the residual stream it belongs to.
 
@@ -53,15 +54,17 @@ class DecoderLayer(nn.Module):
         Args:
             x_TH: what the previous layer returned first; before the first layer the embeddings.
             residual_TH: what it returned second; None before the first layer.
-            rows_R: int64 rows to return, for which alone there is a feed-forward; None: all.
+            needed: the rows to return, for which alone there is a feed-forward; None: all.
         """
         if residual_TH is None:
             assert isinstance(x_TH, torch.Tensor)
             normed_TH, residual_TH = self.input_layernorm(x_TH), x_TH
         else:
             normed_TH, residual_TH = self.input_layernorm.after_adding(x_TH, residual_TH)
-        attended_RH = self.self_attn(normed_TH, rope, step, rows_R)
-        residual_RH = residual_TH if rows_R is None else residual_TH.index_select(0, rows_R)
+        attended_RH = self.self_attn(normed_TH, rope, step, needed)
+        residual_RH = residual_TH
+        if needed is not None:
+            residual_RH = residual_TH.index_select(0, needed.rows_R)
         return self.mlp(attended_RH, residual_RH, self.post_attention_layernorm, step)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
@@ -87,20 +90,20 @@ class Qwen3MoeForCausalLM(nn.Module):
         self,
         token_ids_T: torch.Tensor,
         step: ForwardContext,
-        rows_R: torch.Tensor | None = None,
+        needed: NeededRows | None = None,
     ) -> torch.Tensor:
         """Final hidden states [R, H]; a collective over the world, T and R may be 0.
 
         Only attention mixes rows. So nothing behind the last layer's needs the others.
 
         Args:
-            rows_R: int64 rows that are needed, in the order wanted; None: all T of them.
+            needed: the rows that are needed, in the order wanted; None: all T of them.
         """
-        assert rows_R is None or step.num_tokens_1 is None, "padding has no place among some rows"
+        assert needed is None or step.num_tokens_1 is None, "padding has no place among some rows"
         x, residual = self.embed_tokens(token_ids_T), None
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, self._rope, step, rows_R if index == last else None)
+            x, residual = layer(x, residual, self._rope, step, needed if index == last else None)
         assert residual is not None
         normed_RH, _ = self.norm.after_adding(x, residual)
         return normed_RH

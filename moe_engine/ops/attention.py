@@ -84,6 +84,20 @@ class PagedBatch:
         return plan_prefills(self.prefills, cudnn=True)
 
 
+@dataclass(frozen=True, slots=True)
+class NeededRows:
+    """The rows of a step that are needed behind the last layer's attention.
+
+    Attributes:
+        rows_R: int64.
+        as_decodes: the same rows as sequences that compute one position each, if every one of them
+            is the last of its sequence. Attending to them alone is then little work.
+    """
+
+    rows_R: torch.Tensor
+    as_decodes: PagedBatch | None
+
+
 def paged_attention(
     q_TND: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
@@ -134,15 +148,19 @@ def attend(
     cache: tuple[torch.Tensor, torch.Tensor],
     batch: PagedBatch,
     scale: float,
+    needed: NeededRows | None = None,
 ) -> torch.Tensor:
-    """`norm_rope_write`, then `paged_attention`; [T, N, D]. In one launch where all decode.
+    """`norm_rope_write`, then `paged_attention`; [R, N, D]. In one launch where all decode.
 
     Args:
         qkv: [T, X], or what is still to be summed to that.
         norms: the norms of query and key heads.
+        needed: the R rows of the output that are needed; None: all T of them.
     """
     k_cache_BLGD, v_cache_BLGD = cache
-    is_fused = k_cache_BLGD.is_cuda and native.has_triton() and not batch.prefills
+    is_fused = (
+        k_cache_BLGD.is_cuda and native.has_triton() and not batch.prefills and needed is None
+    )
     parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
     num_tokens, width = parts.shape[-2:]
     num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
@@ -156,7 +174,13 @@ def attend(
             qkv, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
             batch.slots_T, own_kv_2TGD,
         )  # fmt: skip
-        return paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
+        if needed is None:
+            return paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
+        if needed.as_decodes is not None:
+            q_RND = q_TND.index_select(0, needed.rows_R)
+            return paged_attention(q_RND, cache, needed.as_decodes, scale)
+        out_TND = paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
+        return out_TND.index_select(0, needed.rows_R)
 
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode

@@ -18,6 +18,7 @@ from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
+from moe_engine.ops.attention import NeededRows
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import NewSequence, SequenceStep
 from tests.dist.ranks import run_on_ranks
@@ -75,7 +76,8 @@ def check_needed_rows(groups, backend, num_tokens_by_group, needed_by_group):
     step = ForwardContext(batch.positions_T, batch.paged, kv, exchange)
     expected_TH = model(batch.token_ids_T, step)
     exchange.brought.clear()
-    found_RH = model(batch.token_ids_T, step, torch.tensor(needed, dtype=torch.int64))
+    rows_R = torch.tensor(needed, dtype=torch.int64)
+    found_RH = model(batch.token_ids_T, step, NeededRows(rows_R, as_decodes=None))
     torch.testing.assert_close(found_RH, expected_TH[needed], rtol=1e-4, atol=1e-4)
     brought = torch.tensor(exchange.brought)
     if exchange.shards_tokens:

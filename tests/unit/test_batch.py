@@ -53,7 +53,7 @@ def test_mixed_step_lays_out_each_sequences_tokens_positions_and_slots():
     assert paged.query_starts_S.tolist() == [0, 1, 6, 9]
     assert paged.block_tables_SB[0, :1].tolist() == [4]
     assert paged.block_tables_SB[1:].tolist() == [[9, 1, 30], [20, 3, 0]]
-    assert batch.rows_R.tolist() == [1, 2, 3, 4, 5, 6, 7, 0, 8]
+    assert batch.needed.rows_R.tolist() == [1, 2, 3, 4, 5, 6, 7, 0, 8]
     assert slots == [2, 1, 0]
 
 
@@ -136,14 +136,30 @@ def check_needed_rows(batch, steps, num_scored, tokens):
         for i in range(num)
     ]
     wanted += [(step.seq_id, step.end - 1) for step in steps if step.uniform is not None]
-    if batch.rows_R is None:
+    if batch.needed is None:
         assert len(wanted) == len(batch.token_ids_T)
         rows = list(range(len(wanted)))
     else:
-        rows = batch.rows_R.tolist()
+        rows = batch.needed.rows_R.tolist()
     found = [(int(batch.token_ids_T[row]), int(batch.positions_T[row])) for row in rows]
     assert found == [(tokens[seq_id][position], position) for seq_id, position in wanted]
     assert len(set(rows)) == len(rows)
+    if batch.needed is not None:
+        assert (batch.needed.as_decodes is None) == any(num_scored)
+        check_decodes(batch, rows)
+
+
+def check_decodes(batch, rows):
+    """As decodes, needed rows are where they are as rows of the step."""
+    decodes, paged = batch.needed.as_decodes, batch.paged
+    if decodes is None:
+        return
+    assert decodes.num_decodes == decodes.num_tokens == len(rows)
+    assert decodes.slots_T.tolist() == paged.slots_T[rows].tolist()
+    assert decodes.context_lens_S.tolist() == (batch.positions_T[rows] + 1).tolist()
+    starts = paged.query_starts_S.tolist()
+    for row, table in zip(rows, decodes.block_tables_SB.tolist(), strict=True):
+        assert table == paged.block_tables_SB[starts.index(row + 1) - 1].tolist()
 
 
 def test_slot_of_a_retired_sequence_starts_afresh():
@@ -171,15 +187,15 @@ def test_a_step_that_needs_all_rows_in_order_picks_none():
     table.admit([sequence(1, [5, 6, 7]), sequence(2, [8])])
     scored = SequenceStep(1, 0, 3, [4], uniform=0.5)
     alone = SequenceStep(2, 0, 1, [6], uniform=0.5)
-    assert build(table, [alone]).rows_R is None
-    assert build(table, [scored], [2]).rows_R is None
-    assert build(table, [alone, scored], [0, 2]).rows_R.tolist() == [1, 2, 0, 3]
+    assert build(table, [alone]).needed is None
+    assert build(table, [scored], [2]).needed is None
+    assert build(table, [alone, scored], [0, 2]).needed.rows_R.tolist() == [1, 2, 0, 3]
 
 
 def test_a_chunk_that_ends_inside_its_prompt_needs_no_row():
     table = SequenceTable(1, 16, BLOCK_SIZE, CPU)
     table.admit([sequence(1, list(range(9)))])
-    assert build(table, [SequenceStep(1, 0, 4, [2])]).rows_R.tolist() == []
+    assert build(table, [SequenceStep(1, 0, 4, [2])]).needed.rows_R.tolist() == []
 
 
 def test_laying_out_needs_no_value_from_the_device():
@@ -194,7 +210,7 @@ def test_laying_out_needs_no_value_from_the_device():
 def test_idle_step_is_empty():
     batch = build(SequenceTable(2, 8, BLOCK_SIZE, CPU), [])
     assert batch.token_ids_T.shape == batch.positions_T.shape == (0,)
-    assert batch.rows_R is None
+    assert batch.needed is None
     assert batch.paged.num_decodes == 0
     assert batch.paged.prefills == ()
     assert batch.paged.query_starts_S.tolist() == [0]

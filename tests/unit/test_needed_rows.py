@@ -33,7 +33,8 @@ class Comparison:
         model.register_forward_hook(self._compare)
 
     def _compare(self, model, args, x_RH):
-        token_ids_T, step, rows_R = args
+        token_ids_T, step, needed = args
+        rows_R = None if needed is None else needed.rows_R
         self.steps.append((len(token_ids_T), None if rows_R is None else len(rows_R)))
         self.full_TH = model.forward(token_ids_T, step)
         expected_RH = self.full_TH if rows_R is None else self.full_TH[rows_R]

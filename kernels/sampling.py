@@ -282,7 +282,8 @@ def _sample_rows(logits_BV: torch.Tensor, params_5B: torch.Tensor, tokens_B: tor
     )  # fmt: skip
     for index in range(NUM_NARROWINGS):
         launch_kernel(
-            narrow_kernel, grid, logits_BV, params_5B, state, counts_BPS, masses_BPS, counters, *sizes,
+            narrow_kernel, grid,
+            logits_BV, params_5B, state, counts_BPS, masses_BPS, counters, *sizes,
             IS_FIRST=index == 0, BLOCK=BLOCK, CAPACITY=CAPACITY, **split, **launch,
         )  # fmt: skip
     launch_kernel(
@@ -290,7 +291,8 @@ def _sample_rows(logits_BV: torch.Tensor, params_5B: torch.Tensor, tokens_B: tor
         logits_BV.stride(0), SEGMENT=SEGMENT, CAPACITY=CAPACITY, **launch,
     )  # fmt: skip
     launch_kernel(
-        select_kernel, (num_rows,), logits_BV, params_5B, state, listed_keys_BC, listed_ids_BC, *sizes,
+        select_kernel, (num_rows,),
+        logits_BV, params_5B, state, listed_keys_BC, listed_ids_BC, *sizes,
         BLOCK=BLOCK, CAPACITY=CAPACITY, **launch,
     )  # fmt: skip
     # The masses of segments take the place of those of pivots.

@@ -21,10 +21,11 @@ from moe_engine.config.hf import load_model_config
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.engine import memory
-from moe_engine.engine.precompile import Precompilation, StepSweep, num_compile_threads
+from moe_engine.engine.precompile import Precompilation, num_compile_threads
 from moe_engine.engine.profiling import StepMemory, StepProfiler
 from moe_engine.engine.runner import ModelRunner
 from moe_engine.engine.startup import StartupClock
+from moe_engine.engine.sweep import StepSweep
 from moe_engine.errors import ConfigError
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import LayerContext

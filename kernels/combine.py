@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import supports_pdl
+from .launch import launch_kernel, supports_pdl
 
 # Up to this many rows a pair is read before it is known whether it exists, to wait only once.
 EAGER_MAX_ROWS = 256
@@ -134,7 +134,9 @@ def sum_choices(y_PH: torch.Tensor, ids_RK: torch.Tensor, weights_RK: torch.Tens
         return out_RH
     use_pdl = supports_pdl(y_PH.device)
     block_h = min(SUM_BLOCK_H, triton.next_power_of_2(hidden))
-    _sum_kernel[(num_rows, triton.cdiv(hidden, block_h))](
+    launch_kernel(
+        _sum_kernel,
+        (num_rows, triton.cdiv(hidden, block_h)),
         y_PH,
         ids_RK,
         weights_RK,
@@ -169,7 +171,9 @@ def sum_add_rms_norm(
         residual_RH = residual_RH.contiguous()
     use_pdl = supports_pdl(y_PH.device)
     block_h = triton.next_power_of_2(hidden)
-    _sum_add_rms_norm_kernel[(num_rows,)](
+    launch_kernel(
+        _sum_add_rms_norm_kernel,
+        (num_rows,),
         y_PH,
         ids_RK,
         weights_RK,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import supports_pdl
+from .launch import launch_kernel, supports_pdl
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,9 @@ def gate_up(
     intermediate = doubled // 2
     num_pairs = pairs_P.shape[0]
     h_PI = torch.empty(num_pairs, intermediate, dtype=x_RH.dtype, device=x_RH.device)
-    _gate_up_kernel[_grid(num_pairs, num_experts, intermediate, config)](
+    launch_kernel(
+        _gate_up_kernel,
+        _grid(num_pairs, num_experts, intermediate, config),
         x_RH,
         gate_up_EJH,
         offsets_E1,
@@ -307,7 +309,9 @@ def down(
     num_experts, hidden, intermediate = down_EHI.shape
     num_pairs = pairs_P.shape[0]
     y_PH = torch.empty(num_pairs, hidden, dtype=h_PI.dtype, device=h_PI.device)
-    _down_kernel[_grid(num_pairs, num_experts, hidden, config)](
+    launch_kernel(
+        _down_kernel,
+        _grid(num_pairs, num_experts, hidden, config),
         h_PI,
         down_EHI,
         offsets_E1,

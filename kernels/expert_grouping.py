@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import supports_pdl
+from .launch import launch_kernel, supports_pdl
 
 # Pairs of a range that a program looks at together; a warp's 32 lanes take four each.
 BLOCK = 128
@@ -182,7 +182,9 @@ def group_by_expert(ids_P: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
         _group_many(ids_P, offsets_E1, pairs_P, use_pdl)
         return offsets_E1, pairs_P
     _, num_ranges, num_warps = shape
-    _group_kernel[(num_experts,)](
+    launch_kernel(
+        _group_kernel,
+        (num_experts,),
         ids_P,
         offsets_E1,
         pairs_P,
@@ -215,10 +217,20 @@ def _group_many(
         "launch_pdl": use_pdl,
     }
     block_e = min(COUNTED_EXPERTS, triton.next_power_of_2(num_experts))
-    _count_kernel[(num_chunks, triton.cdiv(num_experts, block_e))](
-        ids_P, counts_CE, num_pairs, num_experts, BLOCK_E=block_e, num_warps=4, **options
+    launch_kernel(
+        _count_kernel,
+        (num_chunks, triton.cdiv(num_experts, block_e)),
+        ids_P,
+        counts_CE,
+        num_pairs,
+        num_experts,
+        BLOCK_E=block_e,
+        num_warps=4,
+        **options,
     )
-    _place_kernel[(num_chunks,)](
+    launch_kernel(
+        _place_kernel,
+        (num_chunks,),
         ids_P,
         counts_CE,
         torch.empty_like(counts_CE),

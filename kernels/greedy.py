@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import COUNTERS_PER_STREAM, arrival_counters, supports_pdl
+from .launch import COUNTERS_PER_STREAM, arrival_counters, launch_kernel, supports_pdl
 
 # Logits that a program looks at together.
 BLOCK = 2048
@@ -117,7 +117,9 @@ def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
     num_segments = triton.cdiv(num_blocks, blocks_per_segment)
     partial_B2S = torch.empty(num_rows, 2, num_segments, dtype=torch.int32, device=logits_BV.device)
     use_pdl = supports_pdl(logits_BV.device)
-    _argmax_kernel[(num_segments, num_rows)](
+    launch_kernel(
+        _argmax_kernel,
+        (num_segments, num_rows),
         logits_BV,
         partial_B2S,
         arrival_counters(logits_BV.device),

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch_kernel
+
 # splitmix64's increment and multipliers
 GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -105,7 +107,9 @@ def hash_fill(
     num_tiles = triton.cdiv(num_rows, block_r) * triton.cdiv(num_columns, block_c)
     for first in range(0, table_F4.shape[0], MAX_GRID_Y):
         table = table_F4[first : first + MAX_GRID_Y]
-        _hash_fill_kernel[(num_tiles, table.shape[0])](
+        launch_kernel(
+            _hash_fill_kernel,
+            (num_tiles, table.shape[0]),
             table,
             like,
             num_rows,

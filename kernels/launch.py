@@ -1,4 +1,9 @@
-"""What launches share: programmatic dependent launch, prefetching, and counters that stay zero.
+"""What launches share: the launch itself, programmatic dependent launch, prefetching, and counters
+that stay zero.
+
+**Compiling only.** Inside `compile_only`, `launch_kernel` compiles a kernel for its arguments and
+does not run it. So what a step will launch can be compiled by going through the step, whatever its
+tensors hold: there is no list of kernels to keep in step with the code.
 
 Programmatic dependent launch (PDL, compute capability 9.0 and later) lets a kernel start while the
 one before it ends. A kernel launched with it calls ``gdc_wait`` in every program before it touches
@@ -11,6 +16,9 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +28,31 @@ import triton.language as tl
 # PyTorch's allocator takes from its pool of small tensors.
 COUNTERS_PER_STREAM = 1 << 14
 NUM_STREAMS = 16
+
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+
+
+def compiles_only() -> bool:
+    """Whether this thread is inside `compile_only`."""
+    return _compiles_only.get()
+
+
+@contextmanager
+def compile_only() -> Iterator[None]:
+    """Compile kernels instead of running them, in this thread; their outputs stay unwritten."""
+    token = _compiles_only.set(True)
+    try:
+        yield
+    finally:
+        _compiles_only.reset(token)
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], /, *args: Any, **options: Any) -> None:
+    """``kernel[grid](*args, **options)`` of a Triton kernel; see `compile_only`."""
+    if _compiles_only.get():
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
 
 
 @functools.cache

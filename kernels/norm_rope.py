@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch_kernel
+
 # (most tokens, heads a program, tokens a program, warps): the first row that fits. One token
 # spreads over as many programs as it can; a large batch wants more bytes in flight a program.
 LAUNCHES = ((16, 8, 1, 2), (512, 16, 1, 4), (1 << 62, 8, 2, 4))
@@ -238,7 +240,9 @@ def norm_rope_write(
     num_all_heads = num_heads + 2 * num_kv_heads
     grid = (triton.cdiv(num_all_heads, block_heads) * triton.cdiv(num_tokens, block_tokens),)
     own_k_TGD, own_v_TGD = (None, None) if own_kv_2TGD is None else own_kv_2TGD.unbind()
-    _norm_rope_kernel[grid](
+    launch_kernel(
+        _norm_rope_kernel,
+        grid,
         qkv,
         q_weight_D,
         k_weight_D,

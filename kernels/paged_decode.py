@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import arrival_counters, prefetch_to_l2
+from .launch import arrival_counters, launch_kernel, prefetch_to_l2
 from .norm_rope import load_norm_weights, prepare_heads, write_cache
 from .paged_decode_chunks import (
     count_chunks_per_program,
@@ -353,7 +353,9 @@ def paged_decode(
         if last_arriver:
             arrivals = arrival_counters(out_SND.device)
     is_split = prepare is not None and q_SND.dim() == 3
-    _decode_kernel[(num_kv_heads, num_sequences, launch.num_splits)](
+    launch_kernel(
+        _decode_kernel,
+        (num_kv_heads, num_sequences, launch.num_splits),
         q_SND,
         *(prepare or [out_SND] * 6),
         k_cache_BLGD,
@@ -383,7 +385,9 @@ def paged_decode(
         **shape,
     )
     if split and not last_arriver:
-        merge_kernel[(num_kv_heads, num_sequences)](
+        launch_kernel(
+            merge_kernel,
+            (num_kv_heads, num_sequences),
             partials,
             stats,
             context_lens_S,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_engine.kernels.launch import launch_kernel
 from moe_engine.kernels.paged_prefill_table import PrefillTiles, prefill_tiles
 
 LOG2_E = 1.4426950408889634
@@ -212,7 +213,9 @@ def paged_prefill(
     num_tiles = sum(triton.cdiv(query_len, block_m // rows) for query_len in query_lens)
     if num_tiles == 0:
         return
-    _prefill_kernel[(num_kv_heads, num_tiles)](
+    launch_kernel(
+        _prefill_kernel,
+        (num_kv_heads, num_tiles),
         q_TND,
         k_cache_BLGD,
         v_cache_BLGD,

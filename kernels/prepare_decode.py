@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch_kernel
+
 # Block ids that a program copies.
 BLOCK_B = 256
 # Rows of a program that appends tokens.
@@ -67,7 +69,7 @@ def _prepare_kernel(
     tl.store(tables_ptr + row.to(tl.int64) * tables_stride + columns, ids, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _append_kernel(
     slots_ptr,
     positions_ptr,
@@ -105,7 +107,9 @@ def prepare_decode(
 ) -> None:
     """Fill the five outputs; the arguments are checked by the caller."""
     grid = (slots_S.shape[0], triton.cdiv(blocks_NB.shape[1], BLOCK_B))
-    _prepare_kernel[grid](
+    launch_kernel(
+        _prepare_kernel,
+        grid,
         slots_S,
         positions_S,
         tokens_NC,
@@ -132,7 +136,9 @@ def append_tokens(
 ) -> None:
     """Write the sampled tokens to the table; the arguments are checked by the caller."""
     num_rows = slots_S.shape[0]
-    _append_kernel[(triton.cdiv(num_rows, BLOCK_S),)](
+    launch_kernel(
+        _append_kernel,
+        (triton.cdiv(num_rows, BLOCK_S),),
         slots_S,
         positions_S,
         sampled_S,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import supports_pdl
+from .launch import launch_kernel, supports_pdl
 
 # Elements that a program holds at once: one long row, or several short ones.
 TILE_ELEMENTS = 2048
@@ -121,7 +121,9 @@ def _launch(
     block_r = max(1, TILE_ELEMENTS // block_h)
     grid = (triton.cdiv(num_rows, block_r),)
     use_pdl = supports_pdl(x.device)
-    _rms_norm_kernel[grid](
+    launch_kernel(
+        _rms_norm_kernel,
+        grid,
         x_RH,
         residual_RH,
         weight_H.contiguous(),

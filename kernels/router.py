@@ -18,7 +18,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import COUNTERS_PER_STREAM, arrival_counters, prefetch_to_l2, supports_pdl
+from .launch import (
+    COUNTERS_PER_STREAM,
+    arrival_counters,
+    launch_kernel,
+    prefetch_to_l2,
+    supports_pdl,
+)
 from .top_k import select_top_k, store_padding
 
 # Up to this many tokens the gate matrix is split among programs.
@@ -265,7 +271,9 @@ def route(
         partial_STE = torch.empty(
             num_chunks, num_rows, padded_experts, dtype=torch.float32, device=x_TH.device
         )
-        _split_kernel[(num_parts, triton.cdiv(num_rows, SPLIT_BLOCK_T))](
+        launch_kernel(
+            _split_kernel,
+            (num_parts, triton.cdiv(num_rows, SPLIT_BLOCK_T)),
             x_TH,
             gate_EH,
             num_tokens_1,
@@ -283,7 +291,9 @@ def route(
     else:
         block_t = _whole_block_t(num_rows, padded_experts)
         logits_TE = torch.empty(num_rows, padded_experts, dtype=torch.float32, device=x_TH.device)
-        _whole_kernel[(triton.cdiv(num_rows, block_t),)](
+        launch_kernel(
+            _whole_kernel,
+            (triton.cdiv(num_rows, block_t),),
             x_TH,
             gate_EH,
             num_tokens_1,

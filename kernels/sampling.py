@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import COUNTERS_PER_STREAM, arrival_counters, supports_pdl
+from .launch import COUNTERS_PER_STREAM, arrival_counters, launch_kernel, supports_pdl
 from .sampling_row import (
     ABOVE,
     BY_COUNT,
@@ -70,7 +70,7 @@ MAX_ROWS = 1024
 _SMALLEST_KEY = tl.constexpr(-(2**31))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["params_stride"])
 def _start_kernel(
     logits_ptr,
     params_ptr,
@@ -164,7 +164,7 @@ def _start_kernel(
         tl.store(state_ptr + LAST_ID, LARGEST_ID)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["params_stride"])
 def _draw_kernel(
     logits_ptr,
     params_ptr,
@@ -276,23 +276,27 @@ def _sample_rows(logits_BV: torch.Tensor, params_5B: torch.Tensor, tokens_B: tor
     }
     sizes = (vocab_size, logits_BV.stride(0), params_5B.stride(0))
 
-    _start_kernel[grid](
-        logits_BV, params_5B, state, extremes_B3S, counters, tokens_B, *sizes, **split, **launch
-    )
+    launch_kernel(
+        _start_kernel, grid, logits_BV, params_5B, state, extremes_B3S, counters, tokens_B, *sizes,
+        **split, **launch,
+    )  # fmt: skip
     for index in range(NUM_NARROWINGS):
-        narrow_kernel[grid](
+        launch_kernel(
+            narrow_kernel, grid,
             logits_BV, params_5B, state, counts_BPS, masses_BPS, counters, *sizes,
             IS_FIRST=index == 0, BLOCK=BLOCK, CAPACITY=CAPACITY, **split, **launch,
         )  # fmt: skip
-    gather_kernel[grid](
-        logits_BV, state, listed_keys_BC, listed_ids_BC, vocab_size, logits_BV.stride(0),
-        SEGMENT=SEGMENT, CAPACITY=CAPACITY, **launch,
+    launch_kernel(
+        gather_kernel, grid, logits_BV, state, listed_keys_BC, listed_ids_BC, vocab_size,
+        logits_BV.stride(0), SEGMENT=SEGMENT, CAPACITY=CAPACITY, **launch,
     )  # fmt: skip
-    select_kernel[(num_rows,)](
+    launch_kernel(
+        select_kernel, (num_rows,),
         logits_BV, params_5B, state, listed_keys_BC, listed_ids_BC, *sizes,
         BLOCK=BLOCK, CAPACITY=CAPACITY, **launch,
     )  # fmt: skip
     # The masses of segments take the place of those of pivots.
-    _draw_kernel[grid](
-        logits_BV, params_5B, state, masses_BPS, counters, tokens_B, *sizes, **split, **launch
-    )
+    launch_kernel(
+        _draw_kernel, grid, logits_BV, params_5B, state, masses_BPS, counters, tokens_B, *sizes,
+        **split, **launch,
+    )  # fmt: skip

@@ -54,7 +54,7 @@ from .sampling_row import (
 NUM_PIVOTS = tl.constexpr(8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["params_stride"])
 def narrow_kernel(
     logits_ptr,
     params_ptr,
@@ -236,7 +236,7 @@ def gather_kernel(
         tl.store(listed_ids_ptr + row * CAPACITY + places, ids, mask=is_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["params_stride"])
 def select_kernel(
     logits_ptr,
     params_ptr,

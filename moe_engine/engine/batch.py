@@ -61,17 +61,7 @@ def build_batch(
     positions_T = np.arange(num_tokens) + np.repeat(starts_S - firsts_S, counts_S)
     slots_T = np.repeat(slots_S, counts_S)
     tokens_NC, blocks_NB, block_size = table.tokens_NC, table.blocks_NB, table.block_size
-    (
-        positions,
-        token_places,
-        block_places,
-        offsets,
-        slots_of_rows,
-        contexts,
-        starts,
-        rows_R,
-        ends,
-    ) = stage(
+    positions, token_places, block_places, offsets, slots_of_rows, *others = stage(
         [
             positions_T,
             slots_T * tokens_NC.shape[1] + positions_T,

@@ -70,14 +70,17 @@ class DecodeGraphs:
         """Capture all sizes, the largest first, whose memory the smaller ones reuse.
 
         A collective over the world. Each size runs once beforehand, so that everything that
-        happens only once (compiling kernels, loading them, connecting ranks) has happened.
+        happens only once (compiling kernels, loading them, connecting ranks) has happened. They do
+        so one after another: a capture frees the memory that the next one would have to take anew.
         """
-        pool = torch.cuda.graph_pool_handle()
         self._decode.load([], [])
         for size in reversed(self.buckets):
             logits = self._decode.compute(size, self._exchange.select(size))
             if self._decode.can_draw:
                 self._decode.draw(size, logits)
+            del logits
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self.buckets):
             self._capture(size, pool)
 
     def _capture(self, size: int, pool: Any) -> None:

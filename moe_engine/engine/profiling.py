@@ -1,7 +1,8 @@
 """Measures what a step takes on a GPU, before the KV cache takes the rest.
 
 The largest step that the configuration allows is run once, on a KV cache of one block and with
-nothing written to it. That also compiles and loads the kernels, so no request pays for it.
+nothing written to it. That also loads what libraries load when it is first used, and compiles the
+kernels that `engine.precompile` has not, so no request pays for it.
 
 Shape legend: T tokens of the step, R rows that need logits, V vocabulary.
 """
@@ -91,7 +92,7 @@ class StepProfiler:
         """Run the largest steps and see how much the device's allocator has to reserve."""
         size = self._limits.max_num_batched_tokens
         for num_tokens in (size, size // 4, size // 16, size // 64):
-            self._run_prefill(max(1, num_tokens))  # workspaces and compiled kernels stay
+            self._run_prefill(max(1, num_tokens))  # workspaces and loaded kernels stay
         activations = self._reserved_by(lambda: self._run_prefill(size))
         self._run_decode(self._limits.max_num_seqs)
         buckets = capturable_buckets(self._limits.max_num_seqs, self._exchange)

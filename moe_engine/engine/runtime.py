@@ -21,9 +21,11 @@ from moe_engine.config.hf import load_model_config
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.engine import memory
+from moe_engine.engine.precompile import Precompilation, num_compile_threads
 from moe_engine.engine.profiling import StepMemory, StepProfiler
 from moe_engine.engine.runner import ModelRunner
 from moe_engine.engine.startup import StartupClock
+from moe_engine.engine.sweep import StepSweep
 from moe_engine.errors import ConfigError
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import LayerContext
@@ -104,6 +106,7 @@ class RankRuntime:
         self._model = Qwen3MoeForCausalLM(context)
         specs = list(self._model.weight_specs())
         self.clock.mark("model")
+        compiling = self._start_compiling()
         if self.config.load_format == "dummy":
             fill_dummy(specs, self.config.seed)
             if self.config.dummy_expert_skew:
@@ -122,6 +125,9 @@ class RankRuntime:
         self.clock.mark("weights")
         if self.device.type == "cuda":
             progress("warming up", 0, 1)
+            if compiling is not None:
+                compiling.wait()
+                self.clock.mark("kernels")
             self._steps = self._measure_steps()
             self.clock.mark("warm-up")
         free, total = self._memory()
@@ -172,6 +178,27 @@ class RankRuntime:
     def uses_graphs(self) -> bool:
         """Whether decode steps are CUDA graphs; only compiled kernels can be captured."""
         return self.config.cuda_graphs and self.device.type == "cuda" and native.has_triton()
+
+    def _start_compiling(self) -> Precompilation | None:
+        """Compile, in the background, whatever serving will launch (a collective)."""
+        if self.device.type != "cuda" or not native.has_triton():
+            return None
+        sweep = StepSweep(
+            self.config,
+            self.model_config,
+            self._model,
+            self._kv_cache(1),
+            self.groups,
+            self.max_model_len,
+            self.device,
+            with_graphs=self.uses_graphs,
+        )
+        return Precompilation(
+            sweep,
+            self.device,
+            is_collective=self.layout.world_size > 1,
+            num_threads=num_compile_threads(self._place.local_world_size),
+        )
 
     def _measure_steps(self) -> StepMemory:
         """Run the largest steps once, on a KV cache of one block."""

@@ -1,0 +1,196 @@
+"""Steps that together launch every variant of every kernel that serving can launch.
+
+They are for `moe_engine.kernels.launch.compile_only`: Triton's kernels are compiled instead of run.
+What a step computes then means nothing, and what indexes memory with it is left out
+(`ops.hopper`). A kernel has at most one variant for each power of two of some size, so sizes that
+double meet all of them; and all layers of a kind are alike, so the first layers will do.
+
+Shape legend: T tokens of a step, S sequences, B blocks, H hidden size, R rows, K experts per token,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import accumulate
+
+import torch
+
+from moe_engine.cache.kv import KVCache
+from moe_engine.config import EngineConfig, ModelConfig
+from moe_engine.dist.exchange import ExchangeSelector
+from moe_engine.dist.groups import ParallelGroups
+from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.table import SequenceTable
+from moe_engine.layers.context import ForwardContext
+from moe_engine.layers.moe import SparseMoE
+from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
+from moe_engine.ops.attention import PagedBatch, PrefillSpan
+from moe_engine.ops.moe import expert_ffn, group_by_expert, summed
+from moe_engine.ops.sampling import (
+    greedy_tokens,
+    params_device,
+    sample_tokens,
+    to_float32_without_nan,
+)
+
+EXPERT_ROWS = 4096
+"""Rows beyond which neither a layer's experts nor their sum has another variant."""
+
+
+class StepSweep:
+    """Steps that together launch every variant of a kernel; a collective over the world.
+
+    Args:
+        kv: may be as small as one block.
+        max_model_len: no sequence is longer.
+        with_graphs: also the steps that CUDA graphs will hold.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        model: Qwen3MoeForCausalLM,
+        kv: KVCache,
+        groups: ParallelGroups,
+        max_model_len: int,
+        device: torch.device,
+        *,
+        with_graphs: bool,
+    ) -> None:
+        self._limits = config.scheduler
+        self._model_config = model_config
+        self._model = _first_layers(model, num_layers_of_all_kinds(model_config))
+        self._kv = kv
+        self._groups = groups
+        self._max_model_len = max_model_len
+        self._device = device
+        self._with_graphs = with_graphs
+        self._exchange = ExchangeSelector(config.exchange, groups, model_config.num_experts)
+
+    def __call__(self) -> None:
+        """Run all of them."""
+        max_seqs = self._limits.max_num_seqs
+        # The slowest to compile come first.
+        self._sample(max_seqs)
+        if self._with_graphs:
+            self._decode(max_seqs)
+        for num_tokens in doubling_sizes(self._limits.max_num_batched_tokens):
+            for num_decodes, span_lens in compositions(num_tokens, max_seqs):
+                self._compute(num_decodes, span_lens)
+        if self._groups.layout.world_size > 1:
+            self._run_experts()
+
+    def _sample(self, max_rows: int) -> None:
+        """Greedy and drawn tokens, of the model's logits and of those that were adjusted."""
+        hidden = self._model_config.hidden_size
+        x_RH = self._model.norm.weight.new_zeros(max_rows, hidden)
+        raw_RV = self._model.logits(x_RH)
+        if raw_RV is None:
+            return
+        for logits_RV in (raw_RV, to_float32_without_nan(raw_RV)):
+            for num_rows in doubling_sizes(max_rows):
+                params_5R = torch.zeros(
+                    5, num_rows, dtype=torch.float64, device=params_device(self._device)
+                )
+                sample_tokens(logits_RV[:num_rows], params_5R)
+                greedy_tokens(logits_RV[:num_rows])
+
+    def _decode(self, max_rows: int) -> None:
+        """Steps in static memory."""
+        table = SequenceTable(max_rows, self._max_model_len, self._kv.block_size, self._device)
+        decode = DecodeStep(self._model, self._kv, table, self._groups, max_rows)
+        decode.load([], [])
+        for num_rows in doubling_sizes(max_rows):
+            exchange = self._exchange.select(num_rows)
+            if exchange.is_capturable:
+                logits_SV = decode.compute(num_rows, exchange)
+                if decode.can_draw:
+                    decode.draw(num_rows, logits_SV)
+
+    def _compute(self, num_decodes: int, span_lens: list[int]) -> None:
+        """A step of any kind."""
+        num_tokens = num_decodes + sum(span_lens)
+        zeros_T = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
+        step = ForwardContext(
+            positions_T=zeros_T,
+            batch=step_batch(num_decodes, span_lens, self._kv.block_size, self._device),
+            kv=self._kv,
+            exchange=self._exchange.select(num_tokens),
+        )
+        self._model(zeros_T, step)
+
+    def _run_experts(self) -> None:
+        """As many rows as the exchange can bring, which no step above does for sure."""
+        layers = (layer.mlp for layer in self._model.layers)
+        moe = next(mlp for mlp in layers if isinstance(mlp, SparseMoE))
+        num_experts, hidden = moe.down.shape[:2]
+        top_k = self._model_config.num_experts_per_tok
+        max_rows = self._limits.max_num_batched_tokens * self._groups.layout.attention_dp
+        for num_rows in doubling_sizes(max_rows):
+            ids_RK = torch.zeros(num_rows, top_k, dtype=torch.int32, device=self._device)
+            group_by_expert(ids_RK, num_experts)
+            if num_rows <= EXPERT_ROWS:
+                x_RH = moe.down.new_zeros(num_rows, hidden)
+                weights_RK = torch.zeros_like(ids_RK, dtype=torch.float32)
+                summed(expert_ffn(x_RH, ids_RK, weights_RK, moe.gate_up, moe.down))
+
+
+def doubling_sizes(largest: int) -> list[int]:
+    """1, 2, 4, 8 and so on below ``largest``, and ``largest``."""
+    return [1 << power for power in range((largest - 1).bit_length())] + [largest]
+
+
+def compositions(num_tokens: int, max_num_seqs: int) -> list[tuple[int, list[int]]]:
+    """Steps of ``num_tokens``: how many decodes, and the lengths of as many prompts as can be.
+
+    Prompts alone, prompts and decodes, decodes alone, as far as there are enough sequences; a
+    prompt has two tokens or more.
+
+    Example: 9 tokens of up to 4 sequences: ``[(0, [3, 2, 2, 2]), (2, [4, 3])]``.
+    """
+    steps = []
+    for num_decodes in (0, min(num_tokens, max_num_seqs) // 2, num_tokens):
+        rest = num_tokens - num_decodes
+        num_prompts = min(rest // 2, max_num_seqs - num_decodes)
+        if num_prompts > 0:
+            steps.append((num_decodes, split_evenly(rest, num_prompts)))
+        elif rest == 0 and num_decodes <= max_num_seqs:
+            steps.append((num_decodes, []))
+    return steps
+
+
+def step_batch(
+    num_decodes: int, span_lens: list[int], block_size: int, device: torch.device
+) -> PagedBatch:
+    """Decodes, then prompts with one token computed before; all of them read and write block 0."""
+    query_lens = [1] * num_decodes + span_lens
+    contexts = [1] * num_decodes + [length + 1 for length in span_lens]
+    starts = list(accumulate(query_lens, initial=0))
+    num_blocks = -(-max(contexts) // block_size)
+    return PagedBatch(
+        slots_T=torch.zeros(starts[-1], dtype=torch.int64, device=device),
+        block_tables_SB=torch.zeros(len(contexts), num_blocks, dtype=torch.int32, device=device),
+        context_lens_S=torch.tensor(contexts, dtype=torch.int32, device=device),
+        query_starts_S=torch.tensor(starts, dtype=torch.int32, device=device),
+        num_decodes=num_decodes,
+        prefills=tuple(
+            PrefillSpan(start, length, length + 1)
+            for start, length in zip(starts[num_decodes:], span_lens, strict=False)
+        ),
+    )
+
+
+def num_layers_of_all_kinds(model_config: ModelConfig) -> int:
+    """How many of the first layers show each kind, and what follows it."""
+    kinds = [model_config.is_moe_layer(layer) for layer in range(model_config.num_hidden_layers)]
+    return min(len(kinds), max(kinds.index(kind) for kind in set(kinds)) + 2)
+
+
+def _first_layers(model: Qwen3MoeForCausalLM, num_layers: int) -> Qwen3MoeForCausalLM:
+    """The same model, with the same weights, but without the later layers."""
+    part = copy.copy(model)
+    part._modules = dict(model._modules)
+    part.layers = model.layers[:num_layers]
+    return part

@@ -1,0 +1,83 @@
+"""Nothing is compiled while an engine serves: the start has met every variant of every kernel.
+
+A kernel's variants stay compiled for the process, so each engine here has sizes that no other test
+has: other constants, for which everything is compiled anew.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from moe_engine.ops import native
+from tests.unit.runner_world import ALL_KINDS, RunnerWorld, mixed_requests
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or not native.has_triton(),
+    reason="needs an NVIDIA GPU and triton",
+)
+
+COMMON = {"hidden_size": 192, "num_attention_heads": 8, "head_dim": 32, "num_experts": 12}
+LIMITS = {"max_num_seqs": 40, "max_num_batched_tokens": 256, "block_size": 8, "num_blocks": 1500}
+KINDS = (
+    *ALL_KINDS,
+    {"temperature": 1.0},
+    {"temperature": 0.7, "min_p": 0.1},
+    {"temperature": 1.0, "top_k": 5, "presence_penalty": 0.5, "repetition_penalty": 1.1},
+    {"temperature": 0.9, "top_p": 0.5, "logprobs": 3, "prompt_logprobs": 2},
+)
+FILLS_WEIGHTS = "_hash_fill_kernel"
+
+
+@dataclass
+class Compilations:
+    """What Triton has compiled, or found in its cache on disk; each is a stall of a step."""
+
+    launched: list[str] = field(default_factory=list)
+    ahead: list[str] = field(default_factory=list)
+
+    def add(self, *, fn, repr, is_manual_warmup, **others):
+        described = f"{fn.name}: {repr}, {others['compile']['constants']}"
+        (self.ahead if is_manual_warmup else self.launched).append(described)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    import triton
+
+    compilations = Compilations()
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", compilations.add)
+    return compilations
+
+
+@pytest.mark.parametrize(
+    ("cuda_graphs", "vocab_size", "model"),
+    [
+        (True, 9000, {"moe_intermediate_size": 64}),
+        (False, 17001, {"moe_intermediate_size": 96, "num_key_value_heads": 4}),
+        (True, 26000, {"num_hidden_layers": 4, "mlp_only_layers": [1], "num_key_value_heads": 8}),
+    ],
+)
+def test_serving_compiles_nothing(tmp_path, compilations, cuda_graphs, vocab_size, model):
+    world = RunnerWorld(
+        tmp_path,
+        model=COMMON | {"vocab_size": vocab_size} | model,
+        device="cuda",
+        dtype="bfloat16",
+        cuda_graphs=cuda_graphs,
+        prefix_cache=False,
+        **LIMITS,
+    )
+    assert compilations.ahead, "nothing was compiled ahead: the sizes are another test's"
+    at_start = [what for what in compilations.launched if not what.startswith(FILLS_WEIGHTS)]
+    assert not at_start, "compiled only when launched, one by one:\n" + "\n".join(at_start)
+
+    for size in (1, 2, 3, 8, 17, 33):
+        for kind in KINDS:
+            choose = random.Random(size)
+            world.run(mixed_requests(choose, size, longest=40, kinds=[kind], max_tokens=5))
+        # Prompts of odd lengths, which share steps with others' decodes.
+        world.run(mixed_requests(random.Random(size), 2 * size, longest=70, kinds=KINDS))
+    late = [what for what in compilations.launched if not what.startswith(FILLS_WEIGHTS)]
+    assert not late, "compiled while serving:\n" + "\n".join(late)

@@ -1,0 +1,128 @@
+"""The steps that show the compiler every kernel: all sizes that matter, and nothing left behind."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_engine.engine.sweep import (
+    StepSweep,
+    compositions,
+    doubling_sizes,
+    num_layers_of_all_kinds,
+    step_batch,
+)
+from tests.unit.runner_world import RunnerWorld
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9])],
+)
+def test_sizes_double_up_to_the_largest(largest, sizes):
+    assert doubling_sizes(largest) == sizes
+
+
+@given(st.integers(1, 5000), st.integers(1, 600))
+def test_every_power_of_two_up_to_which_there_is_a_size_is_met(largest, size):
+    """A variant for sizes in (n, 2 * n] is met by a size of the sweep if any size has it."""
+    size = min(size, largest)
+    upper = 1 << (size - 1).bit_length()
+    assert any(upper // 2 < swept <= upper for swept in doubling_sizes(largest))
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_compositions_are_steps_of_the_size_with_enough_sequences(num_tokens, max_num_seqs):
+    steps = compositions(num_tokens, max_num_seqs)
+    for num_decodes, span_lens in steps:
+        assert num_decodes + sum(span_lens) == num_tokens
+        assert 1 <= num_decodes + len(span_lens) <= max_num_seqs
+        assert all(length >= 2 for length in span_lens)
+    if num_tokens >= 2:
+        assert (0, min(num_tokens // 2, max_num_seqs)) in [(n, len(lens)) for n, lens in steps]
+    assert ((num_tokens, []) in steps) == (num_tokens <= max_num_seqs)
+    if num_tokens >= 4 and max_num_seqs >= 2:
+        assert any(num_decodes and span_lens for num_decodes, span_lens in steps)
+
+
+def test_batch_of_a_composition():
+    batch = step_batch(2, [3, 2], 4, CPU)
+    assert batch.num_tokens == 7
+    assert batch.context_lens_S.tolist() == [1, 1, 4, 3]
+    assert batch.query_starts_S.tolist() == [0, 1, 2, 5, 7]
+    assert [(s.first_row, s.query_len, s.context_len) for s in batch.prefills] == [
+        (2, 3, 4),
+        (5, 2, 3),
+    ]
+    assert batch.block_tables_SB.shape == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 2),
+        ({"num_hidden_layers": 1}, 1),
+        ({"num_hidden_layers": 6, "decoder_sparse_step": 2}, 3),
+        ({"num_hidden_layers": 6, "mlp_only_layers": [0, 1, 2]}, 5),
+        ({"num_hidden_layers": 6, "mlp_only_layers": [5]}, 6),
+    ],
+)
+def test_layers_show_each_kind_and_what_follows_it(tmp_path, options, expected):
+    model_config = RunnerWorld(tmp_path, model=options).runtime.model_config
+    assert num_layers_of_all_kinds(model_config) == expected
+
+
+def make_sweep(runtime, *, with_graphs=True):
+    return StepSweep(
+        runtime.config,
+        runtime.model_config,
+        runtime._model,
+        runtime._kv_cache(1),
+        runtime.groups,
+        runtime.max_model_len,
+        CPU,
+        with_graphs=with_graphs,
+    )
+
+
+@pytest.mark.parametrize("with_graphs", [True, False])
+def test_sweep_runs_steps_of_all_sizes_on_the_first_layers(tmp_path, monkeypatch, with_graphs):
+    runtime = RunnerWorld(tmp_path, model={"num_hidden_layers": 4}).runtime
+    attended, decoded, sampled = set(), set(), set()
+    model = runtime._model
+    for layer, module in enumerate(model.layers):
+        module.self_attn.register_forward_hook(
+            lambda _, args, out, layer=layer: attended.add(
+                (layer, args[2].batch.num_tokens, args[2].num_tokens_1 is not None)
+            )
+        )
+    monkeypatch.setattr(
+        "moe_engine.engine.sweep.sample_tokens",
+        lambda logits, params: sampled.add((len(logits), logits.dtype)),
+    )
+    monkeypatch.setattr(
+        "moe_engine.engine.sweep.greedy_tokens", lambda logits: decoded.add(len(logits))
+    )
+    with torch.inference_mode():
+        make_sweep(runtime, with_graphs=with_graphs)()
+    sizes = doubling_sizes(runtime.config.scheduler.max_num_batched_tokens)
+    rows = doubling_sizes(runtime.config.scheduler.max_num_seqs)
+    expected = {(layer, size, False) for layer in (0, 1) for size in sizes}
+    if with_graphs:
+        expected |= {(layer, size, True) for layer in (0, 1) for size in rows}
+    assert attended == expected
+    assert sampled == {(size, torch.float32) for size in rows}
+    assert decoded == set(rows)
+    assert len(model.layers) == 4
+
+
+def test_sweep_leaves_the_model_and_its_outputs_as_they_were(tmp_path):
+    world = RunnerWorld(tmp_path, model={"num_hidden_layers": 3})
+    before = {name: value.clone() for name, value in world.runtime._model.named_parameters()}
+    with torch.inference_mode():
+        make_sweep(world.runtime)()
+    after = dict(world.runtime._model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -20,6 +20,7 @@ from moe_engine.cache.kv import KVCache
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
+from moe_engine.dist.layout import split_evenly
 from moe_engine.engine.decode import DecodeStep
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext

@@ -47,11 +47,11 @@ class DecodeLaunch:
 # (most pairs of sequence and KV head, launch): the first row that fits. A launch that splits
 # contexts takes a counter for each pair.
 LAUNCHES = (
-    (16, DecodeLaunch(num_splits=16, min_tokens=64, num_stages=6)),
+    (32, DecodeLaunch(num_splits=16, min_tokens=64, num_stages=2)),
     (80, DecodeLaunch(num_splits=8, min_tokens=64, num_stages=2)),
     (160, DecodeLaunch(num_splits=2, min_tokens=256, num_stages=3)),
-    (512, DecodeLaunch(num_splits=2, min_tokens=1024, num_stages=3)),
-    (COUNTERS_PER_STREAM, DecodeLaunch(num_splits=4, min_tokens=4096, num_stages=3)),
+    (512, DecodeLaunch(num_splits=2, min_tokens=2048, num_stages=3)),
+    (COUNTERS_PER_STREAM, DecodeLaunch(num_splits=4, min_tokens=4096, num_stages=2)),
 )
 WIDEST_LAUNCH = DecodeLaunch(num_splits=1, min_tokens=1, num_stages=3)
 

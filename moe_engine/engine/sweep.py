@@ -26,7 +26,7 @@ from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.attention import PagedBatch, PrefillSpan
+from moe_engine.ops.attention import NeededRows, PagedBatch, PrefillSpan
 from moe_engine.ops.moe import expert_ffn, group_by_expert, summed
 from moe_engine.ops.sampling import (
     greedy_tokens,
@@ -114,13 +114,20 @@ class StepSweep:
         """A step of any kind."""
         num_tokens = num_decodes + sum(span_lens)
         zeros_T = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
+        batch = step_batch(num_decodes, span_lens, self._kv.block_size, self._device)
+        num_sequences = num_decodes + len(span_lens)
+        needed = None
+        if span_lens:
+            ends_S = (batch.query_starts_S[1:] - 1).to(torch.int64)
+            decodes = step_batch(num_sequences, [], self._kv.block_size, self._device)
+            needed = NeededRows(ends_S, as_decodes=decodes)
         step = ForwardContext(
             positions_T=zeros_T,
-            batch=step_batch(num_decodes, span_lens, self._kv.block_size, self._device),
+            batch=batch,
             kv=self._kv,
             exchange=self._exchange.select(num_tokens),
         )
-        self._model(zeros_T, step)
+        self._model(zeros_T, step, needed)
 
     def _run_experts(self) -> None:
         """As many rows as the exchange can bring, which no step above does for sure."""

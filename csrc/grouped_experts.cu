@@ -291,10 +291,9 @@ void launch(const CUtensorMap& weights, const CUtensorMap& h, GroupedProduct p,
       p.num_row_tiles;
   const int clusters =
       static_cast<int>(std::min<std::int64_t>(most_tiles, num_multiprocessors() / S::kCluster));
-  // Every block foresees a tile if the weights take most of the time and it is not too unlikely that
-  // somebody chooses its expert: two fifths, where the pairs are half as many as the experts.
+  // Every block foresees a tile if most experts have pairs and the weights take most of the time.
   if (S::kGateUp && S::kCluster == 1 && clusters == num_multiprocessors() &&
-      2 * num_pairs >= p.num_experts) {
+      num_pairs >= p.num_experts) {
     p.num_foreseen = std::min(clusters / p.num_row_tiles, p.num_experts) * p.num_row_tiles;
   }
   launch_dependent("grouped_gemm_kernel", grouped_gemm_kernel<S>, dim3(clusters * S::kCluster),

@@ -47,6 +47,8 @@ class DecodeLaunch:
 # (most pairs of sequence and KV head, launch): the first row that fits. A launch that splits
 # contexts takes a counter for each pair.
 LAUNCHES = (
+    # A program a multiprocessor: others of the next kernel beside it would cost more than they gain.
+    (8, DecodeLaunch(num_splits=16, min_tokens=64, num_stages=6)),
     (32, DecodeLaunch(num_splits=16, min_tokens=64, num_stages=2)),
     (80, DecodeLaunch(num_splits=8, min_tokens=64, num_stages=2)),
     (160, DecodeLaunch(num_splits=2, min_tokens=256, num_stages=3)),

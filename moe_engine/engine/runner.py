@@ -111,18 +111,20 @@ class ModelRunner:
         """A step in which everybody decodes, as a CUDA graph."""
         assert self._decode is not None
         assert self._graphs is not None
+        seq_ids = [step.seq_id for step in steps]
+        is_argmax = self._sampler.is_argmax(seq_ids)
+        draws = not is_argmax and self._decode.can_draw and self._sampler.is_plain(seq_ids)
+        # All transfers come first: one between two graphs would hold up the device.
         self._decode.load(slots, [step.start for step in steps])
+        if draws:
+            uniforms = [step.uniform for step in steps if step.uniform is not None]
+            self._decode.load_draw(self._sampler.draw_params(seq_ids, uniforms))
         logits_SV = self._graphs.replay(size)
         tokens_B = self._decode.tokens(len(steps))
         logits_BV = None if logits_SV is None else logits_SV[: len(steps)]
-        seq_ids = [step.seq_id for step in steps]
-        if self._sampler.is_argmax(seq_ids):
-            pass  # the graph has taken the most likely tokens
-        elif self._decode.can_draw and self._sampler.is_plain(seq_ids):
-            uniforms = [step.uniform for step in steps if step.uniform is not None]
-            self._decode.load_draw(self._sampler.draw_params(seq_ids, uniforms))
+        if draws:
             self._graphs.draw(size)
-        else:
+        elif not is_argmax:  # else the graph has taken the most likely tokens
             if logits_BV is not None:
                 tokens_B = self._sampler.sample(logits_BV, self._sample_rows(steps))
             self._decode.replace_tokens(tokens_B)

@@ -9,9 +9,9 @@ up in benchmarks/models/. ``--temperature 1`` draws nearly uniform tokens from d
 batch then needs as many experts as the floor assumes; greedy, the default, sequences may come to
 repeat the same token and need fewer, as the share of distinct tokens in the results shows.
 
-- A decode step's time is the slope between runs of ``output / 2 + 1`` and ``output + 1`` tokens
-  (129 and 257): start and tail cancel. Beside it stand percentiles of the intervals between the
-  tokens of a run, whose jitter the slope does not show.
+- A decode step's time is the mean interval between the last ``output / 2`` tokens that all prompts
+  of a run decode together, the median over the repetitions. Percentiles of the same intervals stand
+  beside it.
 - Prefill is the slope between prompts for 8 and for 16 steps of ``--prefill-tokens`` tokens.
 - The floor is the time to read once what a step must read (`decode_floor`), at the bandwidth that
   this machine showed just before (`ceilings`).
@@ -92,7 +92,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--batches", type=int_list, default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--input", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=256, help="tokens of the longer run, less 1")
+    parser.add_argument("--output", type=int, default=256, help="tokens of a run, less 1")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="of a step; 0 leaves out")
     parser.add_argument("--repetitions", type=int, default=2)
@@ -183,18 +183,17 @@ class EngineBench:
     def decode(self, batch: int) -> dict[str, Any]:
         """One batch size: step time, rates, floor."""
         num_input, num_output = self._arguments.input, self._arguments.output
-        lengths = (num_output // 2 + 1, num_output + 1)
-        self._timed(batch, num_input, min(9, lengths[0]))  # warm up
-        runs = {
-            length: [
-                self._timed(batch, num_input, length) for _ in range(self._arguments.repetitions)
-            ]
-            for length in lengths
-        }
-        seconds = {n: statistics.median(run.seconds for run in each) for n, each in runs.items()}
-        step_s = slope(*sorted(seconds.items()))
-        intervals = [s for run in runs[lengths[1]] for s in run.step_seconds()]
-        context = num_input + (lengths[0] + lengths[1]) / 2
+        num_steps = num_output // 2
+        self._timed(batch, num_input, min(9, num_steps))  # warm up
+        runs = [
+            self._timed(batch, num_input, num_output + 1)
+            for _ in range(self._arguments.repetitions)
+        ]
+        steady = [run.step_seconds()[-num_steps:] for run in runs]
+        assert all(len(steps) == num_steps for steps in steady), "too few steps of the whole batch"
+        step_s = statistics.median(map(statistics.mean, steady))
+        intervals = [seconds for steps in steady for seconds in steps]
+        context = num_input + num_output + 1 - num_steps / 2
         needed = step_bytes(self._model, batch, context, self._popularity, self._item_size)
         floor_s = needed.total / self._bandwidth
         return {
@@ -205,14 +204,12 @@ class EngineBench:
                 for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
             },
             "tok_per_s": batch / step_s,
-            "distinct_tokens": statistics.mean(
-                run.share_of_distinct_tokens() for run in runs[lengths[1]]
-            ),
+            "distinct_tokens": statistics.mean(run.share_of_distinct_tokens() for run in runs),
             "mean_context": context,
             "bytes": {"experts": needed.experts, "dense": needed.dense, "kv": needed.kv},
             "floor_ms": floor_s * 1e3,
             "share_of_bandwidth": floor_s / step_s,
-            "seconds": {str(n): [run.seconds for run in each] for n, each in runs.items()},
+            "seconds": [run.seconds for run in runs],
         }
 
     def prefill(self, tokens_per_step: int) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ class DecodeLaunch:
 # (most pairs of sequence and KV head, launch): the first row that fits. A launch that splits
 # contexts takes a counter for each pair.
 LAUNCHES = (
-    # So much shared memory that no block of the next kernel runs beside a program and slows it down.
+    # So much shared memory: no block of the next kernel runs beside a program to slow it down.
     (8, DecodeLaunch(num_splits=16, min_tokens=64, num_stages=6)),
     (32, DecodeLaunch(num_splits=16, min_tokens=64, num_stages=2)),
     (80, DecodeLaunch(num_splits=8, min_tokens=64, num_stages=2)),

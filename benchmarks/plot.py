@@ -9,13 +9,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peer import read_peer
 from benchmarks.plot_timeline import draw_timeline
-from benchmarks.readme_table import COLUMNS, replace_results
+from benchmarks.readme_gpu import SECTION as GPU_SECTION
+from benchmarks.readme_gpu import render_gpu
+from benchmarks.readme_table import COLUMNS, SECTION, render_results, replace_section
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "engine_cpu.json"
+SAVED = ROOT / "benchmarks" / "results"
+RESULTS = SAVED / "engine_cpu.json"
+GPU_RESULTS = SAVED / "engine_h200.json"
+GPU_SERVING = SAVED / "serving_h200.json"
+GPU_PEER = SAVED / "peer_vllm_h200.json"
 PLOT = ROOT / "docs" / "images" / "engine_cpu.svg"
-TIMELINE = ROOT / "benchmarks" / "results" / "step_timeline.json"
+TIMELINE = SAVED / "step_timeline.json"
 TIMELINE_PLOT = ROOT / "docs" / "images" / "step_timeline.svg"
 README = ROOT / "README.md"
 
@@ -30,7 +37,12 @@ def main() -> None:
     result = json.loads(RESULTS.read_text())
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     draw(result, PLOT)
-    README.write_text(replace_results(README.read_text(), result))
+    readme = replace_section(README.read_text(), SECTION, render_results(result))
+    if GPU_RESULTS.exists():  # as below
+        engine, serving = (json.loads(file.read_text()) for file in (GPU_RESULTS, GPU_SERVING))
+        text = render_gpu(engine, read_peer(GPU_PEER), serving)
+        readme = replace_section(readme, GPU_SECTION, text)
+    README.write_text(readme)
     written = [PLOT, README]
     if TIMELINE.exists():  # it takes a GPU to make
         draw_timeline(json.loads(TIMELINE.read_text()), TIMELINE_PLOT)

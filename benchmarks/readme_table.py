@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SECTION = "results"
 ENGINE = "moe_engine_tp1_dp1"
 COLUMNS = {
     ENGINE: "moe_engine, 1 rank",
@@ -15,17 +15,23 @@ COLUMNS = {
 }
 
 
-def replace_results(readme: str, result: dict[str, Any]) -> str:
-    """The README with what stands between the markers made anew.
+def markers(section: str) -> tuple[str, str]:
+    """What stands in the README before and after a generated section."""
+    return f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+
+
+def replace_section(readme: str, section: str, text: str) -> str:
+    """The README with another text between a section's markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"the README must hold {BEGIN} and then {END}, once each")
-    return f"{before}{BEGIN}\n{render_results(result)}{END}{after}"
+    begin, end = markers(section)
+    before, found_begin, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end or begin in after or end in after:
+        raise ValueError(f"the README must hold {begin} and then {end}, once each")
+    return f"{before}{begin}\n{text}{end}{after}"
 
 
 def render_results(result: dict[str, Any]) -> str:

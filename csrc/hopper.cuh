@@ -107,6 +107,29 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Stores at the same place in the shared memory of the cluster's block.
+__device__ __forceinline__ void store_to_block(const float* to, int block, float value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.f32 [there], %2;\n"
+      "}\n" ::"r"(shared_address(to)),
+      "r"(block), "f"(value)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_to_block(const float* to, int block, float4 values) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n"
+      "}\n" ::"r"(shared_address(to)),
+      "r"(block), "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w)
+      : "memory");
+}
+
 // --- copies into shared memory -------------------------------------------------------------------
 
 __device__ __forceinline__ void copy_16_bytes(std::uint32_t to_shared, const void* from) {
@@ -208,11 +231,15 @@ __device__ __forceinline__ void give_registers() {
 #endif
 }
 
-// --- storing accumulators ------------------------------------------------------------------------
+// --- pairs of 16-bit elements --------------------------------------------------------------------
 
 __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const std::uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float2 unpack_bf16(std::uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000));
 }
 
 // Stores four 8x8 matrices of 16-bit elements, transposed: lane l gives the address of row l % 8 of

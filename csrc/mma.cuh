@@ -23,4 +23,11 @@ __device__ __forceinline__ void mma(float (&d)[4], std::uint32_t a0, std::uint32
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// An 8x8 matrix of 16-bit elements, transposed: thread l holds elements 2t and the next of row g.
+__device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t pair) {
+  std::uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 }  // namespace moe_engine

@@ -41,21 +41,6 @@ int shared_bytes(int num_experts, int hidden) {
          kBlocks * kTokensPerBlock * num_experts * static_cast<int>(sizeof(float));
 }
 
-__device__ __forceinline__ void store_to_block(const float* to, int block, float value) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "st.shared::cluster.f32 [there], %2;\n"
-      "}\n" ::"r"(shared_address(to)),
-      "r"(block), "f"(value)
-      : "memory");
-}
-
-__device__ __forceinline__ float2 unpack_bf16(std::uint32_t pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000));
-}
-
 __device__ __forceinline__ float rounded(float value) {
   return __bfloat162float(__float2bfloat16(value));
 }

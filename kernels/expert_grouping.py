@@ -23,7 +23,7 @@ SHAPES = ((512, 4, 4), (4096, 32, 8))
 # Beyond: at most so many chunks, whose counts every program of the second launch reads.
 MAX_CHUNKS = 256
 COUNTED_EXPERTS = 64
-CHUNKS_AT_ONCE = 16
+CHUNKS_AT_ONCE = 64
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

@@ -144,3 +144,32 @@ def streaming_linear(
     stream: int,
 ) -> None:
     """Enqueue a linear layer of at most 16 tokens; see ``csrc/streaming_linear.h``."""
+
+def cluster_decode_fits(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> bool:
+    """Whether `cluster_decode` takes these sizes."""
+
+def cluster_decode(
+    *,
+    qkv: int,
+    qkv_stride: int,
+    q_weight: int,
+    k_weight: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    slots: int,
+    k_cache: int,
+    v_cache: int,
+    block_tables: int,
+    block_tables_stride: int,
+    context_lens: int,
+    out: int,
+    eps: float,
+    scale: float,
+    num_sequences: int,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    stream: int,
+) -> None:
+    """Enqueue decode attention of few sequences; see ``csrc/cluster_decode.h``."""

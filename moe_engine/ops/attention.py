@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from moe_engine.ops import cudnn_prefill, native
+from moe_engine.ops import cudnn_prefill, hopper, native
 from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, plan_prefills
 from moe_engine.ops.reference import attention as reference
@@ -188,6 +188,19 @@ def attend(
     assert parts.stride(-1) == 1, parts.stride()
     assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
+    if isinstance(qkv, torch.Tensor) and hopper.takes_cluster_decode(qkv, num_heads, k_cache_BLGD):
+        return hopper.cluster_decode(
+            qkv,
+            (norms.q_weight_D, norms.k_weight_D),
+            norms.eps,
+            (rope.cos_PF, rope.sin_PF),
+            positions_T,
+            batch.slots_T,
+            cache,
+            batch.block_tables_SB,
+            batch.context_lens_S,
+            scale,
+        )
     out_TND = parts.new_empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype)
     with torch.cuda.device(parts.device):
         paged_decode(

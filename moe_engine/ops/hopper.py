@@ -1,10 +1,11 @@
-"""The CUDA kernels for Hopper: experts, linear layers of few rows, the norm with the router.
+"""The CUDA kernels for Hopper: experts, linear layers, norm with router and attention of few rows.
 
-Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
-which have checked that shapes and dtypes fit together.
+Whether they take given arguments, and their launches. The callers are `ops.moe`, `ops.linear` and
+`ops.attention`, which have checked that shapes and dtypes fit together.
 
 Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
-I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X.
+I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X. Of attention:
+N query heads, G KV heads, D head dimension, B blocks, L tokens a block, F = D / 2.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ SPLIT_LINEAR_MAX_SUMS = 256
 
 NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
+
+CLUSTER_DECODE_MAX_PAIRS = 32
+"""Rows times KV heads up to which decode attention by clusters is best."""
 
 
 @functools.cache
@@ -103,6 +107,19 @@ def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: i
     library = extension(residual_RH.device)
     return library is not None and library.norm_router_fits(
         num_experts=gate_EH.shape[0], hidden=gate_EH.shape[1], top_k=top_k
+    )
+
+
+def takes_cluster_decode(qkv_RX: torch.Tensor, num_heads: int, k_cache_BLGD: torch.Tensor) -> bool:
+    """Whether decode attention by clusters is best for these rows and takes this cache."""
+    block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
+    if qkv_RX.shape[0] * num_kv_heads > CLUSTER_DECODE_MAX_PAIRS:
+        return False
+    if not (qkv_RX.dtype == k_cache_BLGD.dtype == torch.bfloat16 and _rows_are_aligned(qkv_RX)):
+        return False
+    library = extension(qkv_RX.device)
+    return library is not None and library.cluster_decode_fits(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size
     )
 
 
@@ -275,6 +292,64 @@ def norm_router(
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return normed_RH, new_residual_RH, ids_RK, weights_RK
+
+
+def cluster_decode(
+    qkv_RX: torch.Tensor,
+    norm_weights: tuple[torch.Tensor, torch.Tensor],
+    eps: float,
+    cos_sin_PF: tuple[torch.Tensor, torch.Tensor],
+    positions_R: torch.Tensor,
+    slots_R: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    block_tables_RB: torch.Tensor,
+    context_lens_R: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D].
+
+    Args:
+        norm_weights: [D] each, of the norms of queries and keys.
+        cos_sin_PF: float32 each.
+        cache: keys and values, each [B, L, G, D], contiguous.
+    """
+    from moe_engine.kernels.launch import compiles_only
+
+    (q_weight_D, k_weight_D), (cos_PF, sin_PF) = norm_weights, cos_sin_PF
+    k_cache_BLGD, v_cache_BLGD = cache
+    block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
+    num_rows, width = qkv_RX.shape
+    num_heads = width // head_dim - 2 * num_kv_heads
+    out_RND = qkv_RX.new_empty(num_rows, num_heads, head_dim)
+    if compiles_only():
+        return out_RND  # nobody has written the contexts
+    library = extension(qkv_RX.device)
+    assert library is not None
+    with torch.cuda.device(qkv_RX.device):
+        library.cluster_decode(
+            qkv=qkv_RX.data_ptr(),
+            qkv_stride=qkv_RX.stride(0),
+            q_weight=q_weight_D.data_ptr(),
+            k_weight=k_weight_D.data_ptr(),
+            cos=cos_PF.data_ptr(),
+            sin=sin_PF.data_ptr(),
+            positions=positions_R.data_ptr(),
+            slots=slots_R.data_ptr(),
+            k_cache=k_cache_BLGD.data_ptr(),
+            v_cache=v_cache_BLGD.data_ptr(),
+            block_tables=block_tables_RB.data_ptr(),
+            block_tables_stride=block_tables_RB.stride(0),
+            context_lens=context_lens_R.data_ptr(),
+            out=out_RND.data_ptr(),
+            eps=eps,
+            scale=scale,
+            num_sequences=num_rows,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            block_size=block_size,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out_RND
 
 
 def _rows_are_aligned(x: torch.Tensor) -> bool:

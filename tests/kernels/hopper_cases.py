@@ -4,13 +4,14 @@ They are small, so that they can be run under a sanitizer (`sanitize_cuda`); `te
 as tests. Nothing but the kernels themselves runs on the GPU: inputs are made on the CPU and copied.
 
 Legend: R rows, K choices of a row, P = R * K pairs, E experts, H hidden size, I intermediate size,
-X input width, O output width.
+X input width, O output width. Of attention: S sequences, N query heads, G KV heads, D head
+dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,6 +21,9 @@ from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import expert_counts as counts_reference
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
+from moe_engine.ops.reference import rope as rope_reference
+from tests.kernels.paged import expected as expected_attention
+from tests.kernels.paged import make_case
 
 TILES = (16, 32, 64, 128, 256)
 # Of the norm of a row: h is rounded to bfloat16, the result too.
@@ -261,6 +265,62 @@ def run_norm_router(case: Routing) -> None:
     assert (weights_RK[case.num_real :] == 0).all()
 
 
+# (contexts, N, G, L): padding and the new token alone; around the ends of pieces of 16; one piece
+# for every warp of a cluster and one more; several for each; the fewest and the most query heads.
+DECODE_CASES = [
+    ([576], 32, 4, 16),
+    ([0, 1, 2, 15, 16, 17, 0], 8, 1, 16),
+    ([128, 129, 127, 1], 6, 2, 32),
+    ([1024, 1025, 1040, 5], 2, 2, 64),
+    ([3001, 48], 16, 1, 16),
+    ([700, 33, 0], 18, 2, 16),
+]
+
+
+def run_cluster_decode(
+    contexts: list[int], num_heads: int, num_kv_heads: int, block_size: int
+) -> None:
+    """Output and cache, from rows of the projection that lie apart."""
+    case = make_case(
+        [(1, context) for context in contexts],
+        device="cpu",
+        dtype=BF16,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=128,
+        block_size=block_size,
+    )
+    slots_S, context_lens_S = case.batch.slots_T, case.batch.context_lens_S
+    for tensor in case.cache:
+        tensor.flatten(0, 1)[slots_S[slots_S >= 0]] = torch.nan  # to be written
+    width = (num_heads + 2 * num_kv_heads) * 128
+    qkv_SX = torch.randn(len(contexts), width + 16).to(BF16)
+    weights = [(1 + 0.3 * torch.randn(128)).to(BF16) for _ in range(2)]
+    angles_PF = 6 * torch.rand(max(contexts) + 1, 64)
+    cos_sin = angles_PF.cos(), angles_PF.sin()
+    positions_S = (context_lens_S.long() - 1).clamp(min=0)
+    cache = tuple(tensor.cuda() for tensor in case.cache)
+    out_SND = hopper.cluster_decode(
+        qkv_SX.cuda()[:, :width],
+        (weights[0].cuda(), weights[1].cuda()),
+        1e-6,
+        (cos_sin[0].cuda(), cos_sin[1].cuda()),
+        positions_S.cuda(),
+        slots_S.cuda(),
+        (cache[0], cache[1]),
+        case.batch.block_tables_SB.cuda(),
+        context_lens_S.cuda(),
+        case.scale,
+    ).cpu()
+    q_SND = rope_reference.norm_rope_write(
+        qkv_SX[:, :width], *weights, 1e-6, cos_sin, positions_S, *case.cache, slots_S
+    )
+    expected_SND = expected_attention(replace(case, q_TND=q_SND))
+    torch.testing.assert_close(out_SND.float(), expected_SND, rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip(cache, case.cache, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
 def check_rows(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Every row is within `TOLERANCE` of what float32 gives."""
     assert found.shape == expected.shape
@@ -311,6 +371,13 @@ def all_cases() -> dict[str, list[Case]]:
     ]
     cases["norm and router"] = [
         (str(case), partial(run_norm_router, case)) for case in ROUTER_CASES
+    ]
+    cases["cluster decode"] = [
+        (
+            f"contexts {contexts}, {heads} heads to {kv_heads}, blocks of {block_size}",
+            partial(run_cluster_decode, contexts, heads, kv_heads, block_size),
+        )
+        for contexts, heads, kv_heads, block_size in DECODE_CASES
     ]
     cases["expert counts"] = [
         (

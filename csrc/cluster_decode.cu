@@ -1,0 +1,335 @@
+// Decode attention of few sequences, whose time is all latency.
+//
+// A cluster of blocks takes one KV head of a sequence. Its warps share out the context in pieces of
+// 16 tokens; keys and values go from the cache to registers, in the layout that the tensor cores
+// take. The first piece of every warp is on its way before the projection that makes the queries
+// has ended: only the norm, the rotation and the products are left to do then. Each block adds up
+// what its warps found and sends every query head's part to the block that puts the head together;
+// the blocks wait for each other only there.
+#include <cuda_bf16.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cluster_decode.h"
+#include "context_pieces.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+
+namespace moe_engine {
+namespace {
+
+constexpr int kBlocks = 8;  // of a cluster
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStride = kBlocks * kWarps;  // from a warp's piece to its next
+constexpr int kHalf = kDim / 2;
+constexpr int kPartPitch = kDim + 4;  // floats
+constexpr float kLog2E = 1.4426950408889634f;
+
+struct Problem {
+  const __nv_bfloat16* qkv;
+  std::int64_t qkv_stride;
+  const __nv_bfloat16* q_weight;
+  const __nv_bfloat16* k_weight;
+  const float* cos;
+  const float* sin;
+  const std::int64_t* positions;
+  const std::int64_t* slots;
+  __nv_bfloat16* k_cache;
+  __nv_bfloat16* v_cache;
+  const std::int32_t* block_tables;
+  std::int64_t block_tables_stride;
+  const std::int32_t* context_lens;
+  __nv_bfloat16* out;
+  float eps;
+  float scale_log2;  // of the scores, whose exponentials are powers of 2
+  int num_heads;
+  int num_kv_heads;
+  int block_size;
+};
+
+template <int kHeads>
+struct Shared {
+  __nv_bfloat16 queries[kHeads][kQueryPitch];
+  __nv_bfloat16 fresh[2][kDim];             // the new token's key and value
+  float parts[kWarps][kHeads][kPartPitch];  // of each warp: sums of values, not divided
+  Stats stats[kWarps][kHeads];
+  // From each block, for the heads that this one puts together: 8 * i + its rank.
+  float received[kBlocks][kHeads / 8][kDim];
+  Stats received_stats[kBlocks][kHeads / 8];
+};
+
+// Eight threads' head in two halves: thread i has elements 8 i .. 8 i + 7 of each.
+struct Head {
+  uint4 first;
+  uint4 second;
+};
+
+// Elements 2 i and 2 i + 1 of eight.
+__device__ __forceinline__ float2 pair_of(const uint4& eight, int i) {
+  const std::uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+  return unpack_bf16(words[i]);
+}
+
+// The norm and the rotation of a head by its eight threads. The roundings and the order of the sum
+// are those of kernels/norm_rope.py, so that the cache gets the same bits from both.
+__device__ __forceinline__ Head norm_and_rotate(const Head& head, const Head& weight,
+                                                const float (&cos)[8], const float (&sin)[8],
+                                                float eps) {
+  float2 first[4];
+  float2 second[4];
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    first[i] = pair_of(head.first, i);
+    second[i] = pair_of(head.second, i);
+    squares += fmaf(first[i].x, first[i].x, __fmul_rn(second[i].x, second[i].x));
+    squares += fmaf(first[i].y, first[i].y, __fmul_rn(second[i].y, second[i].y));
+  }
+#pragma unroll
+  for (int distance = 4; distance > 0; distance /= 2) {
+    squares += __shfl_xor_sync(0xFFFFFFFF, squares, distance);
+  }
+  const float scale = rsqrtf(squares / kDim + eps);
+  std::uint32_t rotated[2][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 first_weight = pair_of(weight.first, i);
+    const float2 second_weight = pair_of(weight.second, i);
+    const float2 a{__fmul_rn(__fmul_rn(first[i].x, scale), first_weight.x),
+                   __fmul_rn(__fmul_rn(first[i].y, scale), first_weight.y)};
+    const float2 b{__fmul_rn(__fmul_rn(second[i].x, scale), second_weight.x),
+                   __fmul_rn(__fmul_rn(second[i].y, scale), second_weight.y)};
+    const float2 c{cos[2 * i], cos[2 * i + 1]};
+    const float2 s{sin[2 * i], sin[2 * i + 1]};
+    rotated[0][i] =
+        pack_bf16(fmaf(a.x, c.x, -__fmul_rn(b.x, s.x)), fmaf(a.y, c.y, -__fmul_rn(b.y, s.y)));
+    rotated[1][i] =
+        pack_bf16(fmaf(b.x, c.x, __fmul_rn(a.x, s.x)), fmaf(b.y, c.y, __fmul_rn(a.y, s.y)));
+  }
+  return {make_uint4(rotated[0][0], rotated[0][1], rotated[0][2], rotated[0][3]),
+          make_uint4(rotated[1][0], rotated[1][1], rotated[1][2], rotated[1][3])};
+}
+
+// Puts kCount parts of one head together, in order: four dimensions for each thread of a warp.
+template <int kCount, typename LoadStats, typename LoadPart>
+__device__ __forceinline__ Stats fold(float4& sum, LoadStats load_stats, LoadPart load_part) {
+  Stats stats[kCount];
+  Stats all{-INFINITY, 0.0f};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    stats[i] = load_stats(i);
+    all.max = fmaxf(all.max, stats[i].max);
+  }
+  sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float4 part = load_part(i);
+    const float scale = stats[i].max == -INFINITY ? 0.0f : exp2f(stats[i].max - all.max);
+    all.sum = fmaf(stats[i].sum, scale, all.sum);
+    sum.x = fmaf(part.x, scale, sum.x);
+    sum.y = fmaf(part.y, scale, sum.y);
+    sum.z = fmaf(part.z, scale, sum.z);
+    sum.w = fmaf(part.w, scale, sum.w);
+  }
+  return all;
+}
+
+// Grid: (kBlocks * num_kv_heads, num_sequences). kHeadTiles: of 8 query heads to a KV head.
+//
+// Example: a context of 100 tokens is 7 pieces, one for the first warp of 7 of the 8 blocks; the
+// last piece's 4 tokens are 3 from the cache and the new one, from the block's shared memory. Of a
+// context of 2000 tokens, 125 pieces, warp 1 of block 0 takes pieces 8 and 72.
+template <int kHeadTiles>
+__global__ void __launch_bounds__(kThreads, kHeadTiles == 1 ? 2 : 1) __cluster_dims__(kBlocks, 1, 1)
+    cluster_decode_kernel(const Problem p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr int kHeads = 8 * kHeadTiles;
+  extern __shared__ __align__(16) char shared_bytes[];
+  auto& shared = *reinterpret_cast<Shared<kHeads>*>(shared_bytes);
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int rank = block_in_cluster();
+  const int kv_head = blockIdx.x / kBlocks;
+  const int sequence = blockIdx.y;
+  const int group = p.num_heads / p.num_kv_heads;
+
+  let_next_kernel_start();
+  const int context_len = p.context_lens[sequence];
+  const int num_pieces = (context_len + kPiece - 1) / kPiece;
+  const Context context{p.block_tables + sequence * p.block_tables_stride, p.block_size,
+                        p.num_kv_heads * kChunks, kv_head * kChunks, context_len - 1};
+  const int first_piece = rank + kBlocks * warp;
+  Piece piece;
+  context.load_keys(p.k_cache, first_piece, lane, piece.k);
+  context.load_values(p.v_cache, first_piece, lane, piece.v);
+
+  // Eight threads prepare a head: a query, or, in the block that has the context's end, the new
+  // key or value.
+  const int row = threadIdx.x / 8;
+  const int part = threadIdx.x % 8;
+  const bool is_key = row == kHeads;
+  const bool is_value = row == kHeads + 1;
+  const bool is_new = (is_key || is_value) && context_len > 0 && (num_pieces - 1) % kBlocks == rank;
+  const bool is_query = row < group;
+  const auto* const norm_weight =
+      reinterpret_cast<const uint4*>(is_key ? p.k_weight : p.q_weight) + part;
+  const Head weight{norm_weight[0], norm_weight[8]};
+  const std::int64_t slot = p.slots[sequence];
+  float cos[8];
+  float sin[8];
+  const std::int64_t angle = p.positions[sequence] * kHalf + 8 * part;
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    *reinterpret_cast<float4*>(cos + i) = *reinterpret_cast<const float4*>(p.cos + angle + i);
+    *reinterpret_cast<float4*>(sin + i) = *reinterpret_cast<const float4*>(p.sin + angle + i);
+  }
+  cluster_sync();  // the others have begun: their shared memory may be written to
+  wait_for_previous_kernels();
+
+  Head head{};
+  if (is_query || is_new) {
+    const int number =
+        is_query ? kv_head * group + row : p.num_heads + (is_key ? 0 : p.num_kv_heads) + kv_head;
+    const auto* const from =
+        reinterpret_cast<const uint4*>(p.qkv + sequence * p.qkv_stride) + number * kChunks + part;
+    head = {from[0], from[8]};
+  }
+  const Head rotated = norm_and_rotate(head, weight, cos, sin, p.eps);
+  if (!is_value) head = rotated;
+  if (row < kHeads) {
+    auto* const to = reinterpret_cast<uint4*>(shared.queries[row]) + part;
+    to[0] = head.first;
+    to[8] = head.second;
+  } else if (is_new) {
+    auto* const to = reinterpret_cast<uint4*>(shared.fresh[is_value]) + part;
+    to[0] = head.first;
+    to[8] = head.second;
+    if (slot >= 0) {
+      auto* const cached = reinterpret_cast<uint4*>(is_value ? p.v_cache : p.k_cache) +
+                           (slot * p.num_kv_heads + kv_head) * kChunks + part;
+      cached[0] = head.first;
+      cached[8] = head.second;
+    }
+  }
+  __syncthreads();
+
+  Found<kHeadTiles> found{};
+#pragma unroll
+  for (int i = 0; i < kHeadTiles; ++i) found.stats[i][0].max = found.stats[i][1].max = -INFINITY;
+  for (int number = first_piece; number < num_pieces; number += kStride) {
+    const int num_tokens = context_len - number * kPiece;
+    if (num_tokens <= kPiece) insert(piece, shared.fresh, num_tokens - 1, lane);
+    const int next = number + kStride;
+    attend(found, piece, shared.queries, num_tokens, p.scale_log2, lane, [&] {
+      if (next < num_pieces) context.load_keys(p.k_cache, next, lane, piece.k);
+    });
+    if (next < num_pieces) context.load_values(p.v_cache, next, lane, piece.v);
+  }
+
+#pragma unroll
+  for (int tile = 0; tile < kHeadTiles; ++tile) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      Stats stats = found.stats[tile][j];
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2) {
+        stats.sum += __shfl_xor_sync(0xFFFFFFFF, stats.sum, distance);
+      }
+      const int query = 8 * tile + 2 * (lane % 4) + j;
+      if (lane < 4) shared.stats[warp][query] = stats;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        auto* const to =
+            reinterpret_cast<float4*>(shared.parts[warp][query] + kHalf * half) + 2 * (lane / 4);
+        const auto& acc = found.acc[tile];
+        const int i = 2 * half + j;
+        to[0] = make_float4(acc[0][i], acc[1][i], acc[2][i], acc[3][i]);
+        to[1] = make_float4(acc[4][i], acc[5][i], acc[6][i], acc[7][i]);
+      }
+    }
+  }
+  __syncthreads();
+
+  // Warp w sends heads 8 i + w to block w.
+#pragma unroll
+  for (int tile = 0; tile < kHeadTiles; ++tile) {
+    const int query = 8 * tile + warp;
+    float4 sum;
+    const Stats stats = fold<kWarps>(
+        sum, [&](int i) { return shared.stats[i][query]; },
+        [&](int i) { return reinterpret_cast<const float4*>(shared.parts[i][query])[lane]; });
+    store_to_block(&shared.received[rank][tile][4 * lane], warp, sum);
+    if (lane == 0) {
+      store_to_block(&shared.received_stats[rank][tile].max, warp, stats.max);
+      store_to_block(&shared.received_stats[rank][tile].sum, warp, stats.sum);
+    }
+  }
+  cluster_sync();
+  const int query = 8 * warp + rank;
+  if (warp < kHeadTiles && query < group) {
+    float4 sum;
+    const Stats stats = fold<kBlocks>(
+        sum, [&](int i) { return shared.received_stats[i][warp]; },
+        [&](int i) { return reinterpret_cast<const float4*>(shared.received[i][warp])[lane]; });
+    const float scale = stats.sum == 0.0f ? 0.0f : 1.0f / stats.sum;
+    const std::int64_t to = (std::int64_t{sequence} * p.num_heads + kv_head * group + query) * kDim;
+    *reinterpret_cast<uint2*>(p.out + to + 4 * lane) = make_uint2(
+        pack_bf16(sum.x * scale, sum.y * scale), pack_bf16(sum.z * scale, sum.w * scale));
+  }
+#endif
+}
+
+template <int kHeadTiles>
+void launch(const Problem& p, int num_sequences, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(Shared<8 * kHeadTiles>);
+  CHECK_CUDA(cudaFuncSetAttribute(cluster_decode_kernel<kHeadTiles>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  launch_dependent("cluster_decode_kernel", cluster_decode_kernel<kHeadTiles>,
+                   dim3(kBlocks * p.num_kv_heads, num_sequences), kThreads, kSharedBytes, stream, 1,
+                   p);
+}
+
+}  // namespace
+
+bool cluster_decode_fits(int num_heads, int num_kv_heads, int head_dim, int block_size) {
+  return head_dim == kDim && num_heads % num_kv_heads == 0 && num_heads / num_kv_heads <= 16 &&
+         block_size % kPiece == 0;
+}
+
+void cluster_decode(const ClusterDecodeArgs& args, cudaStream_t stream) {
+  if (args.num_sequences == 0) return;
+  if (!cluster_decode_fits(args.num_heads, args.num_kv_heads, kDim, args.block_size)) {
+    throw std::invalid_argument("attention of " + std::to_string(args.num_heads) +
+                                " query heads to " + std::to_string(args.num_kv_heads) +
+                                " KV heads in blocks of " + std::to_string(args.block_size) +
+                                " tokens does not fit the kernel");
+  }
+  const Problem p{static_cast<const __nv_bfloat16*>(args.qkv),
+                  args.qkv_stride,
+                  static_cast<const __nv_bfloat16*>(args.q_weight),
+                  static_cast<const __nv_bfloat16*>(args.k_weight),
+                  args.cos,
+                  args.sin,
+                  args.positions,
+                  args.slots,
+                  static_cast<__nv_bfloat16*>(args.k_cache),
+                  static_cast<__nv_bfloat16*>(args.v_cache),
+                  args.block_tables,
+                  args.block_tables_stride,
+                  args.context_lens,
+                  static_cast<__nv_bfloat16*>(args.out),
+                  args.eps,
+                  args.scale * kLog2E,
+                  args.num_heads,
+                  args.num_kv_heads,
+                  args.block_size};
+  if (args.num_heads / args.num_kv_heads <= 8) {
+    launch<1>(p, args.num_sequences, stream);
+  } else {
+    launch<2>(p, args.num_sequences, stream);
+  }
+}
+
+}  // namespace moe_engine

@@ -2,7 +2,6 @@
 // lifetimes are checked above, in moe_engine/ops; the types are in moe_engine/_C.pyi.
 #include <pybind11/pybind11.h>
 
-#include "cluster_decode.h"
 #include "device.h"
 #include "expert_counts.h"
 #include "grouped_experts.h"
@@ -10,6 +9,7 @@
 #include "split_linear.h"
 #include "streaming_experts.h"
 #include "streaming_linear.h"
+#include "warp_decode.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -140,16 +140,19 @@ void streaming_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t expert_weigh
   moe_engine::streaming_expert_ffn(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void cluster_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::uintptr_t q_weight,
-                    std::uintptr_t k_weight, std::uintptr_t cos, std::uintptr_t sin,
-                    std::uintptr_t positions, std::uintptr_t slots, std::uintptr_t k_cache,
-                    std::uintptr_t v_cache, std::uintptr_t block_tables,
-                    std::int64_t block_tables_stride, std::uintptr_t context_lens,
-                    std::uintptr_t out, float eps, float scale, int num_sequences, int num_heads,
-                    int num_kv_heads, int block_size, std::uintptr_t stream) {
-  moe_engine::ClusterDecodeArgs args;
+void warp_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_part_stride,
+                 int num_parts, std::uintptr_t q_weight, std::uintptr_t k_weight,
+                 std::uintptr_t cos, std::uintptr_t sin, std::uintptr_t positions,
+                 std::uintptr_t slots, std::uintptr_t k_cache, std::uintptr_t v_cache,
+                 std::uintptr_t block_tables, std::int64_t block_tables_stride,
+                 std::uintptr_t context_lens, std::uintptr_t out, float eps, float scale,
+                 int num_sequences, int num_heads, int num_kv_heads, int block_size,
+                 int blocks_per_context, std::uintptr_t stream) {
+  moe_engine::WarpDecodeArgs args;
   args.qkv = reinterpret_cast<const void*>(qkv);
   args.qkv_stride = qkv_stride;
+  args.qkv_part_stride = qkv_part_stride;
+  args.num_parts = num_parts;
   args.q_weight = reinterpret_cast<const void*>(q_weight);
   args.k_weight = reinterpret_cast<const void*>(k_weight);
   args.cos = reinterpret_cast<const float*>(cos);
@@ -168,7 +171,8 @@ void cluster_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::uintptr_t 
   args.num_heads = num_heads;
   args.num_kv_heads = num_kv_heads;
   args.block_size = block_size;
-  moe_engine::cluster_decode(args, reinterpret_cast<cudaStream_t>(stream));
+  args.blocks_per_context = blocks_per_context;
+  moe_engine::warp_decode(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -200,10 +204,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("streaming_expert_ffn", &streaming_expert_ffn, py::kw_only(), "expert_ids"_a,
         "expert_weights"_a, "x"_a, "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "out"_a,
         "counters"_a, "num_tokens"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "stream"_a);
-  m.def("cluster_decode_fits", &moe_engine::cluster_decode_fits, "num_heads"_a, "num_kv_heads"_a,
+  m.def("warp_decode_fits", &moe_engine::warp_decode_fits, "num_heads"_a, "num_kv_heads"_a,
         "head_dim"_a, "block_size"_a);
-  m.def("cluster_decode", &cluster_decode, py::kw_only(), "qkv"_a, "qkv_stride"_a, "q_weight"_a,
-        "k_weight"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a,
-        "block_tables"_a, "block_tables_stride"_a, "context_lens"_a, "out"_a, "eps"_a, "scale"_a,
-        "num_sequences"_a, "num_heads"_a, "num_kv_heads"_a, "block_size"_a, "stream"_a);
+  m.def("warp_decode", &warp_decode, py::kw_only(), "qkv"_a, "qkv_stride"_a, "qkv_part_stride"_a,
+        "num_parts"_a, "q_weight"_a, "k_weight"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a,
+        "k_cache"_a, "v_cache"_a, "block_tables"_a, "block_tables_stride"_a, "context_lens"_a,
+        "out"_a, "eps"_a, "scale"_a, "num_sequences"_a, "num_heads"_a, "num_kv_heads"_a,
+        "block_size"_a, "blocks_per_context"_a, "stream"_a);
 }

@@ -145,13 +145,15 @@ def streaming_linear(
 ) -> None:
     """Enqueue a linear layer of at most 16 tokens; see ``csrc/streaming_linear.h``."""
 
-def cluster_decode_fits(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> bool:
-    """Whether `cluster_decode` takes these sizes."""
+def warp_decode_fits(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> bool:
+    """Whether `warp_decode` takes these sizes."""
 
-def cluster_decode(
+def warp_decode(
     *,
     qkv: int,
     qkv_stride: int,
+    qkv_part_stride: int,
+    num_parts: int,
     q_weight: int,
     k_weight: int,
     cos: int,
@@ -170,6 +172,7 @@ def cluster_decode(
     num_heads: int,
     num_kv_heads: int,
     block_size: int,
+    blocks_per_context: int,
     stream: int,
 ) -> None:
-    """Enqueue decode attention of few sequences; see ``csrc/cluster_decode.h``."""
+    """Enqueue decode attention; see ``csrc/warp_decode.h``."""

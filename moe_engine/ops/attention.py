@@ -188,9 +188,9 @@ def attend(
     assert parts.stride(-1) == 1, parts.stride()
     assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
-    if isinstance(qkv, torch.Tensor) and hopper.takes_cluster_decode(qkv, num_heads, k_cache_BLGD):
-        return hopper.cluster_decode(
-            qkv,
+    if hopper.takes_warp_decode(parts, qkv.dtype, num_heads, k_cache_BLGD):
+        return hopper.warp_decode(
+            parts,
             (norms.q_weight_D, norms.k_weight_D),
             norms.eps,
             (rope.cos_PF, rope.sin_PF),

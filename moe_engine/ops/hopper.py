@@ -27,8 +27,8 @@ SPLIT_LINEAR_MAX_SUMS = 256
 NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
 
-CLUSTER_DECODE_MAX_PAIRS = 32
-"""Rows times KV heads up to which decode attention by clusters is best."""
+# (most rows times KV heads, blocks for each of them): the first row that fits.
+WARP_DECODE_BLOCKS = ((16, 8), (32, 4), (64, 2), (256, 1))
 
 
 @functools.cache
@@ -110,15 +110,22 @@ def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: i
     )
 
 
-def takes_cluster_decode(qkv_RX: torch.Tensor, num_heads: int, k_cache_BLGD: torch.Tensor) -> bool:
-    """Whether decode attention by clusters is best for these rows and takes this cache."""
+def takes_warp_decode(
+    qkv: torch.Tensor, dtype: torch.dtype, num_heads: int, k_cache_BLGD: torch.Tensor
+) -> bool:
+    """Whether the decode attention kernel is best for these rows and takes this cache.
+
+    Args:
+        qkv: [R, X], or float32 parts [S, R, X].
+        dtype: of the attention.
+    """
     block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
-    if qkv_RX.shape[0] * num_kv_heads > CLUSTER_DECODE_MAX_PAIRS:
+    if qkv.shape[-2] * num_kv_heads > WARP_DECODE_BLOCKS[-1][0]:
         return False
-    if not (qkv_RX.dtype == k_cache_BLGD.dtype == torch.bfloat16 and _rows_are_aligned(qkv_RX)):
+    if not (dtype == k_cache_BLGD.dtype == torch.bfloat16 and _rows_are_aligned(qkv)):
         return False
-    library = extension(qkv_RX.device)
-    return library is not None and library.cluster_decode_fits(
+    library = extension(qkv.device)
+    return library is not None and library.warp_decode_fits(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size
     )
 
@@ -294,8 +301,8 @@ def norm_router(
     return normed_RH, new_residual_RH, ids_RK, weights_RK
 
 
-def cluster_decode(
-    qkv_RX: torch.Tensor,
+def warp_decode(
+    qkv: torch.Tensor,
     norm_weights: tuple[torch.Tensor, torch.Tensor],
     eps: float,
     cos_sin_PF: tuple[torch.Tensor, torch.Tensor],
@@ -305,30 +312,38 @@ def cluster_decode(
     block_tables_RB: torch.Tensor,
     context_lens_R: torch.Tensor,
     scale: float,
+    blocks_per_context: int | None = None,
 ) -> torch.Tensor:
     """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D].
 
     Args:
+        qkv: bfloat16 [R, X], or parts of it, float32 [S, R, X].
         norm_weights: [D] each, of the norms of queries and keys.
         cos_sin_PF: float32 each.
         cache: keys and values, each [B, L, G, D], contiguous.
+        blocks_per_context: how many thread blocks share a KV head of a row; None: the best.
     """
     from moe_engine.kernels.launch import compiles_only
 
     (q_weight_D, k_weight_D), (cos_PF, sin_PF) = norm_weights, cos_sin_PF
     k_cache_BLGD, v_cache_BLGD = cache
     block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
-    num_rows, width = qkv_RX.shape
+    num_rows, width = qkv.shape[-2:]
     num_heads = width // head_dim - 2 * num_kv_heads
-    out_RND = qkv_RX.new_empty(num_rows, num_heads, head_dim)
+    if blocks_per_context is None:
+        num_pairs = num_rows * num_kv_heads
+        blocks_per_context = next(row[1] for row in WARP_DECODE_BLOCKS if num_pairs <= row[0])
+    out_RND = k_cache_BLGD.new_empty(num_rows, num_heads, head_dim)
     if compiles_only():
         return out_RND  # nobody has written the contexts
-    library = extension(qkv_RX.device)
+    library = extension(qkv.device)
     assert library is not None
-    with torch.cuda.device(qkv_RX.device):
-        library.cluster_decode(
-            qkv=qkv_RX.data_ptr(),
-            qkv_stride=qkv_RX.stride(0),
+    with torch.cuda.device(qkv.device):
+        library.warp_decode(
+            qkv=qkv.data_ptr(),
+            qkv_stride=qkv.stride(-2),
+            qkv_part_stride=qkv.stride(0),
+            num_parts=len(qkv) if qkv.dim() == 3 else 0,
             q_weight=q_weight_D.data_ptr(),
             k_weight=k_weight_D.data_ptr(),
             cos=cos_PF.data_ptr(),
@@ -347,6 +362,7 @@ def cluster_decode(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             block_size=block_size,
+            blocks_per_context=blocks_per_context,
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return out_RND
@@ -354,4 +370,4 @@ def cluster_decode(
 
 def _rows_are_aligned(x: torch.Tensor) -> bool:
     """Whether the rows lie side by side in themselves and begin at multiples of 16 bytes."""
-    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x.stride(-1) == 1 and x.stride(-2) % 8 == 0 and x.data_ptr() % 16 == 0

@@ -265,20 +265,26 @@ def run_norm_router(case: Routing) -> None:
     assert (weights_RK[case.num_real :] == 0).all()
 
 
-# (contexts, N, G, L): padding and the new token alone; around the ends of pieces of 16; one piece
-# for every warp of a cluster and one more; several for each; the fewest and the most query heads.
+# (contexts, N, G, L, parts of the projection): padding and the new token alone; around the ends of
+# pieces of 16; one piece for every warp of a cluster and one more; several for each; the fewest and
+# the most query heads.
 DECODE_CASES = [
-    ([576], 32, 4, 16),
-    ([0, 1, 2, 15, 16, 17, 0], 8, 1, 16),
-    ([128, 129, 127, 1], 6, 2, 32),
-    ([1024, 1025, 1040, 5], 2, 2, 64),
-    ([3001, 48], 16, 1, 16),
-    ([700, 33, 0], 18, 2, 16),
+    ([576], 32, 4, 16, 0),
+    ([0, 1, 2, 15, 16, 17, 0], 8, 1, 16, 0),
+    ([128, 129, 127, 1], 6, 2, 32, 1),
+    ([1024, 1025, 1040, 5], 2, 2, 64, 0),
+    ([3001, 48], 16, 1, 16, 5),
+    ([700, 33, 0], 18, 2, 16, 0),
 ]
 
 
-def run_cluster_decode(
-    contexts: list[int], num_heads: int, num_kv_heads: int, block_size: int
+def run_warp_decode(
+    contexts: list[int],
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    num_parts: int,
+    blocks_per_context: int,
 ) -> None:
     """Output and cache, from rows of the projection that lie apart."""
     case = make_case(
@@ -294,14 +300,19 @@ def run_cluster_decode(
     for tensor in case.cache:
         tensor.flatten(0, 1)[slots_S[slots_S >= 0]] = torch.nan  # to be written
     width = (num_heads + 2 * num_kv_heads) * 128
-    qkv_SX = torch.randn(len(contexts), width + 16).to(BF16)
+    if num_parts:
+        qkv = torch.randn(num_parts, len(contexts), width)
+        qkv_SX, given = qkv.sum(0).to(BF16), qkv.cuda()
+    else:
+        qkv = torch.randn(len(contexts), width + 16).to(BF16)
+        qkv_SX, given = qkv[:, :width], qkv.cuda()[:, :width]
     weights = [(1 + 0.3 * torch.randn(128)).to(BF16) for _ in range(2)]
     angles_PF = 6 * torch.rand(max(contexts) + 1, 64)
     cos_sin = angles_PF.cos(), angles_PF.sin()
     positions_S = (context_lens_S.long() - 1).clamp(min=0)
     cache = tuple(tensor.cuda() for tensor in case.cache)
-    out_SND = hopper.cluster_decode(
-        qkv_SX.cuda()[:, :width],
+    out_SND = hopper.warp_decode(
+        given,
         (weights[0].cuda(), weights[1].cuda()),
         1e-6,
         (cos_sin[0].cuda(), cos_sin[1].cuda()),
@@ -311,9 +322,10 @@ def run_cluster_decode(
         case.batch.block_tables_SB.cuda(),
         context_lens_S.cuda(),
         case.scale,
+        blocks_per_context,
     ).cpu()
     q_SND = rope_reference.norm_rope_write(
-        qkv_SX[:, :width], *weights, 1e-6, cos_sin, positions_S, *case.cache, slots_S
+        qkv_SX, *weights, 1e-6, cos_sin, positions_S, *case.cache, slots_S
     )
     expected_SND = expected_attention(replace(case, q_TND=q_SND))
     torch.testing.assert_close(out_SND.float(), expected_SND, rtol=2e-2, atol=2e-2)
@@ -372,12 +384,13 @@ def all_cases() -> dict[str, list[Case]]:
     cases["norm and router"] = [
         (str(case), partial(run_norm_router, case)) for case in ROUTER_CASES
     ]
-    cases["cluster decode"] = [
+    cases["warp decode"] = [
         (
-            f"contexts {contexts}, {heads} heads to {kv_heads}, blocks of {block_size}",
-            partial(run_cluster_decode, contexts, heads, kv_heads, block_size),
+            f"{blocks} blocks for contexts {contexts}, {heads} heads to {kv_heads}, {parts} parts",
+            partial(run_warp_decode, contexts, heads, kv_heads, block_size, parts, blocks),
         )
-        for contexts, heads, kv_heads, block_size in DECODE_CASES
+        for blocks in (1, 2, 4, 8)
+        for contexts, heads, kv_heads, block_size, parts in DECODE_CASES
     ]
     cases["expert counts"] = [
         (

@@ -1,35 +1,32 @@
-// Decode attention of few sequences, whose time is all latency.
+// Decode attention whose warps read the cache straight into registers.
 //
-// A cluster of blocks takes one KV head of a sequence. Its warps share out the context in pieces of
-// 16 tokens; keys and values go from the cache to registers, in the layout that the tensor cores
-// take. The first piece of every warp is on its way before the projection that makes the queries
-// has ended: only the norm, the rotation and the products are left to do then. Each block adds up
-// what its warps found and sends every query head's part to the block that puts the head together;
-// the blocks wait for each other only there.
+// A block, or a cluster of blocks where there are few sequences, takes one KV head of a sequence.
+// Its warps share out the context in pieces of 16 tokens. The first piece of every warp is on its
+// way before the projection that makes the queries has ended: only the norm, the rotation and the
+// products are left to do then. Each block adds up what its warps found and sends every query
+// head's part to the block that puts the head together; blocks wait for each other only there.
 #include <cuda_bf16.h>
 
 #include <stdexcept>
 #include <string>
 
-#include "cluster_decode.h"
 #include "context_pieces.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "warp_decode.h"
 
 namespace moe_engine {
 namespace {
 
-constexpr int kBlocks = 8;  // of a cluster
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kStride = kBlocks * kWarps;  // from a warp's piece to its next
 constexpr int kHalf = kDim / 2;
 constexpr int kPartPitch = kDim + 4;  // floats
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct Problem {
-  const __nv_bfloat16* qkv;
+  const void* qkv;
   std::int64_t qkv_stride;
+  std::int64_t qkv_part_stride;
+  int num_parts;
   const __nv_bfloat16* q_weight;
   const __nv_bfloat16* k_weight;
   const float* cos;
@@ -49,15 +46,29 @@ struct Problem {
   int block_size;
 };
 
-template <int kHeads>
+// kBlocks share a context, and the putting together of the kHeads query heads: block r takes heads
+// r, r + kBlocks and so on.
+template <int kBlocks_, int kWarps_, int kHeadTiles_>
+struct Shape {
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kHeadTiles = kHeadTiles_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kHeads = 8 * kHeadTiles;
+  static constexpr int kHeadsPerBlock = kHeads / kBlocks;
+  static constexpr int kStride = kBlocks * kWarps;  // from a warp's piece to its next
+  static constexpr int kBlocksAtOnce = kThreads <= 256 && kHeadTiles == 1 ? 2 : 1;
+  static_assert(kThreads >= 8 * (kHeads + 2) && (kBlocks == 1 || kWarps >= kHeadsPerBlock));
+};
+
+template <typename S>
 struct Shared {
-  __nv_bfloat16 queries[kHeads][kQueryPitch];
-  __nv_bfloat16 fresh[2][kDim];             // the new token's key and value
-  float parts[kWarps][kHeads][kPartPitch];  // of each warp: sums of values, not divided
-  Stats stats[kWarps][kHeads];
-  // From each block, for the heads that this one puts together: 8 * i + its rank.
-  float received[kBlocks][kHeads / 8][kDim];
-  Stats received_stats[kBlocks][kHeads / 8];
+  __nv_bfloat16 queries[S::kHeads][kQueryPitch];
+  __nv_bfloat16 fresh[2][kDim];                   // the new token's key and value
+  float parts[S::kWarps][S::kHeads][kPartPitch];  // of each warp: sums of values, not divided
+  Stats stats[S::kWarps][S::kHeads];
+  float received[S::kBlocks][S::kHeadsPerBlock][kDim];  // from each block
+  Stats received_stats[S::kBlocks][S::kHeadsPerBlock];
 };
 
 // Eight threads' head in two halves: thread i has elements 8 i .. 8 i + 7 of each.
@@ -70,6 +81,38 @@ struct Head {
 __device__ __forceinline__ float2 pair_of(const uint4& eight, int i) {
   const std::uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
   return unpack_bf16(words[i]);
+}
+
+// Head `number` of a sequence's row of the projection, by eight threads.
+__device__ __forceinline__ Head load_head(const Problem& p, int sequence, int number, int part) {
+  const std::int64_t first = sequence * p.qkv_stride + number * kDim + 8 * part;
+  if (p.num_parts == 0) {
+    const auto* const from =
+        reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.qkv) + first);
+    return {from[0], from[8]};
+  }
+  float4 sums[4] = {};
+#pragma unroll 2
+  for (int i = 0; i < p.num_parts; ++i) {
+    const auto* const from = reinterpret_cast<const float4*>(static_cast<const float*>(p.qkv) +
+                                                             i * p.qkv_part_stride + first);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float4 more = from[j % 2 + j / 2 * (kHalf / 4)];
+      sums[j].x += more.x;
+      sums[j].y += more.y;
+      sums[j].z += more.z;
+      sums[j].w += more.w;
+    }
+  }
+  std::uint32_t packed[8];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    packed[2 * j] = pack_bf16(sums[j].x, sums[j].y);
+    packed[2 * j + 1] = pack_bf16(sums[j].z, sums[j].w);
+  }
+  return {make_uint4(packed[0], packed[1], packed[2], packed[3]),
+          make_uint4(packed[4], packed[5], packed[6], packed[7])};
 }
 
 // The norm and the rotation of a head by its eight threads. The roundings and the order of the sum
@@ -136,18 +179,19 @@ __device__ __forceinline__ Stats fold(float4& sum, LoadStats load_stats, LoadPar
   return all;
 }
 
-// Grid: (kBlocks * num_kv_heads, num_sequences). kHeadTiles: of 8 query heads to a KV head.
+// Grid: (kBlocks * num_kv_heads, num_sequences), clusters of kBlocks.
 //
-// Example: a context of 100 tokens is 7 pieces, one for the first warp of 7 of the 8 blocks; the
-// last piece's 4 tokens are 3 from the cache and the new one, from the block's shared memory. Of a
-// context of 2000 tokens, 125 pieces, warp 1 of block 0 takes pieces 8 and 72.
-template <int kHeadTiles>
-__global__ void __launch_bounds__(kThreads, kHeadTiles == 1 ? 2 : 1) __cluster_dims__(kBlocks, 1, 1)
-    cluster_decode_kernel(const Problem p) {
+// Example, 8 blocks of 8 warps: a context of 100 tokens is 7 pieces, one for the first warp of 7 of
+// the blocks; the last piece's 4 tokens are 3 from the cache and the new one, from the block's
+// shared memory. Of a context of 2000 tokens, 125 pieces, warp 1 of block 0 takes pieces 8 and 72.
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
+    warp_decode_kernel(const Problem p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr int kHeads = 8 * kHeadTiles;
+  constexpr int kBlocks = S::kBlocks;
+  constexpr int kHeadTiles = S::kHeadTiles;
   extern __shared__ __align__(16) char shared_bytes[];
-  auto& shared = *reinterpret_cast<Shared<kHeads>*>(shared_bytes);
+  auto& shared = *reinterpret_cast<Shared<S>*>(shared_bytes);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int rank = block_in_cluster();
@@ -169,8 +213,8 @@ __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 ? 2 : 1) __cluster_d
   // key or value.
   const int row = threadIdx.x / 8;
   const int part = threadIdx.x % 8;
-  const bool is_key = row == kHeads;
-  const bool is_value = row == kHeads + 1;
+  const bool is_key = row == S::kHeads;
+  const bool is_value = row == S::kHeads + 1;
   const bool is_new = (is_key || is_value) && context_len > 0 && (num_pieces - 1) % kBlocks == rank;
   const bool is_query = row < group;
   const auto* const norm_weight =
@@ -185,20 +229,19 @@ __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 ? 2 : 1) __cluster_d
     *reinterpret_cast<float4*>(cos + i) = *reinterpret_cast<const float4*>(p.cos + angle + i);
     *reinterpret_cast<float4*>(sin + i) = *reinterpret_cast<const float4*>(p.sin + angle + i);
   }
-  cluster_sync();  // the others have begun: their shared memory may be written to
+  if constexpr (kBlocks > 1)
+    cluster_sync();  // the others have begun: their shared memory may be written to
   wait_for_previous_kernels();
 
   Head head{};
   if (is_query || is_new) {
     const int number =
         is_query ? kv_head * group + row : p.num_heads + (is_key ? 0 : p.num_kv_heads) + kv_head;
-    const auto* const from =
-        reinterpret_cast<const uint4*>(p.qkv + sequence * p.qkv_stride) + number * kChunks + part;
-    head = {from[0], from[8]};
+    head = load_head(p, sequence, number, part);
   }
   const Head rotated = norm_and_rotate(head, weight, cos, sin, p.eps);
   if (!is_value) head = rotated;
-  if (row < kHeads) {
+  if (row < S::kHeads) {
     auto* const to = reinterpret_cast<uint4*>(shared.queries[row]) + part;
     to[0] = head.first;
     to[8] = head.second;
@@ -218,10 +261,10 @@ __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 ? 2 : 1) __cluster_d
   Found<kHeadTiles> found{};
 #pragma unroll
   for (int i = 0; i < kHeadTiles; ++i) found.stats[i][0].max = found.stats[i][1].max = -INFINITY;
-  for (int number = first_piece; number < num_pieces; number += kStride) {
+  for (int number = first_piece; number < num_pieces; number += S::kStride) {
     const int num_tokens = context_len - number * kPiece;
     if (num_tokens <= kPiece) insert(piece, shared.fresh, num_tokens - 1, lane);
-    const int next = number + kStride;
+    const int next = number + S::kStride;
     attend(found, piece, shared.queries, num_tokens, p.scale_log2, lane, [&] {
       if (next < num_pieces) context.load_keys(p.k_cache, next, lane, piece.k);
     });
@@ -252,62 +295,82 @@ __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 ? 2 : 1) __cluster_d
   }
   __syncthreads();
 
-  // Warp w sends heads 8 i + w to block w.
-#pragma unroll
-  for (int tile = 0; tile < kHeadTiles; ++tile) {
-    const int query = 8 * tile + warp;
-    float4 sum;
-    const Stats stats = fold<kWarps>(
-        sum, [&](int i) { return shared.stats[i][query]; },
-        [&](int i) { return reinterpret_cast<const float4*>(shared.parts[i][query])[lane]; });
-    store_to_block(&shared.received[rank][tile][4 * lane], warp, sum);
-    if (lane == 0) {
-      store_to_block(&shared.received_stats[rank][tile].max, warp, stats.max);
-      store_to_block(&shared.received_stats[rank][tile].sum, warp, stats.sum);
-    }
-  }
-  cluster_sync();
-  const int query = 8 * warp + rank;
-  if (warp < kHeadTiles && query < group) {
-    float4 sum;
-    const Stats stats = fold<kBlocks>(
-        sum, [&](int i) { return shared.received_stats[i][warp]; },
-        [&](int i) { return reinterpret_cast<const float4*>(shared.received[i][warp])[lane]; });
+  const auto store_output = [&](int query, const Stats& stats, const float4& sum) {
+    if (query >= group) return;
     const float scale = stats.sum == 0.0f ? 0.0f : 1.0f / stats.sum;
     const std::int64_t to = (std::int64_t{sequence} * p.num_heads + kv_head * group + query) * kDim;
     *reinterpret_cast<uint2*>(p.out + to + 4 * lane) = make_uint2(
         pack_bf16(sum.x * scale, sum.y * scale), pack_bf16(sum.z * scale, sum.w * scale));
+  };
+  for (int query = warp; query < S::kHeads; query += S::kWarps) {
+    float4 sum;
+    const Stats stats = fold<S::kWarps>(
+        sum, [&](int i) { return shared.stats[i][query]; },
+        [&](int i) { return reinterpret_cast<const float4*>(shared.parts[i][query])[lane]; });
+    if constexpr (kBlocks == 1) {
+      store_output(query, stats, sum);
+    } else {
+      const int block = query % kBlocks;
+      store_to_block(&shared.received[rank][query / kBlocks][4 * lane], block, sum);
+      if (lane == 0) {
+        Stats& to = shared.received_stats[rank][query / kBlocks];
+        store_to_block(&to.max, block, stats.max);
+        store_to_block(&to.sum, block, stats.sum);
+      }
+    }
+  }
+  if constexpr (kBlocks > 1) {
+    __syncwarp();
+    cluster_sync();
+    if (warp < S::kHeadsPerBlock) {
+      float4 sum;
+      const Stats stats = fold<kBlocks>(
+          sum, [&](int i) { return shared.received_stats[i][warp]; },
+          [&](int i) { return reinterpret_cast<const float4*>(shared.received[i][warp])[lane]; });
+      store_output(kBlocks * warp + rank, stats, sum);
+    }
   }
 #endif
 }
 
-template <int kHeadTiles>
+template <typename S>
 void launch(const Problem& p, int num_sequences, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(Shared<8 * kHeadTiles>);
-  CHECK_CUDA(cudaFuncSetAttribute(cluster_decode_kernel<kHeadTiles>,
+  constexpr int kSharedBytes = sizeof(Shared<S>);
+  CHECK_CUDA(cudaFuncSetAttribute(warp_decode_kernel<S>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch_dependent("cluster_decode_kernel", cluster_decode_kernel<kHeadTiles>,
-                   dim3(kBlocks * p.num_kv_heads, num_sequences), kThreads, kSharedBytes, stream, 1,
-                   p);
+  launch_dependent("warp_decode_kernel", warp_decode_kernel<S>,
+                   dim3(S::kBlocks * p.num_kv_heads, num_sequences), S::kThreads, kSharedBytes,
+                   stream, S::kBlocks, p);
+}
+
+template <int kBlocks, int kWarps>
+void launch_shape(const Problem& p, int num_sequences, cudaStream_t stream) {
+  if (p.num_heads / p.num_kv_heads <= 8) {
+    launch<Shape<kBlocks, kWarps, 1>>(p, num_sequences, stream);
+  } else {
+    launch<Shape<kBlocks, kWarps, 2>>(p, num_sequences, stream);
+  }
 }
 
 }  // namespace
 
-bool cluster_decode_fits(int num_heads, int num_kv_heads, int head_dim, int block_size) {
+bool warp_decode_fits(int num_heads, int num_kv_heads, int head_dim, int block_size) {
   return head_dim == kDim && num_heads % num_kv_heads == 0 && num_heads / num_kv_heads <= 16 &&
          block_size % kPiece == 0;
 }
 
-void cluster_decode(const ClusterDecodeArgs& args, cudaStream_t stream) {
+void warp_decode(const WarpDecodeArgs& args, cudaStream_t stream) {
   if (args.num_sequences == 0) return;
-  if (!cluster_decode_fits(args.num_heads, args.num_kv_heads, kDim, args.block_size)) {
+  if (!warp_decode_fits(args.num_heads, args.num_kv_heads, kDim, args.block_size)) {
     throw std::invalid_argument("attention of " + std::to_string(args.num_heads) +
                                 " query heads to " + std::to_string(args.num_kv_heads) +
                                 " KV heads in blocks of " + std::to_string(args.block_size) +
                                 " tokens does not fit the kernel");
   }
-  const Problem p{static_cast<const __nv_bfloat16*>(args.qkv),
+  const Problem p{args.qkv,
                   args.qkv_stride,
+                  args.qkv_part_stride,
+                  args.num_parts,
                   static_cast<const __nv_bfloat16*>(args.q_weight),
                   static_cast<const __nv_bfloat16*>(args.k_weight),
                   args.cos,
@@ -325,11 +388,26 @@ void cluster_decode(const ClusterDecodeArgs& args, cudaStream_t stream) {
                   args.num_heads,
                   args.num_kv_heads,
                   args.block_size};
-  if (args.num_heads / args.num_kv_heads <= 8) {
-    launch<1>(p, args.num_sequences, stream);
-  } else {
-    launch<2>(p, args.num_sequences, stream);
+  switch (args.blocks_per_context) {
+    case 8:
+      return launch_shape<8, 8>(p, args.num_sequences, stream);
+    case 4:
+      return launch_shape<4, 12>(p, args.num_sequences, stream);
+    case 2:
+      return launch_shape<2, 12>(p, args.num_sequences, stream);
+    case 1:
+      return launch_shape<1, 8>(p, args.num_sequences, stream);
+    case 16:  // to be measured
+      return launch_shape<1, 12>(p, args.num_sequences, stream);
+    case 17:
+      return launch_shape<1, 16>(p, args.num_sequences, stream);
+    case 18:
+      return launch_shape<2, 8>(p, args.num_sequences, stream);
+    case 19:
+      return launch_shape<4, 8>(p, args.num_sequences, stream);
   }
+  throw std::invalid_argument("blocks_per_context is " + std::to_string(args.blocks_per_context) +
+                              "; it is 1, 2, 4 or 8");
 }
 
 }  // namespace moe_engine

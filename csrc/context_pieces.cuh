@@ -45,22 +45,26 @@ struct Context {
   int head_chunk;
   int num_cached;  // tokens
 
-  // First chunk of the piece's first token.
-  __device__ __forceinline__ std::int64_t piece(int number) const {
+  // The block that the piece lies in.
+  __device__ __forceinline__ int block(int number) const {
     const int token = number * kPiece;
-    const std::int64_t block = token < num_cached ? table[token / block_size] : 0;
-    return (block * block_size + token % block_size) * row_chunks + head_chunk;
+    return token < num_cached ? table[token / block_size] : 0;
   }
 
-  __device__ __forceinline__ uint4 load(const __nv_bfloat16* cache, std::int64_t piece, int number,
+  // First chunk of the piece.
+  __device__ __forceinline__ std::int64_t chunk(int block, int number) const {
+    return (std::int64_t{block} * block_size + number * kPiece % block_size) * row_chunks +
+           head_chunk;
+  }
+
+  __device__ __forceinline__ uint4 load(const __nv_bfloat16* cache, std::int64_t first, int number,
                                         int token, int chunk) const {
     if (number * kPiece + token >= num_cached) return make_uint4(0, 0, 0, 0);
-    return __ldcg(reinterpret_cast<const uint4*>(cache) + piece + token * row_chunks + chunk);
+    return __ldcg(reinterpret_cast<const uint4*>(cache) + first + token * row_chunks + chunk);
   }
 
-  __device__ __forceinline__ void load_keys(const __nv_bfloat16* cache, int number, int lane,
-                                            uint4 (&k)[2][4]) const {
-    const std::int64_t first = piece(number);
+  __device__ __forceinline__ void load_keys(const __nv_bfloat16* cache, std::int64_t first,
+                                            int number, int lane, uint4 (&k)[2][4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -70,9 +74,8 @@ struct Context {
     }
   }
 
-  __device__ __forceinline__ void load_values(const __nv_bfloat16* cache, int number, int lane,
-                                              uint4 (&v)[4][2]) const {
-    const std::int64_t first = piece(number);
+  __device__ __forceinline__ void load_values(const __nv_bfloat16* cache, std::int64_t first,
+                                              int number, int lane, uint4 (&v)[4][2]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -80,6 +83,16 @@ struct Context {
         v[i][j] = load(cache, first, number, value_token(i, lane), lane / 4 + 8 * j);
       }
     }
+  }
+
+  // Calls the piece into the L2 cache: each lane half a row of keys and of values.
+  __device__ __forceinline__ void prefetch(const __nv_bfloat16* k_cache,
+                                           const __nv_bfloat16* v_cache, std::int64_t first,
+                                           int number, int lane) const {
+    if (number * kPiece + lane / 2 >= num_cached) return;
+    const std::int64_t at = first + lane / 2 * row_chunks + lane % 2 * (kChunks / 2);
+    prefetch_to_l2(reinterpret_cast<const uint4*>(k_cache) + at);
+    prefetch_to_l2(reinterpret_cast<const uint4*>(v_cache) + at);
   }
 };
 

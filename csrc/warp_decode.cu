@@ -18,6 +18,7 @@
 namespace moe_engine {
 namespace {
 
+constexpr int kAhead = 3;  // pieces from the one that a warp works on to the one it prefetches
 constexpr int kHalf = kDim / 2;
 constexpr int kPartPitch = kDim + 4;  // floats
 constexpr float kLog2E = 1.4426950408889634f;
@@ -204,10 +205,21 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
   const int num_pieces = (context_len + kPiece - 1) / kPiece;
   const Context context{p.block_tables + sequence * p.block_tables_stride, p.block_size,
                         p.num_kv_heads * kChunks, kv_head * kChunks, context_len - 1};
+  // This warp's pieces, number `first_piece` and every kStride-th: lane i knows the block of one.
   const int first_piece = rank + kBlocks * warp;
+  int block = context.block(first_piece + lane * S::kStride);
+  const auto chunk_of = [&](int number, int owner) {
+    return context.chunk(__shfl_sync(0xFFFFFFFF, block, owner), number);
+  };
   Piece piece;
-  context.load_keys(p.k_cache, first_piece, lane, piece.k);
-  context.load_values(p.v_cache, first_piece, lane, piece.v);
+  const std::int64_t first_chunk = chunk_of(first_piece, 0);
+  context.load_keys(p.k_cache, first_chunk, first_piece, lane, piece.k);
+  context.load_values(p.v_cache, first_chunk, first_piece, lane, piece.v);
+#pragma unroll
+  for (int i = 1; i < kAhead; ++i) {
+    const int number = first_piece + i * S::kStride;
+    context.prefetch(p.k_cache, p.v_cache, chunk_of(number, i), number, lane);
+  }
 
   // Eight threads prepare a head: a query, or, in the block that has the context's end, the new
   // key or value.
@@ -217,20 +229,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
   const bool is_value = row == S::kHeads + 1;
   const bool is_new = (is_key || is_value) && context_len > 0 && (num_pieces - 1) % kBlocks == rank;
   const bool is_query = row < group;
-  const auto* const norm_weight =
-      reinterpret_cast<const uint4*>(is_key ? p.k_weight : p.q_weight) + part;
-  const Head weight{norm_weight[0], norm_weight[8]};
   const std::int64_t slot = p.slots[sequence];
-  float cos[8];
-  float sin[8];
   const std::int64_t angle = p.positions[sequence] * kHalf + 8 * part;
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    *reinterpret_cast<float4*>(cos + i) = *reinterpret_cast<const float4*>(p.cos + angle + i);
-    *reinterpret_cast<float4*>(sin + i) = *reinterpret_cast<const float4*>(p.sin + angle + i);
-  }
-  if constexpr (kBlocks > 1)
-    cluster_sync();  // the others have begun: their shared memory may be written to
+  // The others have begun: their shared memory may be written to.
+  if constexpr (kBlocks > 1) cluster_sync();
   wait_for_previous_kernels();
 
   Head head{};
@@ -238,6 +240,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
     const int number =
         is_query ? kv_head * group + row : p.num_heads + (is_key ? 0 : p.num_kv_heads) + kv_head;
     head = load_head(p, sequence, number, part);
+  }
+  const auto* const norm_weight =
+      reinterpret_cast<const uint4*>(is_key ? p.k_weight : p.q_weight) + part;
+  const Head weight{norm_weight[0], norm_weight[8]};
+  float cos[8];
+  float sin[8];
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    *reinterpret_cast<float4*>(cos + i) = *reinterpret_cast<const float4*>(p.cos + angle + i);
+    *reinterpret_cast<float4*>(sin + i) = *reinterpret_cast<const float4*>(p.sin + angle + i);
   }
   const Head rotated = norm_and_rotate(head, weight, cos, sin, p.eps);
   if (!is_value) head = rotated;
@@ -261,14 +273,22 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
   Found<kHeadTiles> found{};
 #pragma unroll
   for (int i = 0; i < kHeadTiles; ++i) found.stats[i][0].max = found.stats[i][1].max = -INFINITY;
+  int owner = 0;  // of the present piece
   for (int number = first_piece; number < num_pieces; number += S::kStride) {
+    if (owner + kAhead == 32) {
+      owner = 0;
+      block = context.block(number + lane * S::kStride);
+    }
+    const int ahead = number + kAhead * S::kStride;
+    context.prefetch(p.k_cache, p.v_cache, chunk_of(ahead, owner + kAhead), ahead, lane);
+    const int next = number + S::kStride;
+    const std::int64_t next_chunk = chunk_of(next, ++owner);
     const int num_tokens = context_len - number * kPiece;
     if (num_tokens <= kPiece) insert(piece, shared.fresh, num_tokens - 1, lane);
-    const int next = number + S::kStride;
     attend(found, piece, shared.queries, num_tokens, p.scale_log2, lane, [&] {
-      if (next < num_pieces) context.load_keys(p.k_cache, next, lane, piece.k);
+      if (next < num_pieces) context.load_keys(p.k_cache, next_chunk, next, lane, piece.k);
     });
-    if (next < num_pieces) context.load_values(p.v_cache, next, lane, piece.v);
+    if (next < num_pieces) context.load_values(p.v_cache, next_chunk, next, lane, piece.v);
   }
 
 #pragma unroll

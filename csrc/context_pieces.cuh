@@ -84,16 +84,6 @@ struct Context {
       }
     }
   }
-
-  // Calls the piece into the L2 cache: each lane half a row of keys and of values.
-  __device__ __forceinline__ void prefetch(const __nv_bfloat16* k_cache,
-                                           const __nv_bfloat16* v_cache, std::int64_t first,
-                                           int number, int lane) const {
-    if (number * kPiece + lane / 2 >= num_cached) return;
-    const std::int64_t at = first + lane / 2 * row_chunks + lane % 2 * (kChunks / 2);
-    prefetch_to_l2(reinterpret_cast<const uint4*>(k_cache) + at);
-    prefetch_to_l2(reinterpret_cast<const uint4*>(v_cache) + at);
-  }
 };
 
 // Puts the new token, number `token` of the piece, where the cache had nothing yet.

@@ -146,10 +146,6 @@ __device__ __forceinline__ void copy_row(std::uint32_t to_shared, const void* fr
       : "memory");
 }
 
-__device__ __forceinline__ void prefetch_to_l2(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-}
-
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

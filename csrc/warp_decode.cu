@@ -18,7 +18,6 @@
 namespace moe_engine {
 namespace {
 
-constexpr int kAhead = 3;  // pieces from the one that a warp works on to the one it prefetches
 constexpr int kHalf = kDim / 2;
 constexpr int kPartPitch = kDim + 4;  // floats
 constexpr float kLog2E = 1.4426950408889634f;
@@ -215,11 +214,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
   const std::int64_t first_chunk = chunk_of(first_piece, 0);
   context.load_keys(p.k_cache, first_chunk, first_piece, lane, piece.k);
   context.load_values(p.v_cache, first_chunk, first_piece, lane, piece.v);
-#pragma unroll
-  for (int i = 1; i < kAhead; ++i) {
-    const int number = first_piece + i * S::kStride;
-    context.prefetch(p.k_cache, p.v_cache, chunk_of(number, i), number, lane);
-  }
 
   // Eight threads prepare a head: a query, or, in the block that has the context's end, the new
   // key or value.
@@ -273,16 +267,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
   Found<kHeadTiles> found{};
 #pragma unroll
   for (int i = 0; i < kHeadTiles; ++i) found.stats[i][0].max = found.stats[i][1].max = -INFINITY;
-  int owner = 0;  // of the present piece
+  int owner = 0;  // the lane that knows the next piece's block
   for (int number = first_piece; number < num_pieces; number += S::kStride) {
-    if (owner + kAhead == 32) {
-      owner = 0;
-      block = context.block(number + lane * S::kStride);
-    }
-    const int ahead = number + kAhead * S::kStride;
-    context.prefetch(p.k_cache, p.v_cache, chunk_of(ahead, owner + kAhead), ahead, lane);
     const int next = number + S::kStride;
-    const std::int64_t next_chunk = chunk_of(next, ++owner);
+    owner = (owner + 1) % 32;
+    if (owner == 0) block = context.block(next + lane * S::kStride);
+    const std::int64_t next_chunk = chunk_of(next, owner);
     const int num_tokens = context_len - number * kPiece;
     if (num_tokens <= kPiece) insert(piece, shared.fresh, num_tokens - 1, lane);
     attend(found, piece, shared.queries, num_tokens, p.scale_log2, lane, [&] {

@@ -4,5 +4,6 @@ python -m benchmarks.bench_engine_cpu    the whole engine on a CPU, against tran
 python -m benchmarks.bench_engine        the whole engine: steps, prefill, start, memory, floors
 python -m benchmarks.bench_serving       streams over HTTP, against the same work offline
 python -m benchmarks.step_timeline       a decode step on a GPU, kernel by kernel
+python -m benchmarks.tune_decode         decode steps with each way of attending
 python -m benchmarks.plot                plots and the README's table from the JSON
 """

@@ -3,7 +3,7 @@
     python -m benchmarks.step_timeline --config configs/qwen3-30b-a3b-1gpu.yaml \
         --batches 1,8,64 --input 512 --json benchmarks/results/step_timeline.json
 
-The rank runs in this process, with dummy weights: prompts are computed, some steps decode to warm
+The rank runs in this process (`decode_bench`): prompts are computed, some steps decode to warm
 up, then single steps are recorded with torch's profiler, each with the device idle before and
 after it. The step whose span is the median is kept. For every kernel the JSON has its name, start
 and duration in microseconds; sums by name are also given per layer. The profiler makes the gaps
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,16 +26,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench_engine import find_model, int_list, plain_options
-from benchmarks.driver import random_prompts
-from moe_engine.config.flat import build_config
-from moe_engine.dist.layout import RankLayout
-from moe_engine.dist.rendezvous import open_store
-from moe_engine.engine.model_directory import resolve_model
-from moe_engine.engine.runtime import LocalPlace, RankRuntime
-from moe_engine.engine.scheduler import Scheduler
-from moe_engine.types.messages import AddRequest
-from moe_engine.types.sampling import SamplingParams
+from benchmarks.bench_engine import int_list, plain_options
+from benchmarks.decode_bench import DecodeBench
 
 WARM_UP_STEPS, RECORDED_STEPS = 8, 5
 SHORT_NAME_LENGTH = 60
@@ -54,7 +45,13 @@ class Kernel:
 def main() -> None:
     """Record, print and save."""
     arguments = parse_arguments()
-    bench = DecodeBench(arguments)
+    bench = DecodeBench(
+        plain_options(arguments.config, arguments.set),
+        arguments.model,
+        max(arguments.batches),
+        arguments.input,
+        WARM_UP_STEPS + RECORDED_STEPS,
+    )
     results = []
     for batch in arguments.batches:
         step = bench.prepare(batch, arguments.input)
@@ -88,75 +85,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
-
-
-class DecodeBench:
-    """A rank of one in this process, and a scheduler to plan its steps."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        options = plain_options(arguments.config, arguments.set)
-        # The first sequences decode while others, one a step at worst, compute their prompts.
-        longest = arguments.input + WARM_UP_STEPS + RECORDED_STEPS + 8 + max(arguments.batches)
-        model = str(resolve_model(find_model(arguments.model or options.get("model"))))
-        options |= {
-            "model": model,
-            "load_format": "dummy",
-            "prefix_cache": False,
-            "pipeline_depth": 1,
-            "max_model_len": longest,
-            "max_num_seqs": max(arguments.batches),
-            "num_blocks": max(arguments.batches) * (-(-longest // 16) + 1),
-            "block_size": 16,
-        }
-        self._config, _ = build_config(options)
-        runtime = RankRuntime(self._config, RankLayout(0, 1, 1), LocalPlace(0, 1))
-        with tempfile.TemporaryDirectory() as directory:
-            runtime.join(open_store(f"{directory}/store", 0, 1))
-        self._num_blocks = runtime.load(lambda *_: None)
-        runtime.start(self._num_blocks)
-        self._runtime = runtime
-        self.model = Path(model).name
-        self.num_layers = runtime.model_config.num_hidden_layers
-        self._scheduler = Scheduler(
-            self._config.scheduler,
-            self._config.cache,
-            num_groups=1,
-            num_blocks=self._num_blocks,
-            max_model_len=runtime.max_model_len,
-            eos_token_ids=(),
-            seed=0,
-        )
-        self._ids: list[str] = []
-
-    def prepare(self, batch: int, num_input: int) -> Callable[[], None]:
-        """Compute the prompts of a new batch; the function returned runs one decode step of it."""
-        for request_id in self._ids:
-            self._scheduler.abort(request_id)
-        vocab_size = self._runtime.model_config.vocab_size
-        params = SamplingParams(temperature=0.0, ignore_eos=True)
-        self._ids = [f"{batch}-{number}" for number in range(batch)]
-        prompts = random_prompts(batch, num_input, vocab_size, seed=batch)
-        for request_id, prompt in zip(self._ids, prompts, strict=True):
-            self._scheduler.add(AddRequest(request_id, prompt, params))
-        is_prefilling = True
-        while is_prefilling:
-            is_prefilling = self._step() != batch
-        return lambda: assert_equal(self._step(), batch)
-
-    def _step(self) -> int:
-        """Run a step; returns how many sequences decoded in it, 0 if any computed its prompt."""
-        plan = self._scheduler.schedule()
-        assert plan is not None
-        result = self._runtime.runner.launch(plan).result()
-        assert result is not None
-        self._scheduler.complete([result])
-        steps = plan.groups[0].steps
-        return len(steps) if all(step.num_tokens == 1 for step in steps) else 0
-
-
-def assert_equal(value: int, expected: int) -> None:
-    """A step that was not what it should be makes the figures worthless."""
-    assert value == expected, (value, expected)
 
 
 def record(step: Callable[[], None]) -> list[Kernel]:

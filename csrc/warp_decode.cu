@@ -13,12 +13,12 @@
 #include "context_pieces.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "prepared_head.cuh"
 #include "warp_decode.h"
 
 namespace moe_engine {
 namespace {
 
-constexpr int kHalf = kDim / 2;
 constexpr int kPartPitch = kDim + 4;  // floats
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -55,7 +55,7 @@ struct Shape {
   static constexpr int kHeadTiles = kHeadTiles_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kHeads = 8 * kHeadTiles;
-  static constexpr int kHeadsPerBlock = kHeads / kBlocks;
+  static constexpr int kHeadsPerBlock = (kHeads + kBlocks - 1) / kBlocks;
   static constexpr int kStride = kBlocks * kWarps;  // from a warp's piece to its next
   static constexpr int kBlocksAtOnce = kThreads <= 256 && kHeadTiles == 1 ? 2 : 1;
   static_assert(kThreads >= 8 * (kHeads + 2) && (kBlocks == 1 || kWarps >= kHeadsPerBlock));
@@ -70,18 +70,6 @@ struct Shared {
   float received[S::kBlocks][S::kHeadsPerBlock][kDim];  // from each block
   Stats received_stats[S::kBlocks][S::kHeadsPerBlock];
 };
-
-// Eight threads' head in two halves: thread i has elements 8 i .. 8 i + 7 of each.
-struct Head {
-  uint4 first;
-  uint4 second;
-};
-
-// Elements 2 i and 2 i + 1 of eight.
-__device__ __forceinline__ float2 pair_of(const uint4& eight, int i) {
-  const std::uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
-  return unpack_bf16(words[i]);
-}
 
 // Head `number` of a sequence's row of the projection, by eight threads.
 __device__ __forceinline__ Head load_head(const Problem& p, int sequence, int number, int part) {
@@ -113,46 +101,6 @@ __device__ __forceinline__ Head load_head(const Problem& p, int sequence, int nu
   }
   return {make_uint4(packed[0], packed[1], packed[2], packed[3]),
           make_uint4(packed[4], packed[5], packed[6], packed[7])};
-}
-
-// The norm and the rotation of a head by its eight threads. The roundings and the order of the sum
-// are those of kernels/norm_rope.py, so that the cache gets the same bits from both.
-__device__ __forceinline__ Head norm_and_rotate(const Head& head, const Head& weight,
-                                                const float (&cos)[8], const float (&sin)[8],
-                                                float eps) {
-  float2 first[4];
-  float2 second[4];
-  float squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    first[i] = pair_of(head.first, i);
-    second[i] = pair_of(head.second, i);
-    squares += fmaf(first[i].x, first[i].x, __fmul_rn(second[i].x, second[i].x));
-    squares += fmaf(first[i].y, first[i].y, __fmul_rn(second[i].y, second[i].y));
-  }
-#pragma unroll
-  for (int distance = 4; distance > 0; distance /= 2) {
-    squares += __shfl_xor_sync(0xFFFFFFFF, squares, distance);
-  }
-  const float scale = rsqrtf(squares / kDim + eps);
-  std::uint32_t rotated[2][4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 first_weight = pair_of(weight.first, i);
-    const float2 second_weight = pair_of(weight.second, i);
-    const float2 a{__fmul_rn(__fmul_rn(first[i].x, scale), first_weight.x),
-                   __fmul_rn(__fmul_rn(first[i].y, scale), first_weight.y)};
-    const float2 b{__fmul_rn(__fmul_rn(second[i].x, scale), second_weight.x),
-                   __fmul_rn(__fmul_rn(second[i].y, scale), second_weight.y)};
-    const float2 c{cos[2 * i], cos[2 * i + 1]};
-    const float2 s{sin[2 * i], sin[2 * i + 1]};
-    rotated[0][i] =
-        pack_bf16(fmaf(a.x, c.x, -__fmul_rn(b.x, s.x)), fmaf(a.y, c.y, -__fmul_rn(b.y, s.y)));
-    rotated[1][i] =
-        pack_bf16(fmaf(b.x, c.x, __fmul_rn(a.x, s.x)), fmaf(b.y, c.y, __fmul_rn(a.y, s.y)));
-  }
-  return {make_uint4(rotated[0][0], rotated[0][1], rotated[0][2], rotated[0][3]),
-          make_uint4(rotated[1][0], rotated[1][1], rotated[1][2], rotated[1][3])};
 }
 
 // Puts kCount parts of one head together, in order: four dimensions for each thread of a warp.
@@ -348,6 +296,10 @@ void launch(const Problem& p, int num_sequences, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(Shared<S>);
   CHECK_CUDA(cudaFuncSetAttribute(warp_decode_kernel<S>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  if (S::kBlocks > 8) {
+    CHECK_CUDA(cudaFuncSetAttribute(warp_decode_kernel<S>,
+                                    cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
   launch_dependent("warp_decode_kernel", warp_decode_kernel<S>,
                    dim3(S::kBlocks * p.num_kv_heads, num_sequences), S::kThreads, kSharedBytes,
                    stream, S::kBlocks, p);
@@ -399,25 +351,19 @@ void warp_decode(const WarpDecodeArgs& args, cudaStream_t stream) {
                   args.num_kv_heads,
                   args.block_size};
   switch (args.blocks_per_context) {
+    case 16:
+      return launch_shape<16, 8>(p, args.num_sequences, stream);
     case 8:
       return launch_shape<8, 8>(p, args.num_sequences, stream);
     case 4:
-      return launch_shape<4, 12>(p, args.num_sequences, stream);
+      return launch_shape<4, 8>(p, args.num_sequences, stream);
     case 2:
       return launch_shape<2, 12>(p, args.num_sequences, stream);
     case 1:
-      return launch_shape<1, 8>(p, args.num_sequences, stream);
-    case 16:  // to be measured
       return launch_shape<1, 12>(p, args.num_sequences, stream);
-    case 17:
-      return launch_shape<1, 16>(p, args.num_sequences, stream);
-    case 18:
-      return launch_shape<2, 8>(p, args.num_sequences, stream);
-    case 19:
-      return launch_shape<4, 8>(p, args.num_sequences, stream);
   }
   throw std::invalid_argument("blocks_per_context is " + std::to_string(args.blocks_per_context) +
-                              "; it is 1, 2, 4 or 8");
+                              "; it is 1, 2, 4, 8 or 16");
 }
 
 }  // namespace moe_engine

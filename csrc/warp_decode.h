@@ -33,7 +33,7 @@ struct WarpDecodeArgs {
   int num_heads;
   int num_kv_heads;
   int block_size;
-  int blocks_per_context;  // thread blocks for one KV head of a sequence: 1, 2, 4 or 8
+  int blocks_per_context;  // thread blocks for one KV head of a sequence: 1, 2, 4, 8 or 16
 };
 
 // Whether the kernel takes these sizes.

@@ -28,7 +28,7 @@ NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
 
 # (most rows times KV heads, blocks for each of them): the first row that fits.
-WARP_DECODE_BLOCKS = ((24, 4), (64, 2), (128, 16))
+WARP_DECODE_BLOCKS: tuple[tuple[int, int], ...] = ((16, 8), (32, 4), (64, 2), (128, 1))
 
 
 @functools.cache

@@ -389,7 +389,7 @@ def all_cases() -> dict[str, list[Case]]:
             f"{blocks} blocks for contexts {contexts}, {heads} heads to {kv_heads}, {parts} parts",
             partial(run_warp_decode, contexts, heads, kv_heads, block_size, parts, blocks),
         )
-        for blocks in (1, 2, 4, 8)
+        for blocks in (1, 2, 4, 8, 16)
         for contexts, heads, kv_heads, block_size, parts in DECODE_CASES
     ]
     cases["expert counts"] = [

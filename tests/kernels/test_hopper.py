@@ -20,6 +20,7 @@ from tests.kernels.hopper_cases import (
     run_streaming,
     scattered,
 )
+from tests.kernels.paged import make_case
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or hopper.extension(torch.device("cuda", 0)) is None,
@@ -73,6 +74,37 @@ def test_a_row_gets_the_same_bits_however_many_blocks_stream_its_experts() -> No
         one = slice(row, row + 1)
         alone_RH = hopper.streaming_expert_ffn(x_RH[one], ids_RK[one], weights_RK[one], *weights)
         assert torch.equal(alone_RH, together_RH[one])
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
+def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(blocks: int) -> None:
+    contexts = [700, 1, 33, 1500, 0, 16]
+    lens = [(1, context) for context in contexts]
+    case = make_case(lens, device="cuda", dtype=BF16, num_heads=8, num_kv_heads=2, head_dim=128)
+    qkv_SX = torch.randn(len(contexts), 12 * 128, device="cuda").to(BF16)
+    weights = torch.rand(2, 128, device="cuda").to(BF16)
+    angles_PF = torch.rand(1500, 64, device="cuda")
+    positions_S = (case.batch.context_lens_S.long() - 1).clamp(min=0)
+
+    def run(rows: slice) -> torch.Tensor:
+        return hopper.warp_decode(
+            qkv_SX[rows],
+            (weights[0], weights[1]),
+            1e-6,
+            (angles_PF.cos(), angles_PF.sin()),
+            positions_S[rows],
+            case.batch.slots_T[rows],
+            case.cache,
+            case.batch.block_tables_SB[rows],
+            case.batch.context_lens_S[rows],
+            case.scale,
+            blocks,
+        )
+
+    together_SND = run(slice(0, len(contexts)))
+    assert not together_SND[4].any()
+    for row in range(len(contexts)):
+        assert torch.equal(run(slice(row, row + 1)), together_SND[row : row + 1])
 
 
 def test_a_row_of_a_linear_layer_gets_the_same_bits_in_any_batch_of_up_to_8_and_to_16() -> None:

@@ -1,0 +1,134 @@
+"""Decode steps of a rank in this process, with dummy weights and without engine or front end."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bench_engine import find_model
+from benchmarks.driver import random_prompts
+from moe_engine.config.flat import build_config
+from moe_engine.dist.layout import RankLayout
+from moe_engine.dist.rendezvous import open_store
+from moe_engine.engine.model_directory import resolve_model
+from moe_engine.engine.pending import PendingStep
+from moe_engine.engine.runtime import LocalPlace, RankRuntime
+from moe_engine.engine.scheduler import Scheduler
+from moe_engine.types.messages import AddRequest
+from moe_engine.types.sampling import SamplingParams
+from moe_engine.types.step import StepPlan
+
+
+class DecodeBench:
+    """A rank of one in this process, and a scheduler to plan its steps.
+
+    Args:
+        options: the engine's.
+        model: checkpoint directory, or a name in benchmarks/models; None: what the options say.
+        most_sequences: of a batch.
+        longest_input: tokens of a prompt, at most.
+        num_steps: decode steps of a batch, at most.
+        pipeline_depth: steps under way at a time.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        model: str | None,
+        most_sequences: int,
+        longest_input: int,
+        num_steps: int,
+        pipeline_depth: int = 1,
+    ) -> None:
+        # The first sequences decode while others, one a step at worst, compute their prompts.
+        longest = longest_input + num_steps + 8 + most_sequences
+        directory = str(resolve_model(find_model(model or options.get("model"))))
+        options = options | {
+            "model": directory,
+            "load_format": "dummy",
+            "prefix_cache": False,
+            "pipeline_depth": pipeline_depth,
+            "max_model_len": longest,
+            "max_num_seqs": most_sequences,
+            "num_blocks": most_sequences * (-(-longest // 16) + 1),
+            "block_size": 16,
+        }
+        self._config, _ = build_config(options)
+        runtime = RankRuntime(self._config, RankLayout(0, 1, 1), LocalPlace(0, 1))
+        with tempfile.TemporaryDirectory() as store:
+            runtime.join(open_store(f"{store}/store", 0, 1))
+        self._num_blocks = runtime.load(lambda *_: None)
+        runtime.start(self._num_blocks)
+        self._runtime = runtime
+        self.model = Path(directory).name
+        self.num_layers = runtime.model_config.num_hidden_layers
+        self._scheduler = Scheduler(
+            self._config.scheduler,
+            self._config.cache,
+            num_groups=1,
+            num_blocks=self._num_blocks,
+            max_model_len=runtime.max_model_len,
+            eos_token_ids=(),
+            seed=0,
+        )
+        self._ids: list[str] = []
+        self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
+        self._pipeline_depth = pipeline_depth
+        self._ends: list[torch.cuda.Event] = []
+
+    def prepare(self, batch: int, num_input: int, temperature: float = 0.0) -> Callable[[], None]:
+        """Compute the prompts of a new batch; the function returned finishes one decode step."""
+        while self._in_flight:
+            self._finish_step()
+        for request_id in self._ids:
+            self._scheduler.abort(request_id)
+        vocab_size = self._runtime.model_config.vocab_size
+        params = SamplingParams(temperature=temperature, ignore_eos=True)
+        self._ids = [f"{batch}-{num_input}-{number}" for number in range(batch)]
+        prompts = random_prompts(batch, num_input, vocab_size, seed=batch)
+        for request_id, prompt in zip(self._ids, prompts, strict=True):
+            self._scheduler.add(AddRequest(request_id, prompt, params))
+        is_prefilling = True
+        while is_prefilling:
+            is_prefilling = self._step() != batch
+        return lambda: assert_equal(self._step(), batch)
+
+    def step_seconds(self, step: Callable[[], None], num_steps: int) -> list[float]:
+        """From the end of each step on the device to the end of the next."""
+        self._ends.clear()
+        for _ in range(num_steps + self._pipeline_depth):
+            step()
+        torch.cuda.synchronize()
+        ends = self._ends[-num_steps - 1 :]
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(ends)]
+
+    def _step(self) -> int:
+        """Finish a step; returns how many sequences decoded in it, 0 if any computed its prompt."""
+        while len(self._in_flight) < self._pipeline_depth:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                break
+            self._in_flight.append((plan, self._runtime.runner.launch(plan)))
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._ends.append(end)
+        steps = self._finish_step().groups[0].steps
+        return len(steps) if all(step.num_tokens == 1 for step in steps) else 0
+
+    def _finish_step(self) -> StepPlan:
+        plan, pending = self._in_flight.popleft()
+        result = pending.result()
+        assert result is not None
+        self._scheduler.complete([result])
+        return plan
+
+
+def assert_equal(value: int, expected: int) -> None:
+    """A step that was not what it should be makes the figures worthless."""
+    assert value == expected, (value, expected)

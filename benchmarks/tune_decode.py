@@ -1,0 +1,92 @@
+"""Whole decode steps with each way of attending, for the table in `moe_engine.ops.hopper`.
+
+    python -m benchmarks.tune_decode --config configs/qwen3-30b-a3b-1gpu.yaml \\
+        --batches 1,2,4,8,16,32,64 --inputs 512,4096 --json FILE
+
+Kernels that are timed alone rank otherwise: what matters is also which blocks of the projections
+before and after attention have room beside its own. So a rank is started for every candidate, and
+two steps are under way at a time, as in the engine. Tokens are drawn at temperature 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bench_engine import int_list, plain_options
+from benchmarks.decode_bench import DecodeBench
+from moe_engine.ops import hopper
+
+# Blocks of `hopper.warp_decode` for one KV head of a sequence; 0: `kernels.paged_decode` instead.
+CANDIDATES = (0, 1, 2, 4, 8, 16)
+WARM_UP_STEPS, MEASURED_STEPS = 10, 60
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", type=Path, help="YAML file of the engine's options")
+    parser.add_argument("--model", help="checkpoint directory, or a name in benchmarks/models")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--batches", type=int_list, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--inputs", type=int_list, default=[512, 4096], help="tokens of a prompt")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    cases = [(batch, length) for batch in arguments.batches for length in arguments.inputs]
+    rows: list[dict[str, Any]] = [
+        {"batch": batch, "input": length, "step_ms": {}} for batch, length in cases
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    # A process for each, because a rank keeps its memory to the end.
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for blocks in CANDIDATES:
+            times = pool.submit(measure, arguments, cases, blocks).result()
+            for row, seconds in zip(rows, times, strict=True):
+                row["step_ms"][str(blocks) if blocks else "paged_decode"] = seconds * 1e3
+    for row in rows:
+        steps = "  ".join(f"{name} {ms:.3f}" for name, ms in row["step_ms"].items())
+        print(f"{row['batch']:4} x {row['input']:6}: {steps}")
+    if arguments.json:
+        output = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "steps": rows,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(output) + "\n")
+        print(f"written to {arguments.json}")
+
+
+def measure(
+    arguments: argparse.Namespace, cases: list[tuple[int, int]], blocks: int
+) -> list[float]:
+    """Median seconds of a decode step of each (batch, input) with one candidate."""
+    hopper.WARP_DECODE_BLOCKS = ((2**31 if blocks else 0, blocks),)
+    bench = DecodeBench(
+        plain_options(arguments.config, arguments.set),
+        arguments.model,
+        max(arguments.batches),
+        max(arguments.inputs),
+        WARM_UP_STEPS + MEASURED_STEPS + 8,
+        pipeline_depth=2,
+    )
+    medians = []
+    for batch, num_input in cases:
+        step = bench.prepare(batch, num_input, temperature=1.0)
+        for _ in range(WARM_UP_STEPS):
+            step()
+        medians.append(statistics.median(bench.step_seconds(step, MEASURED_STEPS)))
+    return medians
+
+
+if __name__ == "__main__":
+    main()

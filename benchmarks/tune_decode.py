@@ -48,12 +48,12 @@ def main() -> None:
     # A process for each, because a rank keeps its memory to the end.
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for blocks in CANDIDATES:
+            name = f"{blocks} blocks" if blocks else "paged_decode"
             times = pool.submit(measure, arguments, cases, blocks).result()
             for row, seconds in zip(rows, times, strict=True):
-                row["step_ms"][str(blocks) if blocks else "paged_decode"] = seconds * 1e3
-    for row in rows:
-        steps = "  ".join(f"{name} {ms:.3f}" for name, ms in row["step_ms"].items())
-        print(f"{row['batch']:4} x {row['input']:6}: {steps}")
+                row["step_ms"][name] = seconds * 1e3
+            steps = (f"{row['batch']} x {row['input']}: {row['step_ms'][name]:.3f}" for row in rows)
+            print(f"{name}: ms {', '.join(steps)}", flush=True)
     if arguments.json:
         output = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -27,7 +27,10 @@ SPLIT_LINEAR_MAX_SUMS = 256
 NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
 
-# (most rows times KV heads, blocks for each of them): the first row that fits.
+# (most rows times KV heads, blocks for each of them): the first row that fits; beyond the last row,
+# `kernels.paged_decode` is best. Measured with ``benchmarks.tune_decode``. Whole steps of
+# Qwen3-30B-A3B on an H200, prompts of 512, against paged_decode, ms: batch 1 2.50 (2.64), 4 4.89
+# (5.01), 8 7.48 (7.57), 16 11.04 (11.17), 32 14.22 (14.45).
 WARP_DECODE_BLOCKS: tuple[tuple[int, int], ...] = ((16, 8), (32, 4), (64, 2), (128, 1))
 
 

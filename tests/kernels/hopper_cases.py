@@ -4,14 +4,13 @@ They are small, so that they can be run under a sanitizer (`sanitize_cuda`); `te
 as tests. Nothing but the kernels themselves runs on the GPU: inputs are made on the CPU and copied.
 
 Legend: R rows, K choices of a row, P = R * K pairs, E experts, H hidden size, I intermediate size,
-X input width, O output width. Of attention: S sequences, N query heads, G KV heads, D head
-dimension.
+X input width, O output width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,9 +20,7 @@ from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import expert_counts as counts_reference
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
-from moe_engine.ops.reference import rope as rope_reference
-from tests.kernels.paged import expected as expected_attention
-from tests.kernels.paged import make_case
+from tests.kernels.decode_cases import DECODE_CASES, run_warp_decode
 
 TILES = (16, 32, 64, 128, 256)
 # Of the norm of a row: h is rounded to bfloat16, the result too.
@@ -265,74 +262,6 @@ def run_norm_router(case: Routing) -> None:
     assert (weights_RK[case.num_real :] == 0).all()
 
 
-# (contexts, N, G, L, parts of the projection): padding and the new token alone; around the ends of
-# pieces of 16; one piece for every warp of a cluster and one more; several for each; the fewest and
-# the most query heads.
-DECODE_CASES = [
-    ([576], 32, 4, 16, 0),
-    ([0, 1, 2, 15, 16, 17, 0], 8, 1, 16, 0),
-    ([128, 129, 127, 1], 6, 2, 32, 1),
-    ([1024, 1025, 1040, 5], 2, 2, 64, 0),
-    ([3001, 48], 16, 1, 16, 5),
-    ([700, 33, 0], 18, 2, 16, 0),
-]
-
-
-def run_warp_decode(
-    contexts: list[int],
-    num_heads: int,
-    num_kv_heads: int,
-    block_size: int,
-    num_parts: int,
-    blocks_per_context: int,
-) -> None:
-    """Output and cache, from rows of the projection that lie apart."""
-    case = make_case(
-        [(1, context) for context in contexts],
-        device="cpu",
-        dtype=BF16,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=128,
-        block_size=block_size,
-    )
-    slots_S, context_lens_S = case.batch.slots_T, case.batch.context_lens_S
-    for tensor in case.cache:
-        tensor.flatten(0, 1)[slots_S[slots_S >= 0]] = torch.nan  # to be written
-    width = (num_heads + 2 * num_kv_heads) * 128
-    if num_parts:
-        qkv = torch.randn(num_parts, len(contexts), width)
-        qkv_SX, given = qkv.sum(0).to(BF16), qkv.cuda()
-    else:
-        qkv = torch.randn(len(contexts), width + 16).to(BF16)
-        qkv_SX, given = qkv[:, :width], qkv.cuda()[:, :width]
-    weights = [(1 + 0.3 * torch.randn(128)).to(BF16) for _ in range(2)]
-    angles_PF = 6 * torch.rand(max(contexts) + 1, 64)
-    cos_sin = angles_PF.cos(), angles_PF.sin()
-    positions_S = (context_lens_S.long() - 1).clamp(min=0)
-    cache = tuple(tensor.cuda() for tensor in case.cache)
-    out_SND = hopper.warp_decode(
-        given,
-        (weights[0].cuda(), weights[1].cuda()),
-        1e-6,
-        (cos_sin[0].cuda(), cos_sin[1].cuda()),
-        positions_S.cuda(),
-        slots_S.cuda(),
-        (cache[0], cache[1]),
-        case.batch.block_tables_SB.cuda(),
-        context_lens_S.cuda(),
-        case.scale,
-        blocks_per_context,
-    ).cpu()
-    q_SND = rope_reference.norm_rope_write(
-        qkv_SX, *weights, 1e-6, cos_sin, positions_S, *case.cache, slots_S
-    )
-    expected_SND = expected_attention(replace(case, q_TND=q_SND))
-    torch.testing.assert_close(out_SND.float(), expected_SND, rtol=2e-2, atol=2e-2)
-    for ours, theirs in zip(cache, case.cache, strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-2, equal_nan=True)
-
-
 def check_rows(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Every row is within `TOLERANCE` of what float32 gives."""
     assert found.shape == expected.shape
@@ -360,12 +289,12 @@ def run_device_functions() -> None:
     assert not library.streaming_linear_fits(in_features=264, out_features=8)
 
 
-Case = tuple[str, Callable[[], None]]
+NamedRun = tuple[str, Callable[[], None]]
 
 
-def all_cases() -> dict[str, list[Case]]:
+def all_cases() -> dict[str, list[NamedRun]]:
     """Name and call of every case, by kernel."""
-    cases: dict[str, list[Case]] = {"device": [("functions", run_device_functions)]}
+    cases: dict[str, list[NamedRun]] = {"device": [("functions", run_device_functions)]}
     for tile in TILES:
         cases[f"grouped, tile {tile}"] = [
             (case.name, partial(run_grouped, case, tile)) for case in grouped_cases(tile)

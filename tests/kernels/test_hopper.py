@@ -12,6 +12,7 @@ import torch
 
 from moe_engine.ops import hopper, moe
 from moe_engine.ops.reference import moe as reference
+from tests.kernels.decode_cases import Decode, on_gpu
 from tests.kernels.hopper_cases import (
     STREAMING_CASES,
     TILES,
@@ -20,7 +21,6 @@ from tests.kernels.hopper_cases import (
     run_streaming,
     scattered,
 )
-from tests.kernels.paged import make_case
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or hopper.extension(torch.device("cuda", 0)) is None,
@@ -79,32 +79,51 @@ def test_a_row_gets_the_same_bits_however_many_blocks_stream_its_experts() -> No
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
 def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(blocks: int) -> None:
     contexts = [700, 1, 33, 1500, 0, 16]
-    lens = [(1, context) for context in contexts]
-    case = make_case(lens, device="cuda", dtype=BF16, num_heads=8, num_kv_heads=2, head_dim=128)
-    qkv_SX = torch.randn(len(contexts), 12 * 128, device="cuda").to(BF16)
-    weights = torch.rand(2, 128, device="cuda").to(BF16)
-    angles_PF = torch.rand(1500, 64, device="cuda")
-    positions_S = (case.batch.context_lens_S.long() - 1).clamp(min=0)
-
-    def run(rows: slice) -> torch.Tensor:
-        return hopper.warp_decode(
-            qkv_SX[rows],
-            (weights[0], weights[1]),
-            1e-6,
-            (angles_PF.cos(), angles_PF.sin()),
-            positions_S[rows],
-            case.batch.slots_T[rows],
-            case.cache,
-            case.batch.block_tables_SB[rows],
-            case.batch.context_lens_S[rows],
-            case.scale,
-            blocks,
-        )
-
-    together_SND = run(slice(0, len(contexts)))
+    decode = Decode.random(contexts, 8, 2)
+    qkv_SX = torch.randn(len(contexts), decode.width, device="cuda").to(BF16)
+    cache = on_gpu(decode.case.cache)
+    together_SND = decode.run(qkv_SX, cache, blocks)
     assert not together_SND[4].any()
     for row in range(len(contexts)):
-        assert torch.equal(run(slice(row, row + 1)), together_SND[row : row + 1])
+        one = slice(row, row + 1)
+        assert torch.equal(decode.run(qkv_SX, cache, blocks, one), together_SND[one])
+
+
+def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
+    most_pairs = hopper.WARP_DECODE_BLOCKS[-1][0]
+
+    def takes(
+        num_rows: int = 1,
+        num_heads: int = 8,
+        block_size: int = 16,
+        head_dim: int = 128,
+        dtype: torch.dtype = BF16,
+        cache_dtype: torch.dtype = BF16,
+    ) -> bool:
+        qkv_RX = torch.empty(num_rows, (num_heads + 2) * head_dim, dtype=dtype, device="cuda")
+        shape = (4, block_size, 1, head_dim)
+        k_cache_BLGD = torch.empty(shape, dtype=cache_dtype, device="cuda")
+        return hopper.takes_warp_decode(qkv_RX, dtype, num_heads, k_cache_BLGD)
+
+    assert takes(most_pairs)
+    assert not takes(most_pairs + 1)
+    assert takes(num_heads=16)
+    assert not takes(num_heads=17)
+    assert not takes(block_size=8)
+    assert not takes(head_dim=64)
+    assert not takes(dtype=torch.float16, cache_dtype=torch.float16)
+    assert not takes(cache_dtype=torch.float8_e4m3fn)
+
+
+def test_what_decode_attention_cannot_do_is_refused() -> None:
+    decode = Decode.random([5], 34, 2)
+    qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)
+    with pytest.raises(ValueError, match="34 query heads to 2 KV heads"):
+        decode.run(qkv_SX, on_gpu(decode.case.cache), 8)
+    decode = Decode.random([5], 2, 2)
+    qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)
+    with pytest.raises(ValueError, match="blocks_per_context is 3"):
+        decode.run(qkv_SX, on_gpu(decode.case.cache), 3)
 
 
 def test_a_row_of_a_linear_layer_gets_the_same_bits_in_any_batch_of_up_to_8_and_to_16() -> None:

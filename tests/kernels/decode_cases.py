@@ -1,0 +1,131 @@
+"""Cases of `hopper.warp_decode`, each run once and compared with float32 on the CPU.
+
+Legend: S sequences, N query heads, G KV heads, D head dimension, L tokens a block, P positions,
+F = D / 2, X = (N + 2 * G) * D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_engine.ops import hopper
+from moe_engine.ops.reference import rope as rope_reference
+from tests.kernels.paged import Case, make_case
+from tests.kernels.paged import expected as expected_attention
+
+BF16 = torch.bfloat16
+
+# (contexts, N, G, L, parts of the projection): padding and the new token alone; around the ends of
+# pieces of 16; one piece for every warp of a cluster and one more; several for each; the fewest and
+# the most query heads.
+DECODE_CASES = [
+    ([576], 32, 4, 16, 0),
+    ([0, 1, 2, 15, 16, 17, 0], 8, 1, 16, 0),
+    ([128, 129, 127, 1], 6, 2, 32, 1),
+    ([1024, 1025, 1040, 5], 2, 2, 64, 0),
+    ([3001, 48], 16, 1, 16, 5),
+    ([700, 33, 0], 18, 2, 16, 0),
+]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """New tokens of decoding sequences, with random norms and angles; all on the CPU."""
+
+    case: Case
+    weights_2D: torch.Tensor
+    angles_PF: torch.Tensor
+    positions_S: torch.Tensor
+
+    @classmethod
+    def random(
+        cls, contexts: list[int], num_heads: int, num_kv_heads: int, block_size: int = 16
+    ) -> Decode:
+        """Where the new keys and values go, the cache holds NaN."""
+        case = make_case(
+            [(1, context) for context in contexts],
+            device="cpu",
+            dtype=BF16,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=128,
+            block_size=block_size,
+        )
+        slots_S = case.batch.slots_T
+        for tensor in case.cache:
+            tensor.flatten(0, 1)[slots_S[slots_S >= 0]] = torch.nan
+        weights_2D = (1 + 0.3 * torch.randn(2, 128)).to(BF16)
+        angles_PF = 6 * torch.rand(max(contexts) + 1, 64)
+        positions_S = (case.batch.context_lens_S.long() - 1).clamp(min=0)
+        return cls(case, weights_2D, angles_PF, positions_S)
+
+    @property
+    def width(self) -> int:
+        """Of the projection, X."""
+        return (self.case.q_TND.shape[1] + 2 * self.case.cache[0].shape[2]) * 128
+
+    def expected(self, qkv_SX: torch.Tensor) -> torch.Tensor:
+        """By the references, from the CPU; the case's cache gets the new keys and values."""
+        case, weights = self.case, self.weights_2D
+        cos_sin = self.angles_PF.cos(), self.angles_PF.sin()
+        q_SND = rope_reference.norm_rope_write(
+            qkv_SX, *weights, 1e-6, cos_sin, self.positions_S, *case.cache, case.batch.slots_T
+        )
+        return expected_attention(replace(case, q_TND=q_SND))
+
+    def run(
+        self,
+        qkv: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        blocks_per_context: int,
+        rows: slice = slice(None),
+        block_shift: int = 0,
+    ) -> torch.Tensor:
+        """By the kernel; ``cache``, on the GPU, has the case's blocks from ``block_shift`` on."""
+        batch = self.case.batch
+        slots_S, block_size = batch.slots_T, cache[0].shape[1]
+        slots_S = torch.where(slots_S >= 0, slots_S + block_shift * block_size, slots_S)
+        return hopper.warp_decode(
+            qkv[..., rows, :],
+            (self.weights_2D[0].cuda(), self.weights_2D[1].cuda()),
+            1e-6,
+            (self.angles_PF.cos().cuda(), self.angles_PF.sin().cuda()),
+            self.positions_S[rows].cuda(),
+            slots_S[rows].cuda(),
+            cache,
+            (batch.block_tables_SB[rows] + block_shift).cuda(),
+            batch.context_lens_S[rows].cuda(),
+            self.case.scale,
+            blocks_per_context,
+        )
+
+
+def on_gpu(cache: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of keys and values."""
+    return cache[0].cuda(), cache[1].cuda()
+
+
+def run_warp_decode(
+    contexts: list[int],
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    num_parts: int,
+    blocks_per_context: int,
+) -> None:
+    """Output and cache, from rows of the projection that lie apart or from parts of it."""
+    decode = Decode.random(contexts, num_heads, num_kv_heads, block_size)
+    if num_parts:
+        qkv = torch.randn(num_parts, len(contexts), decode.width)
+        qkv_SX, given = qkv.sum(0).to(BF16), qkv.cuda()
+    else:
+        qkv = torch.randn(len(contexts), decode.width + 16).to(BF16)
+        qkv_SX, given = qkv[:, : decode.width], qkv.cuda()[:, : decode.width]
+    cache = on_gpu(decode.case.cache)
+    out_SND = decode.run(given, cache, blocks_per_context).cpu()
+    expected_SND = decode.expected(qkv_SX)
+    torch.testing.assert_close(out_SND.float(), expected_SND, rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip(cache, decode.case.cache, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-2, equal_nan=True)

@@ -17,8 +17,8 @@ namespace moe_engine {
 
 constexpr int kPiece = 16;  // tokens
 constexpr int kDim = 128;
-constexpr int kChunks = kDim / 8;       // of 16 bytes, in a row of a cache
-constexpr int kQueryPitch = kDim + 32;  // elements: 8 rows fill all banks
+constexpr int kVectors = kDim / 8;      // of 16 bytes, in a row of a cache
+constexpr int kQueryPitch = kDim + 32;  // elements: two rows' 64 bytes fill all banks
 
 // A softmax's running maximum and sum.
 struct Stats {
@@ -41,8 +41,8 @@ __device__ __forceinline__ int value_token(int i, int lane) {
 struct Context {
   const std::int32_t* table;
   int block_size;
-  int row_chunks;  // from a token to the next
-  int head_chunk;
+  int row_vectors;  // from a token to the next
+  int head_vector;
   int num_cached;  // tokens
 
   // The block that the piece lies in.
@@ -51,16 +51,16 @@ struct Context {
     return token < num_cached ? table[token / block_size] : 0;
   }
 
-  // First chunk of the piece.
-  __device__ __forceinline__ std::int64_t chunk(int block, int number) const {
-    return (std::int64_t{block} * block_size + number * kPiece % block_size) * row_chunks +
-           head_chunk;
+  // First vector of the piece.
+  __device__ __forceinline__ std::int64_t vector(int block, int number) const {
+    return (std::int64_t{block} * block_size + number * kPiece % block_size) * row_vectors +
+           head_vector;
   }
 
   __device__ __forceinline__ uint4 load(const __nv_bfloat16* cache, std::int64_t first, int number,
-                                        int token, int chunk) const {
+                                        int token, int vector) const {
     if (number * kPiece + token >= num_cached) return make_uint4(0, 0, 0, 0);
-    return __ldcg(reinterpret_cast<const uint4*>(cache) + first + token * row_chunks + chunk);
+    return __ldcg(reinterpret_cast<const uint4*>(cache) + first + token * row_vectors + vector);
   }
 
   __device__ __forceinline__ void load_keys(const __nv_bfloat16* cache, std::int64_t first,
@@ -114,7 +114,8 @@ struct Found {
   float acc[kHeadTiles][8][4];
 };
 
-// Adds a piece, of which the first num_tokens exist. The keys' registers are free after `then()`.
+// Adds a piece, of which the first num_tokens exist. The keys' registers are free once `then()` is
+// called.
 template <int kHeadTiles, typename Then>
 __device__ __forceinline__ void attend(Found<kHeadTiles>& found, Piece& piece,
                                        const __nv_bfloat16 (&queries)[8 * kHeadTiles][kQueryPitch],

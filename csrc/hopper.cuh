@@ -107,6 +107,15 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The two halves of a barrier for all threads of the cluster that orders no memory: all have begun.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // Stores at the same place in the shared memory of the cluster's block.
 __device__ __forceinline__ void store_to_block(const float* to, int block, float value) {
   asm volatile(

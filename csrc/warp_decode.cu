@@ -2,9 +2,9 @@
 //
 // A block, or a cluster of blocks where there are few sequences, takes one KV head of a sequence.
 // Its warps share out the context in pieces of 16 tokens. The first piece of every warp is on its
-// way before the projection that makes the queries has ended: only the norm, the rotation and the
-// products are left to do then. Each block adds up what its warps found and sends every query
-// head's part to the block that puts the head together; blocks wait for each other only there.
+// way before the projection that makes the queries has ended. Each block adds up what its warps
+// found and sends every query head's part to the block that puts the head together; blocks wait for
+// each other only there.
 #include <cuda_bf16.h>
 
 #include <stdexcept>
@@ -57,7 +57,7 @@ struct Shape {
   static constexpr int kHeads = 8 * kHeadTiles;
   static constexpr int kHeadsPerBlock = (kHeads + kBlocks - 1) / kBlocks;
   static constexpr int kStride = kBlocks * kWarps;  // from a warp's piece to its next
-  static constexpr int kBlocksAtOnce = kThreads <= 256 && kHeadTiles == 1 ? 2 : 1;
+  static constexpr int kMinBlocksPerSM = kThreads <= 256 && kHeadTiles == 1 ? 2 : 1;
   static_assert(kThreads >= 8 * (kHeads + 2) && (kBlocks == 1 || kWarps >= kHeadsPerBlock));
 };
 
@@ -133,7 +133,7 @@ __device__ __forceinline__ Stats fold(float4& sum, LoadStats load_stats, LoadPar
 // the blocks; the last piece's 4 tokens are 3 from the cache and the new one, from the block's
 // shared memory. Of a context of 2000 tokens, 125 pieces, warp 1 of block 0 takes pieces 8 and 72.
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
+__global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
     warp_decode_kernel(const Problem p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kBlocks = S::kBlocks;
@@ -148,20 +148,21 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
   const int group = p.num_heads / p.num_kv_heads;
 
   let_next_kernel_start();
+  if constexpr (kBlocks > 1) cluster_arrive();
   const int context_len = p.context_lens[sequence];
   const int num_pieces = (context_len + kPiece - 1) / kPiece;
   const Context context{p.block_tables + sequence * p.block_tables_stride, p.block_size,
-                        p.num_kv_heads * kChunks, kv_head * kChunks, context_len - 1};
+                        p.num_kv_heads * kVectors, kv_head * kVectors, context_len - 1};
   // This warp's pieces, number `first_piece` and every kStride-th: lane i knows the block of one.
   const int first_piece = rank + kBlocks * warp;
   int block = context.block(first_piece + lane * S::kStride);
-  const auto chunk_of = [&](int number, int owner) {
-    return context.chunk(__shfl_sync(0xFFFFFFFF, block, owner), number);
+  const auto vector_of = [&](int number, int owner) {
+    return context.vector(__shfl_sync(0xFFFFFFFF, block, owner), number);
   };
   Piece piece;
-  const std::int64_t first_chunk = chunk_of(first_piece, 0);
-  context.load_keys(p.k_cache, first_chunk, first_piece, lane, piece.k);
-  context.load_values(p.v_cache, first_chunk, first_piece, lane, piece.v);
+  const std::int64_t first_vector = vector_of(first_piece, 0);
+  context.load_keys(p.k_cache, first_vector, first_piece, lane, piece.k);
+  context.load_values(p.v_cache, first_vector, first_piece, lane, piece.v);
 
   // Eight threads prepare a head: a query, or, in the block that has the context's end, the new
   // key or value.
@@ -173,8 +174,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
   const bool is_query = row < group;
   const std::int64_t slot = p.slots[sequence];
   const std::int64_t angle = p.positions[sequence] * kHalf + 8 * part;
-  // The others have begun: their shared memory may be written to.
-  if constexpr (kBlocks > 1) cluster_sync();
   wait_for_previous_kernels();
 
   Head head{};
@@ -183,6 +182,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
         is_query ? kv_head * group + row : p.num_heads + (is_key ? 0 : p.num_kv_heads) + kv_head;
     head = load_head(p, sequence, number, part);
   }
+  // Asked for only now, for want of registers.
   const auto* const norm_weight =
       reinterpret_cast<const uint4*>(is_key ? p.k_weight : p.q_weight) + part;
   const Head weight{norm_weight[0], norm_weight[8]};
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
     to[8] = head.second;
     if (slot >= 0) {
       auto* const cached = reinterpret_cast<uint4*>(is_value ? p.v_cache : p.k_cache) +
-                           (slot * p.num_kv_heads + kv_head) * kChunks + part;
+                           (slot * p.num_kv_heads + kv_head) * kVectors + part;
       cached[0] = head.first;
       cached[8] = head.second;
     }
@@ -220,13 +220,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
     const int next = number + S::kStride;
     owner = (owner + 1) % 32;
     if (owner == 0) block = context.block(next + lane * S::kStride);
-    const std::int64_t next_chunk = chunk_of(next, owner);
+    const std::int64_t next_vector = vector_of(next, owner);
     const int num_tokens = context_len - number * kPiece;
     if (num_tokens <= kPiece) insert(piece, shared.fresh, num_tokens - 1, lane);
     attend(found, piece, shared.queries, num_tokens, p.scale_log2, lane, [&] {
-      if (next < num_pieces) context.load_keys(p.k_cache, next_chunk, next, lane, piece.k);
+      if (next < num_pieces) context.load_keys(p.k_cache, next_vector, next, lane, piece.k);
     });
-    if (next < num_pieces) context.load_values(p.v_cache, next_chunk, next, lane, piece.v);
+    if (next < num_pieces) context.load_values(p.v_cache, next_vector, next, lane, piece.v);
   }
 
 #pragma unroll
@@ -260,6 +260,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
     *reinterpret_cast<uint2*>(p.out + to + 4 * lane) = make_uint2(
         pack_bf16(sum.x * scale, sum.y * scale), pack_bf16(sum.z * scale, sum.w * scale));
   };
+  // The others have begun: their shared memory may be written to.
+  if constexpr (kBlocks > 1) cluster_wait();
   for (int query = warp; query < S::kHeads; query += S::kWarps) {
     float4 sum;
     const Stats stats = fold<S::kWarps>(
@@ -268,12 +270,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksAtOnce)
     if constexpr (kBlocks == 1) {
       store_output(query, stats, sum);
     } else {
-      const int block = query % kBlocks;
-      store_to_block(&shared.received[rank][query / kBlocks][4 * lane], block, sum);
+      const int target = query % kBlocks;
+      store_to_block(&shared.received[rank][query / kBlocks][4 * lane], target, sum);
       if (lane == 0) {
         Stats& to = shared.received_stats[rank][query / kBlocks];
-        store_to_block(&to.max, block, stats.max);
-        store_to_block(&to.sum, block, stats.sum);
+        store_to_block(&to.max, target, stats.max);
+        store_to_block(&to.sum, target, stats.sum);
       }
     }
   }

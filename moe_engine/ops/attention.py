@@ -152,6 +152,8 @@ def attend(
 ) -> torch.Tensor:
     """`norm_rope_write`, then `paged_attention`; [R, N, D]. In one launch where all decode.
 
+    There a row's bits may depend on T, but not on the other rows.
+
     Args:
         qkv: [T, X], or what is still to be summed to that.
         norms: the norms of query and key heads.

@@ -333,6 +333,26 @@ def warp_decode(
     block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
     num_rows, width = qkv.shape[-2:]
     num_heads = width // head_dim - 2 * num_kv_heads
+    assert head_dim == 128, head_dim
+    assert qkv.dtype == (torch.float32 if qkv.dim() == 3 else torch.bfloat16), qkv.dtype
+    assert qkv.dim() == 2 or qkv.is_contiguous(), qkv.stride()
+    for tensor, dtype, shape in (
+        (q_weight_D, torch.bfloat16, (head_dim,)),
+        (k_weight_D, torch.bfloat16, (head_dim,)),
+        (cos_PF, torch.float32, (len(cos_PF), head_dim // 2)),
+        (sin_PF, torch.float32, (len(cos_PF), head_dim // 2)),
+        (positions_R, torch.int64, (num_rows,)),
+        (slots_R, torch.int64, (num_rows,)),
+        (context_lens_R, torch.int32, (num_rows,)),
+        (k_cache_BLGD, torch.bfloat16, k_cache_BLGD.shape),
+        (v_cache_BLGD, torch.bfloat16, k_cache_BLGD.shape),
+    ):
+        assert tensor.dtype == dtype, (tensor.dtype, dtype)
+        assert tensor.shape == shape, (tensor.shape, shape)
+        assert tensor.is_contiguous(), tensor.stride()
+    assert block_tables_RB.dtype == torch.int32, block_tables_RB.dtype
+    assert len(block_tables_RB) == num_rows, block_tables_RB.shape
+    assert block_tables_RB.stride(1) == 1, block_tables_RB.stride()
     if blocks_per_context is None:
         num_pairs = num_rows * num_kv_heads
         blocks_per_context = next(row[1] for row in WARP_DECODE_BLOCKS if num_pairs <= row[0])

@@ -3,9 +3,9 @@
 The tokens are forced, so that every position can be compared, whatever was sampled before it.
 
 What is promised: in float32 the same tokens in every bucket. In bfloat16, buckets differ by the
-order in which their matrix kernels add up, so logits are as close as bfloat16 allows; but within
-a bucket a sequence gets the same bits whoever is beside it, padding or other sequences, and a graph
-gives the bits that single launches give.
+order in which their matrix and attention kernels add up, so logits are as close as bfloat16 allows;
+but within a bucket a sequence gets the same bits whoever is beside it, padding or other sequences,
+and a graph gives the bits that single launches give.
 """
 
 from __future__ import annotations

@@ -20,11 +20,10 @@ from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import expert_counts as counts_reference
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
+from tests.kernels.close import check_rows
 from tests.kernels.decode_cases import DECODE_CASES, run_warp_decode
 
 TILES = (16, 32, 64, 128, 256)
-# Of the norm of a row: h is rounded to bfloat16, the result too.
-TOLERANCE = 1.2e-2
 BF16 = torch.bfloat16
 
 
@@ -260,15 +259,6 @@ def run_norm_router(case: Routing) -> None:
     torch.testing.assert_close(chosen_RK[real], best_RK[real], rtol=2e-2, atol=2e-3)
     assert (ids_RK[case.num_real :] == -1).all()
     assert (weights_RK[case.num_real :] == 0).all()
-
-
-def check_rows(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Every row is within `TOLERANCE` of what float32 gives."""
-    assert found.shape == expected.shape
-    assert found.dtype == BF16
-    errors, norms = (found.float() - expected).norm(dim=1), expected.norm(dim=1)
-    # Not "not above": NaN must fail.
-    assert (errors <= TOLERANCE * norms).all(), f"{(errors / norms).max():.4f} of a row's norm"
 
 
 def run_counts(ids_TK: torch.Tensor, num_experts: int) -> None:

@@ -82,11 +82,37 @@ def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(block
     decode = Decode.random(contexts, 8, 2)
     qkv_SX = torch.randn(len(contexts), decode.width, device="cuda").to(BF16)
     cache = on_gpu(decode.case.cache)
-    together_SND = decode.run(qkv_SX, cache, blocks)
+
+    def run(rows: slice) -> torch.Tensor:
+        arguments = decode.arguments(cache, rows)
+        return hopper.warp_decode(qkv_SX[rows], **arguments, blocks_per_context=blocks)
+
+    together_SND = run(slice(None))
     assert not together_SND[4].any()
     for row in range(len(contexts)):
-        one = slice(row, row + 1)
-        assert torch.equal(decode.run(qkv_SX, cache, blocks, one), together_SND[one])
+        assert torch.equal(run(slice(row, row + 1)), together_SND[row : row + 1])
+
+
+@pytest.mark.parametrize("num_rows", [4, 20])
+def test_decode_attention_waits_for_the_projection(num_rows: int) -> None:
+    """It begins before the projection has ended; its rows change from call to call."""
+    decode = Decode.random([40 * row for row in range(num_rows)], 32, 4)
+    weight_OX = (torch.randn(decode.width, 2048, device="cuda") / 45).to(BF16)
+    project = hopper.linear if num_rows <= hopper.LINEAR_MAX_ROWS else hopper.split_linear
+    x_NSX = torch.randn(20, num_rows, 2048, device="cuda").to(BF16)
+
+    def run(wait: bool) -> list[torch.Tensor]:
+        arguments = decode.arguments(on_gpu(decode.case.cache))
+        outputs = []
+        for x_SX in x_NSX:
+            qkv = project(x_SX, weight_OX)
+            if wait:
+                torch.cuda.synchronize()
+            outputs.append(hopper.warp_decode(qkv, **arguments, blocks_per_context=4))
+        return outputs
+
+    for mine, theirs in zip(run(wait=False), run(wait=True), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
@@ -115,15 +141,18 @@ def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
     assert not takes(cache_dtype=torch.float8_e4m3fn)
 
 
-def test_what_decode_attention_cannot_do_is_refused() -> None:
-    decode = Decode.random([5], 34, 2)
+@pytest.mark.parametrize(
+    ("num_heads", "blocks", "message"),
+    [(34, 8, "34 query heads to 2 KV heads"), (2, 3, "blocks_per_context is 3")],
+)
+def test_what_decode_attention_cannot_do_is_refused(
+    num_heads: int, blocks: int, message: str
+) -> None:
+    decode = Decode.random([5], num_heads, 2)
     qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)
-    with pytest.raises(ValueError, match="34 query heads to 2 KV heads"):
-        decode.run(qkv_SX, on_gpu(decode.case.cache), 8)
-    decode = Decode.random([5], 2, 2)
-    qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)
-    with pytest.raises(ValueError, match="blocks_per_context is 3"):
-        decode.run(qkv_SX, on_gpu(decode.case.cache), 3)
+    arguments = decode.arguments(on_gpu(decode.case.cache))
+    with pytest.raises(ValueError, match=message):
+        hopper.warp_decode(qkv_SX, **arguments, blocks_per_context=blocks)
 
 
 def test_a_row_of_a_linear_layer_gets_the_same_bits_in_any_batch_of_up_to_8_and_to_16() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import tempfile
 from collections import deque
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_engine import find_model
+from benchmarks.bench_engine import find_model, int_list
 from benchmarks.driver import random_prompts
 from moe_engine.config.flat import build_config
 from moe_engine.dist.layout import RankLayout
@@ -23,6 +24,15 @@ from moe_engine.engine.scheduler import Scheduler
 from moe_engine.types.messages import AddRequest
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import StepPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser, batches: list[int]) -> None:
+    """What every script around a `DecodeBench` takes: engine, batch sizes, where results go."""
+    parser.add_argument("--config", type=Path, help="YAML file of the engine's options")
+    parser.add_argument("--model", help="checkpoint directory, or a name in benchmarks/models")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--batches", type=int_list, default=batches)
+    parser.add_argument("--json", type=Path)
 
 
 class DecodeBench:
@@ -59,20 +69,20 @@ class DecodeBench:
             "num_blocks": most_sequences * (-(-longest // 16) + 1),
             "block_size": 16,
         }
-        self._config, _ = build_config(options)
-        runtime = RankRuntime(self._config, RankLayout(0, 1, 1), LocalPlace(0, 1))
+        config, _ = build_config(options)
+        runtime = RankRuntime(config, RankLayout(0, 1, 1), LocalPlace(0, 1))
         with tempfile.TemporaryDirectory() as store:
             runtime.join(open_store(f"{store}/store", 0, 1))
-        self._num_blocks = runtime.load(lambda *_: None)
-        runtime.start(self._num_blocks)
+        num_blocks = runtime.load(lambda *_: None)
+        runtime.start(num_blocks)
         self._runtime = runtime
         self.model = Path(directory).name
         self.num_layers = runtime.model_config.num_hidden_layers
         self._scheduler = Scheduler(
-            self._config.scheduler,
-            self._config.cache,
+            config.scheduler,
+            config.cache,
             num_groups=1,
-            num_blocks=self._num_blocks,
+            num_blocks=num_blocks,
             max_model_len=runtime.max_model_len,
             eos_token_ids=(),
             seed=0,

@@ -20,14 +20,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench_engine import int_list, plain_options
-from benchmarks.decode_bench import DecodeBench
+from benchmarks.bench_engine import plain_options
+from benchmarks.decode_bench import DecodeBench, add_arguments
 
 WARM_UP_STEPS, RECORDED_STEPS = 8, 5
 SHORT_NAME_LENGTH = 60
@@ -78,12 +77,8 @@ def main() -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", type=Path, help="YAML file of the engine's options")
-    parser.add_argument("--model", help="checkpoint directory, or a name in benchmarks/models")
-    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
-    parser.add_argument("--batches", type=int_list, default=[1, 8, 64])
+    add_arguments(parser, batches=[1, 8, 64])
     parser.add_argument("--input", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
 
 

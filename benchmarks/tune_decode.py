@@ -16,13 +16,12 @@ import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.bench_engine import int_list, plain_options
-from benchmarks.decode_bench import DecodeBench
+from benchmarks.decode_bench import DecodeBench, add_arguments
 from moe_engine.ops import hopper
 
 # Blocks of `hopper.warp_decode` for one KV head of a sequence; 0: `kernels.paged_decode` instead.
@@ -33,12 +32,8 @@ WARM_UP_STEPS, MEASURED_STEPS = 10, 60
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", type=Path, help="YAML file of the engine's options")
-    parser.add_argument("--model", help="checkpoint directory, or a name in benchmarks/models")
-    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
-    parser.add_argument("--batches", type=int_list, default=[1, 2, 4, 8, 16, 32, 64])
+    add_arguments(parser, batches=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--inputs", type=int_list, default=[512, 4096], help="tokens of a prompt")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     cases = [(batch, length) for batch in arguments.batches for length in arguments.inputs]
     rows: list[dict[str, Any]] = [

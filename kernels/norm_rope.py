@@ -11,7 +11,7 @@ angles, which wait for the positions.
 Decode attention (`paged_decode`) prepares its heads itself, with the functions of this file. They
 leave the compiler no rounding: multiplications and additions are fused where the code says so. A
 row of a head of 128 lies in the same eight lanes in every launch, which add it up in the same
-order, so both write the same bits.
+order, so both write the same bits, and so does ``csrc/prepared_head.cuh``, which follows them.
 """
 
 from __future__ import annotations

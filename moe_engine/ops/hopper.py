@@ -1,7 +1,7 @@
 """The CUDA kernels for Hopper: experts, linear layers, norm with router and attention of few rows.
 
 Whether they take given arguments, and their launches. The callers are `ops.moe`, `ops.linear` and
-`ops.attention`, which have checked that shapes and dtypes fit together.
+`ops.attention`; that shapes and dtypes fit together is checked there, or here where it says so.
 
 Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
 I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X. Of attention:
@@ -28,9 +28,11 @@ NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
 
 # (most rows times KV heads, blocks for each of them): the first row that fits; beyond the last row,
-# `kernels.paged_decode` is best. Measured with ``benchmarks.tune_decode``. Whole steps of
-# Qwen3-30B-A3B on an H200, prompts of 512, against paged_decode, ms: batch 1 2.50 (2.64), 4 4.89
-# (5.01), 8 7.48 (7.57), 16 11.04 (11.17), 32 14.22 (14.45).
+# `kernels.paged_decode` takes over. From whole steps of Qwen3-30B-A3B on an H200, prompts of 512,
+# against paged_decode, ms: batch 1 2.50 (2.64), 4 4.89 (5.01), 8 7.48 (7.57), 16 11.04 (11.17), 32
+# 14.22 (14.45). Between the two projections and with contexts of 8192, it took 25 us to
+# paged_decode's 20 at batch 1, 30 to 28 at 4, 69 to 95 at 16, 160 to 150 at 32. Contexts of very
+# different lengths have not been measured. ``benchmarks.tune_decode`` measures whole steps again.
 WARP_DECODE_BLOCKS: tuple[tuple[int, int], ...] = ((16, 8), (32, 4), (64, 2), (128, 1))
 
 
@@ -317,7 +319,7 @@ def warp_decode(
     scale: float,
     blocks_per_context: int | None = None,
 ) -> torch.Tensor:
-    """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D].
+    """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D]. Checks what it is given.
 
     Args:
         qkv: bfloat16 [R, X], or parts of it, float32 [S, R, X].

@@ -1,4 +1,4 @@
-"""Whole decode steps with each way of attending, for the table in `moe_engine.ops.hopper`.
+"""Whole decode steps with each way of attending, for the table in `moe_engine.ops.warp_decode`.
 
     python -m benchmarks.tune_decode --config configs/qwen3-30b-a3b-1gpu.yaml \\
         --batches 1,2,4,8,16,32,64 --inputs 512,4096 --json FILE
@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.bench_engine import int_list, plain_options
 from benchmarks.decode_bench import DecodeBench, add_arguments
-from moe_engine.ops import hopper
+from moe_engine.ops import warp_decode
 
-# Blocks of `hopper.warp_decode` for one KV head of a sequence; 0: `kernels.paged_decode` instead.
-CANDIDATES = (0, 1, 2, 4, 8, 16)
+# (blocks, most shares) of `ops.warp_decode`; None: `kernels.paged_decode` instead.
+CANDIDATES = (None, (16, 4), (8, 8), (8, 4), (4, 4), (2, 4), (1, 4))
 WARM_UP_STEPS, MEASURED_STEPS = 10, 60
 
 
@@ -42,9 +42,9 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     # A process for each, because a rank keeps its memory to the end.
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for blocks in CANDIDATES:
-            name = f"{blocks} blocks" if blocks else "paged_decode"
-            times = pool.submit(measure, arguments, cases, blocks).result()
+        for candidate in CANDIDATES:
+            name = "{} blocks, {} shares".format(*candidate) if candidate else "paged_decode"
+            times = pool.submit(measure, arguments, cases, candidate).result()
             for row, seconds in zip(rows, times, strict=True):
                 row["step_ms"][name] = seconds * 1e3
             steps = (f"{row['batch']} x {row['input']}: {row['step_ms'][name]:.3f}" for row in rows)
@@ -62,10 +62,11 @@ def main() -> None:
 
 
 def measure(
-    arguments: argparse.Namespace, cases: list[tuple[int, int]], blocks: int
+    arguments: argparse.Namespace, cases: list[tuple[int, int]], candidate: tuple[int, int] | None
 ) -> list[float]:
     """Median seconds of a decode step of each (batch, input) with one candidate."""
-    hopper.WARP_DECODE_BLOCKS = ((2**31 if blocks else 0, blocks),)
+    launch = warp_decode.WarpDecodeLaunch(*(candidate or (1, 1)))
+    warp_decode.WARP_DECODE_LAUNCHES = ((2**31 if candidate else 0, launch),)
     bench = DecodeBench(
         plain_options(arguments.config, arguments.set),
         arguments.model,

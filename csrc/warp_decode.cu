@@ -20,6 +20,7 @@ namespace moe_engine {
 namespace {
 
 constexpr int kPartPitch = kDim + 4;  // floats
+constexpr int kPiecesPerWarp = 2;     // where a context is shared by several clusters
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct Problem {
@@ -39,6 +40,9 @@ struct Problem {
   std::int64_t block_tables_stride;
   const std::int32_t* context_lens;
   __nv_bfloat16* out;
+  float* parts;            // [num_sequences, num_heads, num_shares, kDim]
+  Stats* stats;            // [num_sequences, num_heads, num_shares]
+  std::int32_t* arrivals;  // [num_sequences, num_heads]
   float eps;
   float scale_log2;  // of the scores, whose exponentials are powers of 2
   int num_heads;
@@ -103,22 +107,20 @@ __device__ __forceinline__ Head load_head(const Problem& p, int sequence, int nu
           make_uint4(packed[4], packed[5], packed[6], packed[7])};
 }
 
-// Puts kCount parts of one head together, in order: four dimensions for each thread of a warp.
-template <int kCount, typename LoadStats, typename LoadPart>
-__device__ __forceinline__ Stats fold(float4& sum, LoadStats load_stats, LoadPart load_part) {
-  Stats stats[kCount];
+// Puts the parts of one head together, in order: four dimensions for each thread of a warp.
+template <typename LoadStats, typename LoadPart>
+__device__ __forceinline__ Stats fold(int count, float4& sum, LoadStats load_stats,
+                                      LoadPart load_part) {
   Stats all{-INFINITY, 0.0f};
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    stats[i] = load_stats(i);
-    all.max = fmaxf(all.max, stats[i].max);
-  }
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) all.max = fmaxf(all.max, load_stats(i).max);
   sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) {
     const float4 part = load_part(i);
-    const float scale = stats[i].max == -INFINITY ? 0.0f : exp2f(stats[i].max - all.max);
-    all.sum = fmaf(stats[i].sum, scale, all.sum);
+    const Stats stats = load_stats(i);
+    const float scale = stats.max == -INFINITY ? 0.0f : exp2f(stats.max - all.max);
+    all.sum = fmaf(stats.sum, scale, all.sum);
     sum.x = fmaf(part.x, scale, sum.x);
     sum.y = fmaf(part.y, scale, sum.y);
     sum.z = fmaf(part.z, scale, sum.z);
@@ -127,7 +129,9 @@ __device__ __forceinline__ Stats fold(float4& sum, LoadStats load_stats, LoadPar
   return all;
 }
 
-// Grid: (kBlocks * num_kv_heads, num_sequences), clusters of kBlocks.
+// Grid: (kBlocks * num_kv_heads, num_sequences, most shares), clusters of kBlocks. A context is cut
+// into as many shares, one for each cluster, as give a warp kPiecesPerWarp pieces or more; clusters
+// without a share end at once. The last that arrives puts the shares' parts of a head together.
 //
 // Example, 8 blocks of 8 warps: a context of 100 tokens is 7 pieces, one for the first warp of 7 of
 // the blocks; the last piece's 4 tokens are 3 from the cache and the new one, from the block's
@@ -147,15 +151,21 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
   const int sequence = blockIdx.y;
   const int group = p.num_heads / p.num_kv_heads;
 
-  let_next_kernel_start();
-  if constexpr (kBlocks > 1) cluster_arrive();
   const int context_len = p.context_lens[sequence];
   const int num_pieces = (context_len + kPiece - 1) / kPiece;
+  const int num_shares =
+      max(1, min(static_cast<int>(gridDim.z), num_pieces / (S::kStride * kPiecesPerWarp)));
+  const int share = blockIdx.z;
+  // Without waiting: those of the first share do, so the launch still ends after those before.
+  if (share >= num_shares) return;
+  let_next_kernel_start();
+  if constexpr (kBlocks > 1) cluster_arrive();
   const Context context{p.block_tables + sequence * p.block_tables_stride, p.block_size,
                         p.num_kv_heads * kVectors, kv_head * kVectors, context_len - 1};
-  // This warp's pieces, number `first_piece` and every kStride-th: lane i knows the block of one.
-  const int first_piece = rank + kBlocks * warp;
-  int block = context.block(first_piece + lane * S::kStride);
+  // This warp's pieces, number `first_piece` and every `stride`-th: lane i knows the block of one.
+  const int stride = num_shares * S::kStride;
+  const int first_piece = share * S::kStride + rank + kBlocks * warp;
+  int block = context.block(first_piece + lane * stride);
   const auto vector_of = [&](int number, int owner) {
     return context.vector(__shfl_sync(0xFFFFFFFF, block, owner), number);
   };
@@ -170,7 +180,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
   const int part = threadIdx.x % 8;
   const bool is_key = row == S::kHeads;
   const bool is_value = row == S::kHeads + 1;
-  const bool is_new = (is_key || is_value) && context_len > 0 && (num_pieces - 1) % kBlocks == rank;
+  const int last_piece = (num_pieces - 1) % stride;
+  const bool is_new = (is_key || is_value) && context_len > 0 && last_piece / S::kStride == share &&
+                      last_piece % kBlocks == rank;
   const bool is_query = row < group;
   const std::int64_t slot = p.slots[sequence];
   const std::int64_t angle = p.positions[sequence] * kHalf + 8 * part;
@@ -216,10 +228,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
 #pragma unroll
   for (int i = 0; i < kHeadTiles; ++i) found.stats[i][0].max = found.stats[i][1].max = -INFINITY;
   int owner = 0;  // the lane that knows the next piece's block
-  for (int number = first_piece; number < num_pieces; number += S::kStride) {
-    const int next = number + S::kStride;
+  for (int number = first_piece; number < num_pieces; number += stride) {
+    const int next = number + stride;
     owner = (owner + 1) % 32;
-    if (owner == 0) block = context.block(next + lane * S::kStride);
+    if (owner == 0) block = context.block(next + lane * stride);
     const std::int64_t next_vector = vector_of(next, owner);
     const int num_tokens = context_len - number * kPiece;
     if (num_tokens <= kPiece) insert(piece, shared.fresh, num_tokens - 1, lane);
@@ -253,19 +265,45 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
   }
   __syncthreads();
 
-  const auto store_output = [&](int query, const Stats& stats, const float4& sum) {
-    if (query >= group) return;
+  const auto write_output = [&](int query, const Stats& stats, const float4& sum) {
     const float scale = stats.sum == 0.0f ? 0.0f : 1.0f / stats.sum;
     const std::int64_t to = (std::int64_t{sequence} * p.num_heads + kv_head * group + query) * kDim;
     *reinterpret_cast<uint2*>(p.out + to + 4 * lane) = make_uint2(
         pack_bf16(sum.x * scale, sum.y * scale), pack_bf16(sum.z * scale, sum.w * scale));
   };
+  // What a warp has of the whole share.
+  const auto store_output = [&](int query, const Stats& stats, const float4& sum) {
+    if (query >= group) return;
+    if (num_shares == 1) return write_output(query, stats, sum);
+    const int head = sequence * p.num_heads + kv_head * group + query;
+    Stats* const all_stats = p.stats + std::int64_t{head} * gridDim.z;
+    float4* const all_parts =
+        reinterpret_cast<float4*>(p.parts + std::int64_t{head} * gridDim.z * kDim) + lane;
+    all_parts[share * (kDim / 4)] = sum;
+    if (lane == 0) all_stats[share] = stats;
+    __threadfence();
+    __syncwarp();
+    int arrived = 0;
+    if (lane == 0) arrived = atomicAdd(p.arrivals + head, 1);
+    if (__shfl_sync(0xFFFFFFFF, arrived, 0) != num_shares - 1) return;
+    if (lane == 0) p.arrivals[head] = 0;
+    __threadfence();
+    float4 total;
+    const Stats whole = fold(
+        num_shares, total,
+        [&](int i) {
+          const float2 pair = __ldcg(reinterpret_cast<const float2*>(all_stats + i));
+          return Stats{pair.x, pair.y};
+        },
+        [&](int i) { return __ldcg(all_parts + i * (kDim / 4)); });
+    write_output(query, whole, total);
+  };
   // The others have begun: their shared memory may be written to.
   if constexpr (kBlocks > 1) cluster_wait();
   for (int query = warp; query < S::kHeads; query += S::kWarps) {
     float4 sum;
-    const Stats stats = fold<S::kWarps>(
-        sum, [&](int i) { return shared.stats[i][query]; },
+    const Stats stats = fold(
+        S::kWarps, sum, [&](int i) { return shared.stats[i][query]; },
         [&](int i) { return reinterpret_cast<const float4*>(shared.parts[i][query])[lane]; });
     if constexpr (kBlocks == 1) {
       store_output(query, stats, sum);
@@ -284,8 +322,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
     cluster_sync();
     if (warp < S::kHeadsPerBlock) {
       float4 sum;
-      const Stats stats = fold<kBlocks>(
-          sum, [&](int i) { return shared.received_stats[i][warp]; },
+      const Stats stats = fold(
+          kBlocks, sum, [&](int i) { return shared.received_stats[i][warp]; },
           [&](int i) { return reinterpret_cast<const float4*>(shared.received[i][warp])[lane]; });
       store_output(kBlocks * warp + rank, stats, sum);
     }
@@ -294,7 +332,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
 }
 
 template <typename S>
-void launch(const Problem& p, int num_sequences, cudaStream_t stream) {
+void launch(const Problem& p, int num_sequences, int max_shares, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(Shared<S>);
   CHECK_CUDA(cudaFuncSetAttribute(warp_decode_kernel<S>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
@@ -303,16 +341,16 @@ void launch(const Problem& p, int num_sequences, cudaStream_t stream) {
                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
   launch_dependent("warp_decode_kernel", warp_decode_kernel<S>,
-                   dim3(S::kBlocks * p.num_kv_heads, num_sequences), S::kThreads, kSharedBytes,
-                   stream, S::kBlocks, p);
+                   dim3(S::kBlocks * p.num_kv_heads, num_sequences, max_shares), S::kThreads,
+                   kSharedBytes, stream, S::kBlocks, p);
 }
 
 template <int kBlocks, int kWarps>
-void launch_shape(const Problem& p, int num_sequences, cudaStream_t stream) {
+void launch_shape(const Problem& p, int num_sequences, int max_shares, cudaStream_t stream) {
   if (p.num_heads / p.num_kv_heads <= 8) {
-    launch<Shape<kBlocks, kWarps, 1>>(p, num_sequences, stream);
+    launch<Shape<kBlocks, kWarps, 1>>(p, num_sequences, max_shares, stream);
   } else {
-    launch<Shape<kBlocks, kWarps, 2>>(p, num_sequences, stream);
+    launch<Shape<kBlocks, kWarps, 2>>(p, num_sequences, max_shares, stream);
   }
 }
 
@@ -347,6 +385,9 @@ void warp_decode(const WarpDecodeArgs& args, cudaStream_t stream) {
                   args.block_tables_stride,
                   args.context_lens,
                   static_cast<__nv_bfloat16*>(args.out),
+                  args.parts,
+                  reinterpret_cast<Stats*>(args.stats),
+                  args.arrivals,
                   args.eps,
                   args.scale * kLog2E,
                   args.num_heads,
@@ -354,15 +395,15 @@ void warp_decode(const WarpDecodeArgs& args, cudaStream_t stream) {
                   args.block_size};
   switch (args.blocks_per_context) {
     case 16:
-      return launch_shape<16, 8>(p, args.num_sequences, stream);
+      return launch_shape<16, 8>(p, args.num_sequences, args.max_shares, stream);
     case 8:
-      return launch_shape<8, 8>(p, args.num_sequences, stream);
+      return launch_shape<8, 8>(p, args.num_sequences, args.max_shares, stream);
     case 4:
-      return launch_shape<4, 8>(p, args.num_sequences, stream);
+      return launch_shape<4, 8>(p, args.num_sequences, args.max_shares, stream);
     case 2:
-      return launch_shape<2, 12>(p, args.num_sequences, stream);
+      return launch_shape<2, 12>(p, args.num_sequences, args.max_shares, stream);
     case 1:
-      return launch_shape<1, 12>(p, args.num_sequences, stream);
+      return launch_shape<1, 12>(p, args.num_sequences, args.max_shares, stream);
   }
   throw std::invalid_argument("blocks_per_context is " + std::to_string(args.blocks_per_context) +
                               "; it is 1, 2, 4, 8 or 16");

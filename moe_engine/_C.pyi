@@ -173,6 +173,10 @@ def warp_decode(
     num_kv_heads: int,
     block_size: int,
     blocks_per_context: int,
+    max_shares: int,
+    parts: int,
+    stats: int,
+    arrivals: int,
     stream: int,
 ) -> None:
     """Enqueue decode attention; see ``csrc/warp_decode.h``."""

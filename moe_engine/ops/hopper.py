@@ -1,11 +1,10 @@
-"""The CUDA kernels for Hopper: experts, linear layers, norm with router and attention of few rows.
+"""The CUDA kernels for Hopper: experts, linear layers of few rows, the norm with the router.
 
-Whether they take given arguments, and their launches. The callers are `ops.moe`, `ops.linear` and
-`ops.attention`; that shapes and dtypes fit together is checked there, or here where it says so.
+Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
+which have checked that shapes and dtypes fit together. Decode attention is in `ops.warp_decode`.
 
 Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
-I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X. Of attention:
-N query heads, G KV heads, D head dimension, B blocks, L tokens a block, F = D / 2.
+I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X.
 """
 
 from __future__ import annotations
@@ -27,14 +26,6 @@ SPLIT_LINEAR_MAX_SUMS = 256
 NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
 
-# (most rows times KV heads, blocks for each of them): the first row that fits; beyond the last row,
-# `kernels.paged_decode` takes over. From whole steps of Qwen3-30B-A3B on an H200, prompts of 512,
-# against paged_decode, ms: batch 1 2.50 (2.64), 4 4.89 (5.01), 8 7.48 (7.57), 16 11.04 (11.17), 32
-# 14.22 (14.45). Between the two projections and with contexts of 8192, it took 25 us to
-# paged_decode's 20 at batch 1, 30 to 28 at 4, 69 to 95 at 16, 160 to 150 at 32. Contexts of very
-# different lengths have not been measured. ``benchmarks.tune_decode`` measures whole steps again.
-WARP_DECODE_BLOCKS: tuple[tuple[int, int], ...] = ((16, 8), (32, 4), (64, 2), (128, 1))
-
 
 @functools.cache
 def extension(device: torch.device) -> ModuleType | None:
@@ -52,7 +43,7 @@ def takes_experts(x_RH: torch.Tensor, gate_up_EJH: torch.Tensor) -> bool:
         and hidden % 64 == 0
         and doubled % 128 == 0
         and gate_up_EJH.shape[0] <= 1024
-        and _rows_are_aligned(x_RH)
+        and rows_are_aligned(x_RH)
         and extension(x_RH.device) is not None
     )
 
@@ -75,7 +66,7 @@ def takes_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     """Whether the streaming linear kernel takes these rows and this weight."""
     if x_RX.shape[0] > LINEAR_MAX_ROWS or x_RX.dtype != torch.bfloat16:
         return False
-    if not (_rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
+    if not (rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
         return False
     library = extension(x_RX.device)
     return library is not None and library.streaming_linear_fits(
@@ -87,7 +78,7 @@ def takes_split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     """Whether the split linear kernel is best for these rows and takes this weight."""
     if x_RX.shape[0] not in SPLIT_LINEAR_ROWS or x_RX.dtype != torch.bfloat16:
         return False
-    if not (_rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
+    if not (rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
         return False
     library = extension(x_RX.device)
     if library is None:
@@ -112,26 +103,6 @@ def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: i
     library = extension(residual_RH.device)
     return library is not None and library.norm_router_fits(
         num_experts=gate_EH.shape[0], hidden=gate_EH.shape[1], top_k=top_k
-    )
-
-
-def takes_warp_decode(
-    qkv: torch.Tensor, dtype: torch.dtype, num_heads: int, k_cache_BLGD: torch.Tensor
-) -> bool:
-    """Whether the decode attention kernel is best for these rows and takes this cache.
-
-    Args:
-        qkv: [R, X], or float32 parts [S, R, X].
-        dtype: of the attention.
-    """
-    block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
-    if qkv.shape[-2] * num_kv_heads > WARP_DECODE_BLOCKS[-1][0]:
-        return False
-    if not (dtype == k_cache_BLGD.dtype == torch.bfloat16 and _rows_are_aligned(qkv)):
-        return False
-    library = extension(qkv.device)
-    return library is not None and library.warp_decode_fits(
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size
     )
 
 
@@ -306,93 +277,6 @@ def norm_router(
     return normed_RH, new_residual_RH, ids_RK, weights_RK
 
 
-def warp_decode(
-    qkv: torch.Tensor,
-    norm_weights: tuple[torch.Tensor, torch.Tensor],
-    eps: float,
-    cos_sin_PF: tuple[torch.Tensor, torch.Tensor],
-    positions_R: torch.Tensor,
-    slots_R: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
-    block_tables_RB: torch.Tensor,
-    context_lens_R: torch.Tensor,
-    scale: float,
-    blocks_per_context: int | None = None,
-) -> torch.Tensor:
-    """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D]. Checks what it is given.
-
-    Args:
-        qkv: bfloat16 [R, X], or parts of it, float32 [S, R, X].
-        norm_weights: [D] each, of the norms of queries and keys.
-        cos_sin_PF: float32 each.
-        cache: keys and values, each [B, L, G, D], contiguous.
-        blocks_per_context: how many thread blocks share a KV head of a row; None: the best.
-    """
-    from moe_engine.kernels.launch import compiles_only
-
-    (q_weight_D, k_weight_D), (cos_PF, sin_PF) = norm_weights, cos_sin_PF
-    k_cache_BLGD, v_cache_BLGD = cache
-    block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
-    num_rows, width = qkv.shape[-2:]
-    num_heads = width // head_dim - 2 * num_kv_heads
-    assert head_dim == 128, head_dim
-    assert qkv.dtype == (torch.float32 if qkv.dim() == 3 else torch.bfloat16), qkv.dtype
-    assert qkv.dim() == 2 or qkv.is_contiguous(), qkv.stride()
-    for tensor, dtype, shape in (
-        (q_weight_D, torch.bfloat16, (head_dim,)),
-        (k_weight_D, torch.bfloat16, (head_dim,)),
-        (cos_PF, torch.float32, (len(cos_PF), head_dim // 2)),
-        (sin_PF, torch.float32, (len(cos_PF), head_dim // 2)),
-        (positions_R, torch.int64, (num_rows,)),
-        (slots_R, torch.int64, (num_rows,)),
-        (context_lens_R, torch.int32, (num_rows,)),
-        (k_cache_BLGD, torch.bfloat16, k_cache_BLGD.shape),
-        (v_cache_BLGD, torch.bfloat16, k_cache_BLGD.shape),
-    ):
-        assert tensor.dtype == dtype, (tensor.dtype, dtype)
-        assert tensor.shape == shape, (tensor.shape, shape)
-        assert tensor.is_contiguous(), tensor.stride()
-    assert block_tables_RB.dtype == torch.int32, block_tables_RB.dtype
-    assert len(block_tables_RB) == num_rows, block_tables_RB.shape
-    assert block_tables_RB.stride(1) == 1, block_tables_RB.stride()
-    if blocks_per_context is None:
-        num_pairs = num_rows * num_kv_heads
-        blocks_per_context = next(row[1] for row in WARP_DECODE_BLOCKS if num_pairs <= row[0])
-    out_RND = k_cache_BLGD.new_empty(num_rows, num_heads, head_dim)
-    if compiles_only():
-        return out_RND  # nobody has written the contexts
-    library = extension(qkv.device)
-    assert library is not None
-    with torch.cuda.device(qkv.device):
-        library.warp_decode(
-            qkv=qkv.data_ptr(),
-            qkv_stride=qkv.stride(-2),
-            qkv_part_stride=qkv.stride(0),
-            num_parts=len(qkv) if qkv.dim() == 3 else 0,
-            q_weight=q_weight_D.data_ptr(),
-            k_weight=k_weight_D.data_ptr(),
-            cos=cos_PF.data_ptr(),
-            sin=sin_PF.data_ptr(),
-            positions=positions_R.data_ptr(),
-            slots=slots_R.data_ptr(),
-            k_cache=k_cache_BLGD.data_ptr(),
-            v_cache=v_cache_BLGD.data_ptr(),
-            block_tables=block_tables_RB.data_ptr(),
-            block_tables_stride=block_tables_RB.stride(0),
-            context_lens=context_lens_R.data_ptr(),
-            out=out_RND.data_ptr(),
-            eps=eps,
-            scale=scale,
-            num_sequences=num_rows,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            block_size=block_size,
-            blocks_per_context=blocks_per_context,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
-    return out_RND
-
-
-def _rows_are_aligned(x: torch.Tensor) -> bool:
+def rows_are_aligned(x: torch.Tensor) -> bool:
     """Whether the rows lie side by side in themselves and begin at multiples of 16 bytes."""
     return x.stride(-1) == 1 and x.stride(-2) % 8 == 0 and x.data_ptr() % 16 == 0

@@ -1,4 +1,4 @@
-"""Cases of `hopper.warp_decode`, each run once and compared with float32 on the CPU.
+"""Cases of `ops.warp_decode`, each run once and compared with float32 on the CPU.
 
 Legend: S sequences, N query heads, G KV heads, D head dimension, L tokens a block, P positions,
 F = D / 2, X = (N + 2 * G) * D.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe_engine.ops import hopper
+from moe_engine.ops import warp_decode
 from moe_engine.ops.reference import rope as rope_reference
 from tests.kernels.close import check_rows
 from tests.kernels.paged import Case, make_case
@@ -30,6 +30,12 @@ DECODE_CASES = [
     ([3001, 48], 16, 1, 16, 5),
     ([700, 33, 0], 18, 2, 16, 0),
     ([6200], 2, 1, 16, 0),
+]
+
+
+WARP_DECODE_LAUNCHES = [
+    warp_decode.WarpDecodeLaunch(num_blocks, max_shares)
+    for num_blocks, max_shares in ((1, 1), (1, 5), (2, 3), (4, 2), (8, 1), (8, 8), (16, 2))
 ]
 
 
@@ -84,7 +90,7 @@ class Decode:
         rows: slice = slice(None),
         block_shift: int = 0,
     ) -> dict[str, Any]:
-        """The kernel's, but for the projection and the blocks per context.
+        """The kernel's, but for the projection and the launch.
 
         ``cache``, on the GPU, has the case's blocks from number ``block_shift`` on.
         """
@@ -114,7 +120,7 @@ def run_warp_decode(
     num_kv_heads: int,
     block_size: int,
     num_parts: int,
-    blocks_per_context: int,
+    launch: warp_decode.WarpDecodeLaunch,
 ) -> None:
     """Output and cache, from rows of the projection that lie apart or from parts of it."""
     decode = Decode.random(contexts, num_heads, num_kv_heads, block_size)
@@ -125,9 +131,7 @@ def run_warp_decode(
         qkv = torch.randn(len(contexts), decode.width + 16).to(BF16)
         qkv_SX, given = qkv[:, : decode.width], qkv.cuda()[:, : decode.width]
     cache = on_gpu(decode.case.cache)
-    out_SND = hopper.warp_decode(
-        given, **decode.arguments(cache), blocks_per_context=blocks_per_context
-    ).cpu()
+    out_SND = warp_decode.warp_decode(given, **decode.arguments(cache), launch=launch).cpu()
     expected_SND = decode.expected(qkv_SX)
     check_rows(out_SND.flatten(0, 1), expected_SND.flatten(0, 1))
     for ours, theirs in zip(cache, decode.case.cache, strict=True):

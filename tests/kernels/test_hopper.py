@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moe_engine.ops import hopper, moe
+from moe_engine.ops import hopper, moe, warp_decode
 from moe_engine.ops.reference import moe as reference
-from tests.kernels.decode_cases import Decode, on_gpu
+from tests.kernels.decode_cases import WARP_DECODE_LAUNCHES, Decode, on_gpu
 from tests.kernels.hopper_cases import (
     STREAMING_CASES,
     TILES,
@@ -76,21 +76,26 @@ def test_a_row_gets_the_same_bits_however_many_blocks_stream_its_experts() -> No
         assert torch.equal(alone_RH, together_RH[one])
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
-def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(blocks: int) -> None:
-    contexts = [700, 1, 33, 1500, 0, 16]
+@pytest.mark.parametrize("launch", WARP_DECODE_LAUNCHES, ids=str)
+def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(
+    launch: warp_decode.WarpDecodeLaunch,
+) -> None:
+    from moe_engine.kernels.launch import arrival_counters
+
+    contexts = [700, 1, 33, 4500, 0, 16]
     decode = Decode.random(contexts, 8, 2)
     qkv_SX = torch.randn(len(contexts), decode.width, device="cuda").to(BF16)
     cache = on_gpu(decode.case.cache)
 
     def run(rows: slice) -> torch.Tensor:
         arguments = decode.arguments(cache, rows)
-        return hopper.warp_decode(qkv_SX[rows], **arguments, blocks_per_context=blocks)
+        return warp_decode.warp_decode(qkv_SX[rows], **arguments, launch=launch)
 
     together_SND = run(slice(None))
     assert not together_SND[4].any()
     for row in range(len(contexts)):
         assert torch.equal(run(slice(row, row + 1)), together_SND[row : row + 1])
+    assert not arrival_counters(qkv_SX.device).any()
 
 
 @pytest.mark.parametrize("num_rows", [4, 20])
@@ -108,7 +113,7 @@ def test_decode_attention_waits_for_the_projection(num_rows: int) -> None:
             qkv = project(x_SX, weight_OX)
             if wait:
                 torch.cuda.synchronize()
-            outputs.append(hopper.warp_decode(qkv, **arguments, blocks_per_context=4))
+            outputs.append(warp_decode.warp_decode(qkv, **arguments))
         return outputs
 
     for mine, theirs in zip(run(wait=False), run(wait=True), strict=True):
@@ -116,7 +121,7 @@ def test_decode_attention_waits_for_the_projection(num_rows: int) -> None:
 
 
 def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
-    most_pairs = hopper.WARP_DECODE_BLOCKS[-1][0]
+    most_pairs = warp_decode.WARP_DECODE_LAUNCHES[-1][0]
 
     def takes(
         num_rows: int = 1,
@@ -129,7 +134,7 @@ def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
         qkv_RX = torch.empty(num_rows, (num_heads + 2) * head_dim, dtype=dtype, device="cuda")
         shape = (4, block_size, 1, head_dim)
         k_cache_BLGD = torch.empty(shape, dtype=cache_dtype, device="cuda")
-        return hopper.takes_warp_decode(qkv_RX, dtype, num_heads, k_cache_BLGD)
+        return warp_decode.takes_warp_decode(qkv_RX, dtype, num_heads, k_cache_BLGD)
 
     assert takes(most_pairs)
     assert not takes(most_pairs + 1)
@@ -152,7 +157,7 @@ def test_what_decode_attention_cannot_do_is_refused(
     qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)
     arguments = decode.arguments(on_gpu(decode.case.cache))
     with pytest.raises(ValueError, match=message):
-        hopper.warp_decode(qkv_SX, **arguments, blocks_per_context=blocks)
+        warp_decode.warp_decode(qkv_SX, **arguments, launch=warp_decode.WarpDecodeLaunch(blocks, 1))
 
 
 def test_a_row_of_a_linear_layer_gets_the_same_bits_in_any_batch_of_up_to_8_and_to_16() -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_engine.ops import attention, hopper, moe, norm, rope
+from moe_engine.ops import attention, hopper, moe, norm, rope, warp_decode
 from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
 from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import norm as norm_reference
@@ -240,8 +240,8 @@ def test_far_blocks_and_the_longest_context_by_warps(contexts: list[int]) -> Non
         tensor[-near:] = original.cuda()
     arguments = decode.arguments((far[0], far[1]), block_shift=num_blocks - near)
     outputs = [
-        hopper.warp_decode(far_apart(qkv_SX), **arguments, blocks_per_context=blocks).cpu()
-        for blocks in (1, 8)
+        warp_decode.warp_decode(far_apart(qkv_SX), **arguments, launch=launch).cpu()
+        for launch in (None, warp_decode.WarpDecodeLaunch(1, 1))
     ]
     expected_SND = decode.expected(qkv_SX)
     for out_SND in outputs:

@@ -1,7 +1,7 @@
-"""Whole decode steps with each way of attending, for the table in `moe_engine.ops.warp_decode`.
+"""Whole decode steps with each way of attending, for the limits in `moe_engine.ops.warp_decode`.
 
     python -m benchmarks.tune_decode --config configs/qwen3-30b-a3b-1gpu.yaml \\
-        --batches 1,2,4,8,16,32,64 --inputs 512,4096 --json FILE
+        --batches 1,2,4,8 --inputs 512,2048,8192 --json FILE
 
 Kernels that are timed alone rank otherwise: what matters is also which blocks of the projections
 before and after attention have room beside its own. So a rank is started for every candidate, and
@@ -24,16 +24,18 @@ from benchmarks.bench_engine import int_list, plain_options
 from benchmarks.decode_bench import DecodeBench, add_arguments
 from moe_engine.ops import warp_decode
 
-# (blocks, most shares) of `ops.warp_decode`; None: `kernels.paged_decode` instead.
-CANDIDATES = (None, (16, 4), (8, 8), (8, 4), (4, 4), (2, 4), (1, 4))
+# Most shares of `ops.warp_decode`; None: `kernels.paged_decode` instead.
+CANDIDATES = (None, 1, 4, 8)
 WARM_UP_STEPS, MEASURED_STEPS = 10, 60
 
 
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add_arguments(parser, batches=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--inputs", type=int_list, default=[512, 4096], help="tokens of a prompt")
+    add_arguments(parser, batches=[1, 2, 4, 8])
+    parser.add_argument(
+        "--inputs", type=int_list, default=[512, 2048, 8192], help="tokens of a prompt"
+    )
     arguments = parser.parse_args()
     cases = [(batch, length) for batch in arguments.batches for length in arguments.inputs]
     rows: list[dict[str, Any]] = [
@@ -43,7 +45,7 @@ def main() -> None:
     # A process for each, because a rank keeps its memory to the end.
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for candidate in CANDIDATES:
-            name = "{} blocks, {} shares".format(*candidate) if candidate else "paged_decode"
+            name = f"{candidate} shares" if candidate else "paged_decode"
             times = pool.submit(measure, arguments, cases, candidate).result()
             for row, seconds in zip(rows, times, strict=True):
                 row["step_ms"][name] = seconds * 1e3
@@ -62,11 +64,11 @@ def main() -> None:
 
 
 def measure(
-    arguments: argparse.Namespace, cases: list[tuple[int, int]], candidate: tuple[int, int] | None
+    arguments: argparse.Namespace, cases: list[tuple[int, int]], candidate: int | None
 ) -> list[float]:
     """Median seconds of a decode step of each (batch, input) with one candidate."""
-    launch = warp_decode.WarpDecodeLaunch(*(candidate or (1, 1)))
-    warp_decode.WARP_DECODE_LAUNCHES = ((2**31 if candidate else 0, launch),)
+    warp_decode.MAX_PAIRS = 2**31 if candidate else 0
+    warp_decode.MAX_SHARES = candidate or 1
     bench = DecodeBench(
         plain_options(arguments.config, arguments.set),
         arguments.model,

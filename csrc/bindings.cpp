@@ -146,9 +146,9 @@ void warp_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_p
                  std::uintptr_t slots, std::uintptr_t k_cache, std::uintptr_t v_cache,
                  std::uintptr_t block_tables, std::int64_t block_tables_stride,
                  std::uintptr_t context_lens, std::uintptr_t out, float eps, float scale,
-                 int num_sequences, int num_heads, int num_kv_heads, int block_size,
-                 int blocks_per_context, int max_shares, std::uintptr_t parts, std::uintptr_t stats,
-                 std::uintptr_t arrivals, std::uintptr_t stream) {
+                 int num_sequences, int num_heads, int num_kv_heads, int block_size, int max_shares,
+                 std::uintptr_t parts, std::uintptr_t stats, std::uintptr_t arrivals,
+                 std::uintptr_t stream) {
   moe_engine::WarpDecodeArgs args;
   args.qkv = reinterpret_cast<const void*>(qkv);
   args.qkv_stride = qkv_stride;
@@ -172,7 +172,6 @@ void warp_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_p
   args.num_heads = num_heads;
   args.num_kv_heads = num_kv_heads;
   args.block_size = block_size;
-  args.blocks_per_context = blocks_per_context;
   args.max_shares = max_shares;
   args.parts = reinterpret_cast<float*>(parts);
   args.stats = reinterpret_cast<float*>(stats);
@@ -215,6 +214,5 @@ PYBIND11_MODULE(_C, m) {
         "num_parts"_a, "q_weight"_a, "k_weight"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a,
         "k_cache"_a, "v_cache"_a, "block_tables"_a, "block_tables_stride"_a, "context_lens"_a,
         "out"_a, "eps"_a, "scale"_a, "num_sequences"_a, "num_heads"_a, "num_kv_heads"_a,
-        "block_size"_a, "blocks_per_context"_a, "max_shares"_a, "parts"_a, "stats"_a, "arrivals"_a,
-        "stream"_a);
+        "block_size"_a, "max_shares"_a, "parts"_a, "stats"_a, "arrivals"_a, "stream"_a);
 }

@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
   const int first_column = rank * columns;
 
   let_next_kernel_start();
+  cluster_arrive();
   if (threadIdx.x == 0) {
     barrier_init(&landed, 1);
     barrier_init_fence();
@@ -226,8 +227,6 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
       weights[i] = reinterpret_cast<const uint4*>(p.norm_weight + first_column)[piece];
     }
   }
-  __syncwarp();
-  cluster_sync();  // the others have begun: their shared memory may be written to
   wait_for_previous_kernels();
 
   float values[kMaxPieces][8];
@@ -254,6 +253,8 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
   for (int distance = kThreadsPerToken / 2; distance > 0; distance /= 2) {
     square += __shfl_xor_sync(0xFFFFFFFF, square, distance);
   }
+  __syncwarp();
+  cluster_wait();  // the others have begun: their shared memory may be written to
   if (part < kBlocks) store_to_block(&squares[rank][slot], part, square);
 #pragma unroll
   for (int i = 0; i < kMaxPieces; ++i) {

@@ -1,10 +1,10 @@
 // Decode attention whose warps read the cache straight into registers.
 //
-// A block, or a cluster of blocks where there are few sequences, takes one KV head of a sequence.
-// Its warps share out the context in pieces of 16 tokens. The first piece of every warp is on its
-// way before the projection that makes the queries has ended. Each block adds up what its warps
-// found and sends every query head's part to the block that puts the head together; blocks wait for
-// each other only there.
+// A cluster of blocks, or several where the context is long, takes one KV head of a sequence. Its
+// warps share out the context in pieces of 16 tokens. The first piece of every warp is on its way
+// before the projection that makes the queries has ended. Each block adds up what its warps found
+// and sends every query head's part to the block that puts the head together; blocks wait for each
+// other only there.
 #include <cuda_bf16.h>
 
 #include <stdexcept>
@@ -20,7 +20,11 @@ namespace moe_engine {
 namespace {
 
 constexpr int kPartPitch = kDim + 4;  // floats
-constexpr int kPiecesPerWarp = 2;     // where a context is shared by several clusters
+constexpr int kBlocks = 8;            // of a cluster
+constexpr int kWarps = 8;             // of a block
+constexpr int kThreads = 32 * kWarps;
+constexpr int kClusterWarps = kBlocks * kWarps;
+constexpr int kPiecesPerWarp = 2;  // where a context is shared by several clusters
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct Problem {
@@ -50,29 +54,16 @@ struct Problem {
   int block_size;
 };
 
-// kBlocks share a context, and the putting together of the kHeads query heads: block r takes heads
-// r, r + kBlocks and so on.
-template <int kBlocks_, int kWarps_, int kHeadTiles_>
-struct Shape {
-  static constexpr int kBlocks = kBlocks_;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kHeadTiles = kHeadTiles_;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kHeads = 8 * kHeadTiles;
-  static constexpr int kHeadsPerBlock = (kHeads + kBlocks - 1) / kBlocks;
-  static constexpr int kStride = kBlocks * kWarps;  // from a warp's piece to its next
-  static constexpr int kMinBlocksPerSM = kThreads <= 256 && kHeadTiles == 1 ? 2 : 1;
-  static_assert(kThreads >= 8 * (kHeads + 2) && (kBlocks == 1 || kWarps >= kHeadsPerBlock));
-};
-
-template <typename S>
+// Of the query heads, block r puts together number r and, if there are so many, number r + kBlocks.
+template <int kHeadTiles>
 struct Shared {
-  __nv_bfloat16 queries[S::kHeads][kQueryPitch];
-  __nv_bfloat16 fresh[2][kDim];                   // the new token's key and value
-  float parts[S::kWarps][S::kHeads][kPartPitch];  // of each warp: sums of values, not divided
-  Stats stats[S::kWarps][S::kHeads];
-  float received[S::kBlocks][S::kHeadsPerBlock][kDim];  // from each block
-  Stats received_stats[S::kBlocks][S::kHeadsPerBlock];
+  static constexpr int kHeads = 8 * kHeadTiles;
+  __nv_bfloat16 queries[kHeads][kQueryPitch];
+  __nv_bfloat16 fresh[2][kDim];             // the new token's key and value
+  float parts[kWarps][kHeads][kPartPitch];  // of each warp: sums of values, not divided
+  Stats stats[kWarps][kHeads];
+  float received[kBlocks][kHeadTiles][kDim];  // from each block
+  Stats received_stats[kBlocks][kHeadTiles];
 };
 
 // Head `number` of a sequence's row of the projection, by eight threads.
@@ -133,17 +124,18 @@ __device__ __forceinline__ Stats fold(int count, float4& sum, LoadStats load_sta
 // into as many shares, one for each cluster, as give a warp kPiecesPerWarp pieces or more; clusters
 // without a share end at once. The last that arrives puts the shares' parts of a head together.
 //
-// Example, 8 blocks of 8 warps: a context of 100 tokens is 7 pieces, one for the first warp of 7 of
-// the blocks; the last piece's 4 tokens are 3 from the cache and the new one, from the block's
-// shared memory. Of a context of 2000 tokens, 125 pieces, warp 1 of block 0 takes pieces 8 and 72.
-template <typename S>
-__global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
+// Example: a context of 100 tokens is 7 pieces, one for the first warp of 7 of the blocks; the last
+// piece's 4 tokens are 3 from the cache and the new one, from the block's shared memory. Of a
+// context of 2000 tokens, 125 pieces, warp 1 of block 0 takes pieces 8 and 72; 5000 tokens, 313
+// pieces, are two shares, and warp 1 of block 0 of the second takes pieces 72 and 200.
+template <int kHeadTiles>
+__global__ void __launch_bounds__(kThreads, kHeadTiles == 1 ? 2 : 1)
     warp_decode_kernel(const Problem p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr int kBlocks = S::kBlocks;
-  constexpr int kHeadTiles = S::kHeadTiles;
+  constexpr int kHeads = 8 * kHeadTiles;
+  static_assert(kThreads >= 8 * (kHeads + 2));
   extern __shared__ __align__(16) char shared_bytes[];
-  auto& shared = *reinterpret_cast<Shared<S>*>(shared_bytes);
+  auto& shared = *reinterpret_cast<Shared<kHeadTiles>*>(shared_bytes);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int rank = block_in_cluster();
@@ -154,17 +146,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
   const int context_len = p.context_lens[sequence];
   const int num_pieces = (context_len + kPiece - 1) / kPiece;
   const int num_shares =
-      max(1, min(static_cast<int>(gridDim.z), num_pieces / (S::kStride * kPiecesPerWarp)));
+      max(1, min(static_cast<int>(gridDim.z), num_pieces / (kClusterWarps * kPiecesPerWarp)));
   const int share = blockIdx.z;
   // Without waiting: those of the first share do, so the launch still ends after those before.
   if (share >= num_shares) return;
   let_next_kernel_start();
-  if constexpr (kBlocks > 1) cluster_arrive();
+  cluster_arrive();
   const Context context{p.block_tables + sequence * p.block_tables_stride, p.block_size,
                         p.num_kv_heads * kVectors, kv_head * kVectors, context_len - 1};
   // This warp's pieces, number `first_piece` and every `stride`-th: lane i knows the block of one.
-  const int stride = num_shares * S::kStride;
-  const int first_piece = share * S::kStride + rank + kBlocks * warp;
+  const int stride = num_shares * kClusterWarps;
+  const int first_piece = share * kClusterWarps + rank + kBlocks * warp;
   int block = context.block(first_piece + lane * stride);
   const auto vector_of = [&](int number, int owner) {
     return context.vector(__shfl_sync(0xFFFFFFFF, block, owner), number);
@@ -178,11 +170,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
   // key or value.
   const int row = threadIdx.x / 8;
   const int part = threadIdx.x % 8;
-  const bool is_key = row == S::kHeads;
-  const bool is_value = row == S::kHeads + 1;
+  const bool is_key = row == kHeads;
+  const bool is_value = row == kHeads + 1;
   const int last_piece = (num_pieces - 1) % stride;
-  const bool is_new = (is_key || is_value) && context_len > 0 && last_piece / S::kStride == share &&
-                      last_piece % kBlocks == rank;
+  const bool is_new = (is_key || is_value) && context_len > 0 &&
+                      last_piece / kClusterWarps == share && last_piece % kBlocks == rank;
   const bool is_query = row < group;
   const std::int64_t slot = p.slots[sequence];
   const std::int64_t angle = p.positions[sequence] * kHalf + 8 * part;
@@ -207,7 +199,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
   }
   const Head rotated = norm_and_rotate(head, weight, cos, sin, p.eps);
   if (!is_value) head = rotated;
-  if (row < S::kHeads) {
+  if (row < kHeads) {
     auto* const to = reinterpret_cast<uint4*>(shared.queries[row]) + part;
     to[0] = head.first;
     to[8] = head.second;
@@ -299,59 +291,40 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocksPerSM)
     write_output(query, whole, total);
   };
   // The others have begun: their shared memory may be written to.
-  if constexpr (kBlocks > 1) cluster_wait();
-  for (int query = warp; query < S::kHeads; query += S::kWarps) {
+  cluster_wait();
+  for (int query = warp; query < kHeads; query += kWarps) {
     float4 sum;
     const Stats stats = fold(
-        S::kWarps, sum, [&](int i) { return shared.stats[i][query]; },
+        kWarps, sum, [&](int i) { return shared.stats[i][query]; },
         [&](int i) { return reinterpret_cast<const float4*>(shared.parts[i][query])[lane]; });
-    if constexpr (kBlocks == 1) {
-      store_output(query, stats, sum);
-    } else {
-      const int target = query % kBlocks;
-      store_to_block(&shared.received[rank][query / kBlocks][4 * lane], target, sum);
-      if (lane == 0) {
-        Stats& to = shared.received_stats[rank][query / kBlocks];
-        store_to_block(&to.max, target, stats.max);
-        store_to_block(&to.sum, target, stats.sum);
-      }
+    const int target = query % kBlocks;
+    store_to_block(&shared.received[rank][query / kBlocks][4 * lane], target, sum);
+    if (lane == 0) {
+      Stats& to = shared.received_stats[rank][query / kBlocks];
+      store_to_block(&to.max, target, stats.max);
+      store_to_block(&to.sum, target, stats.sum);
     }
   }
-  if constexpr (kBlocks > 1) {
-    __syncwarp();
-    cluster_sync();
-    if (warp < S::kHeadsPerBlock) {
-      float4 sum;
-      const Stats stats = fold(
-          kBlocks, sum, [&](int i) { return shared.received_stats[i][warp]; },
-          [&](int i) { return reinterpret_cast<const float4*>(shared.received[i][warp])[lane]; });
-      store_output(kBlocks * warp + rank, stats, sum);
-    }
+  __syncwarp();
+  cluster_sync();
+  if (warp < kHeadTiles) {
+    float4 sum;
+    const Stats stats = fold(
+        kBlocks, sum, [&](int i) { return shared.received_stats[i][warp]; },
+        [&](int i) { return reinterpret_cast<const float4*>(shared.received[i][warp])[lane]; });
+    store_output(kBlocks * warp + rank, stats, sum);
   }
 #endif
 }
 
-template <typename S>
+template <int kHeadTiles>
 void launch(const Problem& p, int num_sequences, int max_shares, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(Shared<S>);
-  CHECK_CUDA(cudaFuncSetAttribute(warp_decode_kernel<S>,
+  constexpr int kSharedBytes = sizeof(Shared<kHeadTiles>);
+  CHECK_CUDA(cudaFuncSetAttribute(warp_decode_kernel<kHeadTiles>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  if (S::kBlocks > 8) {
-    CHECK_CUDA(cudaFuncSetAttribute(warp_decode_kernel<S>,
-                                    cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  }
-  launch_dependent("warp_decode_kernel", warp_decode_kernel<S>,
-                   dim3(S::kBlocks * p.num_kv_heads, num_sequences, max_shares), S::kThreads,
-                   kSharedBytes, stream, S::kBlocks, p);
-}
-
-template <int kBlocks, int kWarps>
-void launch_shape(const Problem& p, int num_sequences, int max_shares, cudaStream_t stream) {
-  if (p.num_heads / p.num_kv_heads <= 8) {
-    launch<Shape<kBlocks, kWarps, 1>>(p, num_sequences, max_shares, stream);
-  } else {
-    launch<Shape<kBlocks, kWarps, 2>>(p, num_sequences, max_shares, stream);
-  }
+  launch_dependent("warp_decode_kernel", warp_decode_kernel<kHeadTiles>,
+                   dim3(kBlocks * p.num_kv_heads, num_sequences, max_shares), kThreads,
+                   kSharedBytes, stream, kBlocks, p);
 }
 
 }  // namespace
@@ -393,20 +366,11 @@ void warp_decode(const WarpDecodeArgs& args, cudaStream_t stream) {
                   args.num_heads,
                   args.num_kv_heads,
                   args.block_size};
-  switch (args.blocks_per_context) {
-    case 16:
-      return launch_shape<16, 8>(p, args.num_sequences, args.max_shares, stream);
-    case 8:
-      return launch_shape<8, 8>(p, args.num_sequences, args.max_shares, stream);
-    case 4:
-      return launch_shape<4, 8>(p, args.num_sequences, args.max_shares, stream);
-    case 2:
-      return launch_shape<2, 12>(p, args.num_sequences, args.max_shares, stream);
-    case 1:
-      return launch_shape<1, 12>(p, args.num_sequences, args.max_shares, stream);
+  if (args.num_heads / args.num_kv_heads <= 8) {
+    launch<1>(p, args.num_sequences, args.max_shares, stream);
+  } else {
+    launch<2>(p, args.num_sequences, args.max_shares, stream);
   }
-  throw std::invalid_argument("blocks_per_context is " + std::to_string(args.blocks_per_context) +
-                              "; it is 1, 2, 4, 8 or 16");
 }
 
 }  // namespace moe_engine

@@ -172,7 +172,6 @@ def warp_decode(
     num_heads: int,
     num_kv_heads: int,
     block_size: int,
-    blocks_per_context: int,
     max_shares: int,
     parts: int,
     stats: int,

@@ -6,37 +6,17 @@ block, P positions, F = D / 2, X = (N + 2 × G) × D.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from moe_engine.ops import hopper
 
-
-@dataclass(frozen=True)
-class WarpDecodeLaunch:
-    """How `warp_decode` shares out a context.
-
-    Attributes:
-        num_blocks: thread blocks for a share of one KV head of a row: 1, 2, 4, 8 or 16.
-        max_shares: shares that a long context is cut into, at most.
-    """
-
-    num_blocks: int
-    max_shares: int
-
-
-# (most rows times KV heads, launch): the first row that fits; beyond the last row,
-# `kernels.paged_decode` takes over. From whole steps of Qwen3-30B-A3B on an H200, prompts of 512,
-# against paged_decode, ms: batch 1 2.50 (2.64), 4 4.89 (5.01), 8 7.48 (7.57), 16 11.04 (11.17), 32
-# 14.22 (14.45); shares have not been measured. ``benchmarks.tune_decode`` measures whole steps.
-WARP_DECODE_LAUNCHES: tuple[tuple[int, WarpDecodeLaunch], ...] = (
-    (8, WarpDecodeLaunch(8, 8)),
-    (16, WarpDecodeLaunch(8, 4)),
-    (32, WarpDecodeLaunch(4, 4)),
-    (64, WarpDecodeLaunch(2, 4)),
-    (128, WarpDecodeLaunch(1, 4)),
-)
+# Rows times KV heads up to which it is used; beyond, `kernels.paged_decode` is. Shares that a long
+# context is cut into, at most. From whole steps of Qwen3-30B-A3B, which has 4 KV heads, on an H200,
+# in ms against paged_decode's, by the prompts' length: batch 1: 2.58 (2.66) at 512, 3.05 (3.36) at
+# 8192, 4.12 (5.00) at 32,768; batch 2: 3.35 (3.54) at 512; batch 4: 4.94 (5.02) at 512, 5.44 (5.47)
+# at 2048, 6.73 (6.20) at 8192. ``benchmarks.tune_decode`` measures them again.
+MAX_PAIRS = 8
+MAX_SHARES = 8
 
 
 def takes_warp_decode(
@@ -49,7 +29,7 @@ def takes_warp_decode(
         dtype: of the attention.
     """
     block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
-    if qkv.shape[-2] * num_kv_heads > WARP_DECODE_LAUNCHES[-1][0]:
+    if qkv.shape[-2] * num_kv_heads > MAX_PAIRS:
         return False
     if not (dtype == k_cache_BLGD.dtype == torch.bfloat16 and hopper.rows_are_aligned(qkv)):
         return False
@@ -70,16 +50,17 @@ def warp_decode(
     block_tables_RB: torch.Tensor,
     context_lens_R: torch.Tensor,
     scale: float,
-    launch: WarpDecodeLaunch | None = None,
+    max_shares: int | None = None,
 ) -> torch.Tensor:
-    """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D].
+    """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D]. Checks its arguments.
 
     Args:
         qkv: bfloat16 [R, X], or parts of it, float32 [S, R, X].
         norm_weights: [D] each, of the norms of queries and keys.
         cos_sin_PF: float32 each.
         cache: keys and values, each [B, L, G, D], contiguous.
-        launch: None: the committed one.
+        max_shares: that a context is cut into; None: `MAX_SHARES`. A row's bits depend on it, but
+            not on the other rows.
     """
     from moe_engine.kernels.launch import arrival_counters, compiles_only
 
@@ -111,11 +92,10 @@ def warp_decode(
     out_RND = k_cache_BLGD.new_empty(num_rows, num_heads, head_dim)
     if compiles_only():
         return out_RND  # nobody has written the contexts
-    if launch is None:
-        num_pairs = num_rows * num_kv_heads
-        launch = next(row[1] for row in WARP_DECODE_LAUNCHES if num_pairs <= row[0])
+    if max_shares is None:
+        max_shares = MAX_SHARES
     # What the shares of every row and head found, and which of them have arrived.
-    num_shares = num_rows * num_heads * launch.max_shares
+    num_shares = num_rows * num_heads * max_shares
     parts = out_RND.new_empty(num_shares, head_dim, dtype=torch.float32)
     stats = out_RND.new_empty(num_shares, 2, dtype=torch.float32)
     arrivals = arrival_counters(qkv.device)
@@ -146,8 +126,7 @@ def warp_decode(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             block_size=block_size,
-            blocks_per_context=launch.num_blocks,
-            max_shares=launch.max_shares,
+            max_shares=max_shares,
             parts=parts.data_ptr(),
             stats=stats.data_ptr(),
             arrivals=arrivals.data_ptr(),

@@ -20,8 +20,8 @@ from tests.kernels.paged import expected as expected_attention
 BF16 = torch.bfloat16
 
 # (contexts, N, G, L, parts of the projection): padding and the new token alone; around the ends of
-# pieces of 16; one piece for every warp of 8 blocks and one more; several for each; more than 32
-# for the warps of one block; the fewest and the most query heads.
+# pieces of 16; one piece for every warp and one more; as few as make two shares and one token less;
+# more than 32 for each warp of one share; the fewest and the most query heads.
 DECODE_CASES = [
     ([576], 32, 4, 16, 0),
     ([0, 1, 2, 15, 16, 17, 0], 8, 1, 16, 0),
@@ -29,14 +29,10 @@ DECODE_CASES = [
     ([1024, 1025, 1040, 5], 2, 2, 64, 0),
     ([3001, 48], 16, 1, 16, 5),
     ([700, 33, 0], 18, 2, 16, 0),
-    ([6200], 2, 1, 16, 0),
+    ([4095, 4096], 4, 2, 16, 0),
+    ([34000], 2, 1, 16, 0),
 ]
-
-
-WARP_DECODE_LAUNCHES = [
-    warp_decode.WarpDecodeLaunch(num_blocks, max_shares)
-    for num_blocks, max_shares in ((1, 1), (1, 5), (2, 3), (4, 2), (8, 1), (8, 8), (16, 2))
-]
+MAX_SHARES = (1, 2, 8)
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ def run_warp_decode(
     num_kv_heads: int,
     block_size: int,
     num_parts: int,
-    launch: warp_decode.WarpDecodeLaunch,
+    max_shares: int,
 ) -> None:
     """Output and cache, from rows of the projection that lie apart or from parts of it."""
     decode = Decode.random(contexts, num_heads, num_kv_heads, block_size)
@@ -131,7 +127,7 @@ def run_warp_decode(
         qkv = torch.randn(len(contexts), decode.width + 16).to(BF16)
         qkv_SX, given = qkv[:, : decode.width], qkv.cuda()[:, : decode.width]
     cache = on_gpu(decode.case.cache)
-    out_SND = warp_decode.warp_decode(given, **decode.arguments(cache), launch=launch).cpu()
+    out_SND = warp_decode.warp_decode(given, **decode.arguments(cache), max_shares=max_shares).cpu()
     expected_SND = decode.expected(qkv_SX)
     check_rows(out_SND.flatten(0, 1), expected_SND.flatten(0, 1))
     for ours, theirs in zip(cache, decode.case.cache, strict=True):

@@ -21,7 +21,7 @@ from moe_engine.ops.reference import expert_counts as counts_reference
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 from tests.kernels.close import check_rows
-from tests.kernels.decode_cases import DECODE_CASES, WARP_DECODE_LAUNCHES, run_warp_decode
+from tests.kernels.decode_cases import DECODE_CASES, MAX_SHARES, run_warp_decode
 
 TILES = (16, 32, 64, 128, 256)
 BF16 = torch.bfloat16
@@ -305,10 +305,10 @@ def all_cases() -> dict[str, list[NamedRun]]:
     ]
     cases["warp decode"] = [
         (
-            f"{launch} for contexts {contexts}, {heads} heads to {kv_heads}, {parts} parts",
-            partial(run_warp_decode, contexts, heads, kv_heads, block_size, parts, launch),
+            f"{shares} shares for contexts {contexts}, {heads} heads to {kv_heads}, {parts} parts",
+            partial(run_warp_decode, contexts, heads, kv_heads, block_size, parts, shares),
         )
-        for launch in WARP_DECODE_LAUNCHES
+        for shares in MAX_SHARES
         for contexts, heads, kv_heads, block_size, parts in DECODE_CASES
     ]
     cases["expert counts"] = [

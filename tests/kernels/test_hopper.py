@@ -12,7 +12,7 @@ import torch
 
 from moe_engine.ops import hopper, moe, warp_decode
 from moe_engine.ops.reference import moe as reference
-from tests.kernels.decode_cases import WARP_DECODE_LAUNCHES, Decode, on_gpu
+from tests.kernels.decode_cases import MAX_SHARES, Decode, on_gpu
 from tests.kernels.hopper_cases import (
     STREAMING_CASES,
     TILES,
@@ -76,10 +76,8 @@ def test_a_row_gets_the_same_bits_however_many_blocks_stream_its_experts() -> No
         assert torch.equal(alone_RH, together_RH[one])
 
 
-@pytest.mark.parametrize("launch", WARP_DECODE_LAUNCHES, ids=str)
-def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(
-    launch: warp_decode.WarpDecodeLaunch,
-) -> None:
+@pytest.mark.parametrize("max_shares", MAX_SHARES)
+def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(max_shares: int) -> None:
     from moe_engine.kernels.launch import arrival_counters
 
     contexts = [700, 1, 33, 4500, 0, 16]
@@ -89,7 +87,7 @@ def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(
 
     def run(rows: slice) -> torch.Tensor:
         arguments = decode.arguments(cache, rows)
-        return warp_decode.warp_decode(qkv_SX[rows], **arguments, launch=launch)
+        return warp_decode.warp_decode(qkv_SX[rows], **arguments, max_shares=max_shares)
 
     together_SND = run(slice(None))
     assert not together_SND[4].any()
@@ -121,8 +119,6 @@ def test_decode_attention_waits_for_the_projection(num_rows: int) -> None:
 
 
 def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
-    most_pairs = warp_decode.WARP_DECODE_LAUNCHES[-1][0]
-
     def takes(
         num_rows: int = 1,
         num_heads: int = 8,
@@ -136,8 +132,8 @@ def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
         k_cache_BLGD = torch.empty(shape, dtype=cache_dtype, device="cuda")
         return warp_decode.takes_warp_decode(qkv_RX, dtype, num_heads, k_cache_BLGD)
 
-    assert takes(most_pairs)
-    assert not takes(most_pairs + 1)
+    assert takes(warp_decode.MAX_PAIRS)
+    assert not takes(warp_decode.MAX_PAIRS + 1)
     assert takes(num_heads=16)
     assert not takes(num_heads=17)
     assert not takes(block_size=8)
@@ -146,18 +142,12 @@ def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
     assert not takes(cache_dtype=torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "blocks", "message"),
-    [(34, 8, "34 query heads to 2 KV heads"), (2, 3, "blocks_per_context is 3")],
-)
-def test_what_decode_attention_cannot_do_is_refused(
-    num_heads: int, blocks: int, message: str
-) -> None:
-    decode = Decode.random([5], num_heads, 2)
+def test_what_decode_attention_cannot_do_is_refused() -> None:
+    decode = Decode.random([5], 34, 2)
     qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)
     arguments = decode.arguments(on_gpu(decode.case.cache))
-    with pytest.raises(ValueError, match=message):
-        warp_decode.warp_decode(qkv_SX, **arguments, launch=warp_decode.WarpDecodeLaunch(blocks, 1))
+    with pytest.raises(ValueError, match="34 query heads to 2 KV heads"):
+        warp_decode.warp_decode(qkv_SX, **arguments)
 
 
 def test_a_row_of_a_linear_layer_gets_the_same_bits_in_any_batch_of_up_to_8_and_to_16() -> None:

@@ -240,8 +240,8 @@ def test_far_blocks_and_the_longest_context_by_warps(contexts: list[int]) -> Non
         tensor[-near:] = original.cuda()
     arguments = decode.arguments((far[0], far[1]), block_shift=num_blocks - near)
     outputs = [
-        warp_decode.warp_decode(far_apart(qkv_SX), **arguments, launch=launch).cpu()
-        for launch in (None, warp_decode.WarpDecodeLaunch(1, 1))
+        warp_decode.warp_decode(far_apart(qkv_SX), **arguments, max_shares=max_shares).cpu()
+        for max_shares in (warp_decode.MAX_SHARES, 1)
     ]
     expected_SND = decode.expected(qkv_SX)
     for out_SND in outputs:

@@ -113,7 +113,7 @@ def build_batch(
 def _needed_rows(
     steps: list[SequenceStep], firsts: np.ndarray, num_scored: Sequence[int]
 ) -> np.ndarray:
-    """See `StepBatch.rows_R`; ``firsts`` are the steps' first rows, in the plan's order."""
+    """See `StepBatch.needed`; ``firsts`` are the steps' first rows, in the plan's order."""
     scoring = [np.arange(first, first + num) for first, num in zip(firsts, num_scored, strict=True)]
     sampling = [
         first + step.num_tokens - 1

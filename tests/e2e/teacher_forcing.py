@@ -55,6 +55,7 @@ class ForcedEngine:
         directory: the checkpoint.
         max_rows: the most sequences of a call.
         max_len: the longest sequence.
+        max_kept: the most sequences given to `keep`.
         options: of the engine.
 
     Attributes:
@@ -64,19 +65,27 @@ class ForcedEngine:
         sizes_run: the bucket of each decode step so far.
     """
 
-    def __init__(self, directory: Path, *, max_rows: int, max_len: int, **options: Any) -> None:
-        self._num_blocks = max_rows * -(-max_len // BLOCK_SIZE)
+    def __init__(
+        self, directory: Path, *, max_rows: int, max_len: int, max_kept: int = 0, **options: Any
+    ) -> None:
+        blocks_each = -(-max_len // BLOCK_SIZE)
+        num_blocks = (max_rows + max_kept) * blocks_each
+        shuffled = random.Random(0).sample(range(num_blocks), num_blocks)
+        self._blocks = shuffled[: max_rows * blocks_each]
+        self._blocks_to_keep = shuffled[max_rows * blocks_each :]
+        self._kept: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        self._max_rows = max_rows
         values = {
             "model": str(directory),
             "max_num_seqs": max_rows,
             "max_model_len": max_len,
             "block_size": BLOCK_SIZE,
-            "num_blocks": self._num_blocks,
+            "num_blocks": num_blocks,
         }
         config, _ = build_config(values | options)
         runtime = make_runtime(config)
         runtime.load(lambda *_: None)
-        runtime.start(self._num_blocks)
+        runtime.start(num_blocks)
         self._runner = runtime.runner
         self.captured = runtime.uses_graphs
         if not self.captured:
@@ -115,6 +124,23 @@ class ForcedEngine:
         return [torch.cat(rows) for rows in pieces]
 
     @torch.inference_mode()
+    def keep(self, sequences: list[Tokens], num_steps: int) -> None:
+        """Compute once, for every `decode` of them, what comes before their last positions.
+
+        Decoding writes to these positions before it reads them, so it finds the blocks as they
+        are now, whoever else has decoded in them.
+        """
+        for first in range(0, len(sequences), self._max_rows):
+            some = sequences[first : first + self._max_rows]
+            plan = self._admit(some)
+            for i, tokens in enumerate(some):
+                blocks = [self._blocks_to_keep.pop() for _ in self._new_blocks[self._held[i]]]
+                self._new_blocks[self._held[i]] = blocks
+                self._kept[num_steps, tuple(tokens)] = blocks
+                self._launch(plan, [(i, 0, len(tokens) - num_steps)], uniform=None)
+                plan = GroupPlan()
+
+    @torch.inference_mode()
     def decode(self, sequences: list[Tokens], num_steps: int) -> list[torch.Tensor]:
         """Logits [num_steps, V] of each sequence's last positions, one position of each a step.
 
@@ -122,7 +148,12 @@ class ForcedEngine:
         """
         plan = self._admit(sequences)
         starts = [len(tokens) - num_steps for tokens in sequences]
-        for i, start in enumerate(starts):
+        for i, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
+            kept = self._kept.get((num_steps, tuple(tokens)))
+            # The first is computed in any case, in the step that admits them all.
+            if i > 0 and kept is not None:
+                self._new_blocks[self._held[i]] = kept
+                continue
             self._launch(plan, [(i, 0, start)], uniform=None)
             plan = GroupPlan()
         table_NC = self._runner._table.tokens_NC
@@ -158,7 +189,7 @@ class ForcedEngine:
         self._held = [self._num_sequences + i for i in range(len(sequences))]
         self._num_sequences += len(sequences)
         params = SamplingParams(temperature=0.0)
-        blocks = random.Random(0).sample(range(self._num_blocks), self._num_blocks)
+        blocks = self._blocks.copy()
         for seq_id, tokens in zip(self._held, sequences, strict=True):
             plan.admitted.append(NewSequence(seq_id, tokens, len(tokens), params))
             self._new_blocks[seq_id] = [blocks.pop() for _ in range(-(-len(tokens) // BLOCK_SIZE))]

@@ -2,10 +2,11 @@
 
 The tokens are forced, so that every position can be compared, whatever was sampled before it.
 
-What is promised: in float32 the same tokens in every bucket. In bfloat16, buckets differ by the
-order in which their matrix and attention kernels add up, so logits are as close as bfloat16 allows;
-but within a bucket a sequence gets the same bits whoever is beside it, padding or other sequences,
-and a graph gives the bits that single launches give.
+What is promised: in float32 the same tokens in every bucket, from logits that differ in their last
+bits only, unless two experts are all but equally likely and rounding swaps them. In bfloat16,
+buckets differ by the order in which their matrix and attention kernels add up, so logits are as
+close as bfloat16 allows; but within a bucket a sequence gets the same bits whoever is beside it,
+padding or other sequences, and a graph gives the bits that single launches give.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 
 VARIANT = LARGE[0]
 NUM_STEPS = 12
-MOST_ROWS, NUM_SEQUENCES = 48, 80
-# Batches, and the buckets that they are padded to.
-BUCKETS = {1: 1, 3: 4, 9: 16, 33: 40}
+MOST_ROWS, NUM_SEQUENCES = 256, 512
+# Batches, and the buckets that they are padded to: all kernels for few rows, split linear layers up
+# to 64 rows and the library's beyond, tiles of 64 pairs up to 160 rows and of 128 beyond.
+BUCKETS = {1: 1, 3: 4, 9: 16, 33: 40, 60: 64, 100: 112, 129: 160, 200: 224, 256: 256}
 # Of the logits' norm: at a typical position, where both sides are about 1e-2 from float32 and share
 # the rounding of all that does not depend on the bucket, and over all positions, in a few of which
 # rounding swaps experts.
 MAX_MEDIAN, MAX_TOTAL = 1.2e-2, 3e-2
+# Of the sequences, in float32: those in which an expert may be another at some position.
+MAX_SWAPPED = 0.02
 LENGTHS = [NUM_STEPS + 1 + 29 * i % 200 for i in range(NUM_SEQUENCES)]
 SEQUENCES = random_sequences(LENGTHS, VARIANT.vocab_size, seed=3)
 
@@ -40,14 +44,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def make_engine(checkpoint: Path, dtype: str) -> ForcedEngine:
-    limits = {"max_rows": MOST_ROWS, "max_len": max(LENGTHS) + 1}
-    return ForcedEngine(checkpoint, dtype=dtype, device="cuda", **limits)
+def make_engine(checkpoint: Path, dtype: str, num_sequences: int) -> ForcedEngine:
+    limits = {"max_rows": MOST_ROWS, "max_len": max(LENGTHS) + 1, "max_kept": num_sequences}
+    engine = ForcedEngine(
+        checkpoint, dtype=dtype, device="cuda", max_num_batched_tokens=MOST_ROWS, **limits
+    )
+    engine.keep(SEQUENCES[:num_sequences], NUM_STEPS)
+    return engine
 
 
 @pytest.fixture(scope="module")
 def bfloat16(checkpoint: Path) -> ForcedEngine:
-    return make_engine(checkpoint, "bfloat16")
+    return make_engine(checkpoint, "bfloat16", NUM_SEQUENCES)
 
 
 def decode(engine: ForcedEngine, numbers: list[int], bucket: int) -> torch.Tensor:
@@ -59,16 +67,19 @@ def decode(engine: ForcedEngine, numbers: list[int], bucket: int) -> torch.Tenso
 
 
 def test_float32_gives_the_same_tokens_in_every_bucket(checkpoint: Path) -> None:
-    engine = make_engine(checkpoint, "float32")
-    together = decode(engine, list(range(33)), 40)
+    engine = make_engine(checkpoint, "float32", MOST_ROWS)
+    together = decode(engine, list(range(MOST_ROWS)), MOST_ROWS)
     for size, bucket in BUCKETS.items():
         logits = decode(engine, list(range(size)), bucket)
-        torch.testing.assert_close(logits, together[:size], rtol=0, atol=1e-3)
+        differences_S = (logits - together[:size]).abs().amax(dim=(1, 2))
+        # Not "not above": NaN must fail.
+        num_close = int((differences_S <= 1e-3).sum())
+        assert size - num_close <= size * MAX_SWAPPED, f"batch of {size}: {differences_S}"
         assert torch.equal(logits.argmax(2), together[:size].argmax(2)), f"batch of {size}"
 
 
 def test_bfloat16_logits_are_as_close_in_every_bucket(bfloat16: ForcedEngine) -> None:
-    together = decode(bfloat16, list(range(33)), 40)
+    together = decode(bfloat16, list(range(MOST_ROWS)), MOST_ROWS)
     for size, bucket in BUCKETS.items():
         # One sequence is too few to judge by: several, each alone.
         groups = [[i] for i in range(9)] if size == 1 else [list(range(size))]
@@ -80,7 +91,7 @@ def test_bfloat16_logits_are_as_close_in_every_bucket(bfloat16: ForcedEngine) ->
         assert errors.agreement >= 0.99 - 2 / errors.agrees_T.numel(), f"batch of {size}: {errors}"
 
 
-@pytest.mark.parametrize("bucket", [1, 4, 16, 40])
+@pytest.mark.parametrize("bucket", BUCKETS.values())
 def test_a_sequence_gets_the_same_bits_whoever_is_beside_it(
     bfloat16: ForcedEngine, bucket: int
 ) -> None:
@@ -96,7 +107,7 @@ def test_a_sequence_gets_the_same_bits_whoever_is_beside_it(
                 assert torch.equal(found, full[number]), f"sequence {number} among {numbers}"
 
 
-@pytest.mark.parametrize("size", [1, 3, 9, 33])
+@pytest.mark.parametrize("size", BUCKETS)
 def test_graphs_give_the_bits_that_single_launches_give(bfloat16: ForcedEngine, size: int) -> None:
     numbers = list(range(size))
     replayed = decode(bfloat16, numbers, BUCKETS[size])

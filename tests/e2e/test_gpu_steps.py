@@ -2,6 +2,9 @@
 
 The runner is driven in this process, so that a run costs no start of ranks. Everything is compared
 with the plainest way to run: one request at a time, no graphs, one step at a time.
+
+Steps of a model so small that the kernels for Hopper do not take it are tested here, in float32
+too; `test_gpu_hopper_steps` has those that run by these kernels.
 """
 
 import gc
@@ -133,9 +136,8 @@ def test_graphs_without_padding_give_what_single_launches_give(tmp_path, bfloat1
             assert_same_or_tied(output, other)
 
 
-def test_logits_of_one_graph_survive_until_the_next_runs(bfloat16_graphs):
-    """Graphs share memory: a sampled batch right after a greedy one of another size."""
-    runner = bfloat16_graphs.runner
+def check_logits_survive_until_the_next_graph_runs(world):
+    runner = world.runner
     decode = runner._decode
     assert isinstance(decode, DecodeStep)
     for size in reversed(runner._graphs.buckets):
@@ -145,6 +147,11 @@ def test_logits_of_one_graph_survive_until_the_next_runs(bfloat16_graphs):
             computed = decode.compute(size, runner._exchange.select(size))
         assert replayed.shape == computed.shape == (size, 97)
         assert torch.equal(replayed, computed)
+
+
+def test_logits_of_one_graph_survive_until_the_next_runs(bfloat16_graphs):
+    """Graphs share memory: a sampled batch right after a greedy one of another size."""
+    check_logits_survive_until_the_next_graph_runs(bfloat16_graphs)
 
 
 def launch_counting(world, requests):
@@ -179,9 +186,7 @@ def test_no_step_waits_for_the_device(tmp_path, cuda_graphs):
     assert launch_counting(world, requests) == {"decode", "mixed"}
 
 
-def test_result_waits_for_its_own_step_only(bfloat16_graphs):
-    """While the device is busy with something later, an earlier result can be had."""
-    world = bfloat16_graphs
+def check_result_waits_for_its_own_step_only(world):
     world.scheduler.add(AddRequest("a", [1, 2, 3], greedy(1)))
     pending = world.runner.launch(world.scheduler.schedule())
     torch.cuda._sleep(2_000_000_000)  # a second or so
@@ -190,6 +195,11 @@ def test_result_waits_for_its_own_step_only(bfloat16_graphs):
     world.scheduler.complete([pending.result()])
     assert not busy.query()
     torch.cuda.synchronize()
+
+
+def test_result_waits_for_its_own_step_only(bfloat16_graphs):
+    """While the device is busy with something later, an earlier result can be had."""
+    check_result_waits_for_its_own_step_only(bfloat16_graphs)
 
 
 def test_memory_is_where_the_ledger_says(tmp_path):

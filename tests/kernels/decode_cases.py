@@ -21,8 +21,10 @@ BF16 = torch.bfloat16
 
 # (contexts, N, G, L, parts of the projection): padding and the new token alone; around the ends of
 # pieces of 16; one piece for every warp and one more; as few as make two shares and one token less;
-# more than 32 for each warp of one share; the fewest and the most query heads.
+# more than 32 for each warp of one share; the fewest and the most query heads. No row at all.
 DECODE_CASES = [
+    ([], 8, 2, 16, 0),
+    ([], 8, 2, 16, 3),
     ([576], 32, 4, 16, 0),
     ([0, 1, 2, 15, 16, 17, 0], 8, 1, 16, 0),
     ([128, 129, 127, 1], 6, 2, 32, 1),
@@ -62,7 +64,7 @@ class Decode:
         for tensor in case.cache:
             tensor.flatten(0, 1)[slots_S[slots_S >= 0]] = torch.nan
         weights_2D = (1 + 0.3 * torch.randn(2, 128)).to(BF16)
-        angles_PF = 6 * torch.rand(max(contexts) + 1, 64)
+        angles_PF = 6 * torch.rand(max(contexts, default=0) + 1, 64)
         positions_S = (case.batch.context_lens_S.long() - 1).clamp(min=0)
         return cls(case, weights_2D, angles_PF, positions_S)
 

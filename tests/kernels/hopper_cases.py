@@ -53,6 +53,11 @@ def one_expert_takes_all(num_pairs: int, **sizes: int) -> Experts:
     return Experts(f"{num_pairs} pairs for one expert", ids_RK, 5, **sizes)
 
 
+def no_rows(top_k: int) -> Experts:
+    """A step in which nobody brings a token."""
+    return Experts("no row", torch.empty(0, top_k, dtype=torch.int32), 4)
+
+
 def scattered(num_rows: int, top_k: int, num_experts: int, **sizes: int) -> Experts:
     """Random experts; a row in five has none at some choices."""
     generator = torch.Generator().manual_seed(num_rows)
@@ -77,6 +82,7 @@ def foreseen(tile: int) -> Experts:
 def grouped_cases(tile: int) -> list[Experts]:
     """For tiles of ``tile`` pairs: none, one, around full tiles, and sizes that fit no tile."""
     return [
+        no_rows(3),
         Experts("no expert at all", torch.full((7, 3), -1, dtype=torch.int32), 4),
         one_expert_takes_all(1),
         *(one_expert_takes_all(n, hidden=64, intermediate=64) for n in (tile - 1, tile)),
@@ -89,6 +95,7 @@ def grouped_cases(tile: int) -> list[Experts]:
 
 
 STREAMING_CASES = [
+    no_rows(8),
     Experts("no expert at all", torch.full((1, 8), -1, dtype=torch.int32), 4),
     scattered(1, 1, 1, hidden=64, intermediate=64),
     scattered(1, 8, 16, hidden=128, intermediate=64),
@@ -113,7 +120,7 @@ LINEAR_CASES = [
 ]
 
 # (rows, X, O): the fewest and the most of each; the widths for which a warpgroup takes 64, 72 and
-# 80 columns, with a last block that is not full.
+# 80 columns, with a last block that is not full; no row.
 SPLIT_LINEAR_CASES = [
     (1, 512, 8),
     (17, 1024, 1000),
@@ -122,6 +129,7 @@ SPLIT_LINEAR_CASES = [
     (64, 2048, 5120),
     (63, 2048, 5000),
     (8, 66048, 24),
+    (0, 1024, 40),
 ]
 
 
@@ -207,8 +215,10 @@ class Routing:
     normalize: bool = True
 
 
-# One row, a tile and one more, padding, the fewest and the most columns, experts and choices.
+# No row, one, a tile and one more, padding, the fewest and the most columns, experts and choices.
 ROUTER_CASES = [
+    Routing(0, 0, 512, 16, 4),
+    Routing(0, 0, 512, 16, 4, num_parts=2),
     Routing(1, 1, 2048, 128, 8, num_parts=8),
     Routing(16, 16, 256, 8, 8),
     Routing(17, 17, 512, 24, 1, num_parts=1),

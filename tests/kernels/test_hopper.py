@@ -142,6 +142,99 @@ def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
     assert not takes(cache_dtype=torch.float8_e4m3fn)
 
 
+def test_norm_and_router_are_not_one_launch_where_they_do_not_fit() -> None:
+    def takes(
+        num_rows: int = 1,
+        hidden: int = 256,
+        num_experts: int = 32,
+        top_k: int = 8,
+        dtype: torch.dtype = BF16,
+    ) -> bool:
+        residual_RH = torch.empty(num_rows, hidden, dtype=dtype, device="cuda")
+        gate_EH = torch.empty(num_experts, hidden, dtype=dtype, device="cuda")
+        return hopper.takes_norm_router(residual_RH, gate_EH, top_k)
+
+    assert takes(0)
+    assert takes(hopper.NORM_ROUTER_MAX_ROWS)
+    assert not takes(hopper.NORM_ROUTER_MAX_ROWS + 1)
+    assert not takes(dtype=torch.float16)
+    assert takes(hidden=4096)
+    assert not takes(hidden=4096 + 256)
+    assert not takes(hidden=256 + 128)
+    assert takes(num_experts=256)
+    assert not takes(num_experts=264)
+    assert not takes(num_experts=36)
+    assert takes(hidden=4096, num_experts=128)
+    assert not takes(hidden=4096, num_experts=256)  # no room for the gate
+    assert takes(top_k=32)
+    assert not takes(num_experts=64, top_k=33)
+    assert not takes(num_experts=8, top_k=9)
+
+    wide = torch.empty(32, 512, dtype=BF16, device="cuda")
+    rows, gate_EH = wide[:, :256], torch.empty(32, 256, dtype=BF16, device="cuda")
+    assert not hopper.takes_norm_router(rows[:4], gate_EH, 8)
+    assert not hopper.takes_norm_router(gate_EH[:4], rows, 8)
+
+
+def test_a_router_that_the_kernel_has_no_room_for_is_refused() -> None:
+    x_RH = torch.zeros(1, 256, dtype=BF16, device="cuda")
+    gate_EH = torch.zeros(36, 256, dtype=BF16, device="cuda")
+    with pytest.raises(ValueError, match="8 of 36 experts of width 256 does not fit the kernel"):
+        hopper.norm_router(x_RH, x_RH, x_RH[0], 1e-6, gate_EH, 8, True, None)
+
+
+def test_a_linear_layer_is_not_split_where_that_is_not_best_or_does_not_fit() -> None:
+    def takes(
+        num_rows: int = 32,
+        in_features: int = 1024,
+        out_features: int = 64,
+        padding: int = 0,
+        first: int = 0,
+        dtype: torch.dtype = BF16,
+    ) -> bool:
+        wide = torch.empty(num_rows, first + in_features + padding, dtype=dtype, device="cuda")
+        weight_OX = torch.empty(out_features, in_features, dtype=dtype, device="cuda")
+        return hopper.takes_split_linear(wide[:, first : first + in_features], weight_OX)
+
+    rows = hopper.SPLIT_LINEAR_ROWS
+    assert takes(rows[0])
+    assert takes(rows[-1])
+    for num_rows in (0, rows[0] - 1, rows[-1] + 1):
+        assert not takes(num_rows)
+    assert not takes(dtype=torch.float16)
+    assert not takes(in_features=1024 + 256)
+    assert not takes(out_features=60)
+    # Five parts: so many rows that adding them up takes longer than splitting saves.
+    most = hopper.SPLIT_LINEAR_MAX_SUMS // 5
+    assert takes(most, in_features=5 * 512)
+    assert not takes(most + 1, in_features=5 * 512)
+    # As many columns as one round of blocks covers, and more.
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    assert takes(in_features=512, out_features=160 * num_sms)
+    assert not takes(in_features=512, out_features=160 * num_sms + 8)
+    # Rows that begin at multiples of 16 bytes, and others.
+    assert takes(padding=8)
+    assert takes(first=8)
+    assert not takes(padding=4)
+    assert not takes(first=4, padding=4)
+
+    x_RX = torch.empty(32, 512, dtype=BF16, device="cuda")
+    weight_OX = torch.empty(64, 1024, dtype=BF16, device="cuda")
+    assert not hopper.takes_split_linear(x_RX, weight_OX[:, :512])
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "in_features", "out_features"), [(65, 512, 64), (32, 768, 64), (32, 512, 60)]
+)
+def test_a_layer_that_the_split_kernel_has_no_room_for_is_refused(
+    num_rows: int, in_features: int, out_features: int
+) -> None:
+    x_RX = torch.zeros(num_rows, in_features, dtype=BF16, device="cuda")
+    weight_OX = torch.zeros(out_features, in_features, dtype=BF16, device="cuda")
+    with pytest.raises(ValueError, match="does not fit the split kernel"):
+        hopper.split_linear(x_RX, weight_OX)
+
+
 def test_what_decode_attention_cannot_do_is_refused() -> None:
     decode = Decode.random([5], 34, 2)
     qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)

@@ -142,6 +142,17 @@ class TestExperts:
         assert hopper.takes_linear(apart, weight_OX)
         assert torch.equal(hopper.linear(apart, weight_OX), hopper.linear(x_RX, weight_OX))
 
+    def test_rows_of_a_split_linear_layer_far_apart(self) -> None:
+        needs_hopper()
+        x_RX = torch.randn(hopper.SPLIT_LINEAR_ROWS[0], 1024, device="cuda").to(BF16)
+        weight_OX = (torch.randn(104, 1024, device="cuda") / 32).to(BF16)
+        apart = far_apart(x_RX, stride=2**27)
+        assert apart[-1].storage_offset() >= LIMIT
+        assert hopper.takes_split_linear(apart, weight_OX)
+        parts_SRO = hopper.split_linear(apart, weight_OX)
+        assert torch.equal(parts_SRO, hopper.split_linear(x_RX, weight_OX))
+        check_rows(parts_SRO.sum(0).to(BF16), x_RX.float() @ weight_OX.float().t())
+
 
 class TestRows:
     """Norms and sums over more than 2^20 rows of 2048."""

@@ -63,9 +63,13 @@ class RunnerWorld:
 
     Args:
         directory: where to put the model's config; the weights are random.
-        with_decode_steps: on a CPU, run decode steps in static memory, as graphs do on a GPU.
+        with_decode_steps: run decode steps in static memory and padded, as graphs do on a GPU, but
+            launch their kernels one by one.
         model: changes to `MODEL`.
         options: of the engine, besides `LIMITS`.
+
+    Attributes:
+        steps: what each step of the last run computed, (start, number of positions) by sequence.
     """
 
     def __init__(self, directory, *, with_decode_steps=False, model=None, **options):
@@ -79,15 +83,18 @@ class RunnerWorld:
         if with_decode_steps:
             decode_in_static_memory(self.runner)
         self.scheduler = _make_scheduler(self.runtime, self.num_blocks)
+        self.steps = []
 
     def run(self, requests):
         """Outputs of (prompt, parameters) pairs: token ids, logprobs, prompt logprobs."""
         for number, (prompt, params) in enumerate(requests):
             self.scheduler.add(AddRequest(str(number), prompt, params))
         outputs = [([], [], []) for _ in requests]
+        self.steps = []
         in_flight = deque()
         while self.scheduler.has_unfinished or in_flight:
             while (plan := self.scheduler.schedule()) is not None:
+                self.steps.append([(step.start, step.num_tokens) for step in plan.groups[0].steps])
                 in_flight.append(self.runner.launch(plan))
             result = in_flight.popleft().result()
             for update in self.scheduler.complete([result]):
@@ -99,7 +106,7 @@ class RunnerWorld:
 
 
 def decode_in_static_memory(runner):
-    """Let a runner on a CPU decode as it would on a GPU with graphs."""
+    """Let a runner without graphs decode as it would with them."""
     runner._decode = DecodeStep(
         runner._model, runner._kv, runner._table, runner._groups, runner._max_num_seqs
     )

@@ -13,7 +13,6 @@ from benchmarks.bench_engine import MODELS, engine_options, find_model, parse_ar
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
-from benchmarks.peer import from_lines, read_peer
 from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
     Kernel,
@@ -103,32 +102,6 @@ def test_prompts_depend_on_their_seed_alone():
     first = random_prompts(3, 5, 100, seed=1)
     assert first == random_prompts(3, 5, 100, seed=1) != random_prompts(3, 5, 100, seed=2)
     assert all(len(p) == 5 and max(p) < 100 for p in first)
-
-
-def test_a_peers_lines_become_its_figures():
-    lines = [
-        {"what": "init", "vllm": "0.26.0", "gpu": "H", "seconds": 9.5, "input": 512},
-        {"what": "decode", "batch": 1, "step_ms": 4.3, "steady_ms": 4.1},
-        {"what": "decode", "batch": 256, "step_ms": 30.0},
-        {"what": "prefill", "tokens_per_step": 8192, "prompt_len": 512, "slope_tok_s": 70900},
-        {"what": "end"},
-    ]
-    peer = from_lines(lines, "2026-11-24")
-    assert peer.peer == "vLLM 0.26.0"
-    assert peer.decode_step_ms == {"1": 4.1, "256": 30.0}
-    assert peer.prefill_tok_per_s == {"16x512": 70900}
-    with pytest.raises(ValueError, match="no line"):
-        from_lines(lines[1:], "2026-11-24")
-
-
-def test_committed_peers_can_be_read(tmp_path):
-    files = list(RESULTS.glob("peer_*.json"))
-    assert files
-    assert all(read_peer(file).decode_step_ms["1"] > 0 for file in files)
-    other = tmp_path / "other.json"
-    other.write_text('{"peer": "x"}')
-    with pytest.raises(ValueError, match=r"other\.json"):
-        read_peer(other)
 
 
 def test_the_gpu_run_has_a_valid_configuration():

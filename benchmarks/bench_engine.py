@@ -15,6 +15,7 @@ repeat the same token and need fewer, as the share of distinct tokens in the res
 - Prefill is the slope between prompts for 8 and for 16 steps of ``--prefill-tokens`` tokens.
 - The floor is the time to read once what a step must read (`decode_floor`), at the bandwidth that
   this machine showed just before (`ceilings`).
+- After the run, what the memory ledger sums up to is held against what the driver says is used.
 - ``--check`` decodes the same prompts alone, in one batch, and beside others, and counts outputs
   that are the same token by token. Kernels that add in another order for another batch may
   break near-ties of random weights differently; the count says how often.
@@ -41,8 +42,10 @@ from benchmarks.report import print_decode, print_prefill
 from moe_engine import MoEEngine
 from moe_engine.checkpoint.skew import zipf_popularity
 from moe_engine.config import ModelConfig
+from moe_engine.config.engine import GIB
 from moe_engine.config.flat import flat_options
 from moe_engine.config.yaml import load_yaml
+from moe_engine.types.messages import MemoryLedger
 
 MODELS = Path(__file__).parent / "models"
 PREFILL_STEPS = (8, 16)
@@ -59,12 +62,15 @@ def main() -> None:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "options": options,
         "ceilings": ceilings.run(device),
-        "gpu_before": gpu_state() if device == "cuda" else None,
     }
+    if device == "cuda":
+        result["gpu_before"] = gpu_state()
     started = time.perf_counter()
     with MoEEngine(**options) as engine:
         result["start_s"] = time.perf_counter() - started
-        result["engine"] = msgspec.to_builtins(msgspec.structs.asdict(engine.info))
+        # By name: as a message, the ledger is an array.
+        memory = msgspec.structs.asdict(engine.info.memory)
+        result["engine"] = msgspec.structs.asdict(engine.info) | {"memory": memory}
         print(engine.info.summary, flush=True)
         bench = EngineBench(engine, options, result["ceilings"], arguments)
         if arguments.check:
@@ -74,7 +80,10 @@ def main() -> None:
         if arguments.prefill_tokens:
             result["prefill"] = bench.prefill(arguments.prefill_tokens)
             print_prefill(result["prefill"], peer)
-        result["gpu_after"] = gpu_state() if device == "cuda" else None
+        if device == "cuda":
+            result["gpu_after"] = gpu_state()
+            result["memory"] = planned_and_used(engine.info.memory, result["gpu_after"])
+            print(describe_memory(result["memory"]))
     result["peer"] = arguments.peer and json.loads(arguments.peer.read_text())
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +165,31 @@ def gpu_state() -> dict[str, Any]:
         [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
     )
     return dict(zip(fields, map(str.strip, done.stdout.strip().split(",")), strict=True))
+
+
+def planned_and_used(ledger: MemoryLedger, gpu: dict[str, Any]) -> dict[str, float]:
+    """What the ledger sums up to against what the driver says is used, in bytes, after a run.
+
+    The difference is in percent of the plan. The driver counts what all processes use.
+
+    Args:
+        gpu: as `gpu_state` gives it.
+    """
+    parts = (ledger.at_start, ledger.weights, ledger.activations, ledger.graphs, ledger.kv_cache)
+    planned, used = sum(parts), int(gpu["memory.used"]) << 20
+    return {
+        "planned": planned,
+        "used": used,
+        "difference_percent": 100 * (used - planned) / planned,
+    }
+
+
+def describe_memory(memory: dict[str, float]) -> str:
+    """One line, from `planned_and_used`."""
+    return (
+        f"memory: planned {memory['planned'] / GIB:.2f} GiB, used {memory['used'] / GIB:.2f} GiB "
+        f"({memory['difference_percent']:+.2f}%)"
+    )
 
 
 class EngineBench:

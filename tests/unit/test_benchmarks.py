@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from benchmarks import bench_engine, bench_serving, fake_core
-from benchmarks.bench_engine import MODELS, engine_options, find_model, parse_arguments
+from benchmarks.bench_engine import (
+    MODELS,
+    describe_memory,
+    engine_options,
+    find_model,
+    parse_arguments,
+    planned_and_used,
+)
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
@@ -29,6 +36,7 @@ from moe_engine.config.flat import build_config
 from moe_engine.engine import launcher
 from moe_engine.engine.memory import weight_bytes
 from moe_engine.text.tokenizer import Tokenizer
+from moe_engine.types.messages import MemoryLedger
 
 QWEN3_30B = ModelConfig.from_directory(MODELS / "qwen3-30b-a3b")
 RESULTS = MODELS.parent / "results"
@@ -130,6 +138,26 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     assert [row["shape"] for row in result["prefill"]] == ["4x16", "1x64"]
     assert result["check"]["num_equal_together"] == result["check"]["num_equal_mixed"] == 8
     assert 0 < sum(result["engine"]["startup_s"].values()) <= result["start_s"]
+    assert result["engine"]["memory"]["weights"] > 0
+    assert "memory" not in result, "there is no driver to ask about a CPU's memory"
+
+
+def test_the_ledger_is_held_against_what_the_driver_says_is_used():
+    ledger = MemoryLedger(
+        total=150109880320,
+        at_start=552402944,
+        weights=61064245248,
+        activations=1740636160,
+        graphs_reserved=592183296,
+        graphs=310378496,
+        kv_cache=70899990528,
+        free=17034248192,
+    )
+    memory = planned_and_used(ledger, {"memory.used": "128087"})
+    assert memory["planned"] == 134_567_653_376
+    assert memory["used"] == 128087 * 1024 * 1024
+    assert memory["difference_percent"] == pytest.approx(-0.192, abs=1e-3)
+    assert describe_memory(memory) == "memory: planned 125.33 GiB, used 125.08 GiB (-0.19%)"
 
 
 def test_every_token_of_the_synthetic_tokenizer_is_a_text_of_its_own(tmp_path):

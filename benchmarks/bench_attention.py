@@ -4,8 +4,9 @@
     python -m benchmarks.bench_attention --json FILE --tune   # time candidates for the tables
 
 Heads as in Qwen3-30B-A3B: 32 query heads, 4 KV heads, 128 wide, bfloat16. Every kernel is checked
-against float32 attention first. Decode reads bytes, prefill does arithmetic, so their ceilings are
-a copy's bytes/s and a product's FLOP/s, both measured in the same run.
+against float32 attention first. The ceilings (`benchmarks.ceilings`) are measured in the same run:
+decode is held against reading, prefill against a matrix product, and the preparation of queries and
+keys, which writes as much as it reads, against copying.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks import attention_cases as cases
+from benchmarks import ceilings
 from benchmarks.attention_tune import tune
-from benchmarks.gpu_timing import measure_ceilings, num_rotations, seconds_per_call
+from benchmarks.gpu_timing import num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
@@ -66,39 +68,33 @@ def main() -> None:
         sys.exit("bench_attention needs an NVIDIA GPU")
     torch.manual_seed(0)
     start = time.perf_counter()
-    ceilings = measure_ceilings()
+    machine_ceilings = ceilings.run("cuda")
     cache = cases.make_cache()
     result: dict[str, Any] = {
         "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
-        "ceilings": ceilings,
+        "ceilings": machine_ceilings,
     }
-    print(
-        f"{torch.cuda.get_device_name()}: copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
-        f"matmul {ceilings['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s"
-    )
+    print(ceilings.describe(machine_ceilings))
     if arguments.tune:
         result["tune"] = tune(cache)
     else:
-        result["rows"] = measure(cache, ceilings)
+        result["rows"] = measure(cache, machine_ceilings)
     result["seconds"] = time.perf_counter() - start
     print(f"{result['seconds']:.0f} s in all")
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(cache: Cache, ceilings: dict[str, float]) -> list[Row]:
+def measure(cache: Cache, machine_ceilings: dict[str, Any]) -> list[Row]:
     """Check and time every kernel as it is committed."""
     rows: list[Row] = []
 
     def add(row: Row) -> None:
-        if "bytes_per_s" in row:
-            rate, ceiling = row["bytes_per_s"], ceilings["copy_bytes_per_s"]
-        else:
-            rate, ceiling = row["flop_per_s"], ceilings["matmul_flop_per_s"]
-        row["share_of_ceiling"] = rate / ceiling
+        rate = row["bytes_per_s" if "bytes_per_s" in row else "flop_per_s"]
+        row["share_of_ceiling"] = rate / ceilings.rate(machine_ceilings, row["ceiling"])
         peer = f"{row['peer_us']:7.1f}" if row.get("peer_us") else "      -"
         print(
             f"{row['kernel']:<22} {row['case']:<18} {row['us']:8.1f} us  peer {peer}  "
-            f"{rate / 1e12:7.2f} T/s  {100 * row['share_of_ceiling']:5.1f} %  "
+            f"{rate / 1e12:7.2f} T/s  {row['share_of_ceiling']:6.1%} of {row['ceiling']:<6} "
             f"error {row['error']:.1e}",
             flush=True,
         )
@@ -171,6 +167,7 @@ def norm_rope_row(num_tokens: int, cache: Cache) -> Row:
         "case": f"{num_tokens} tokens",
         "us": seconds * 1e6,
         "bytes_per_s": num_bytes / seconds,
+        "ceiling": "copy",
         "error": error,
     }
 
@@ -252,6 +249,7 @@ def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> l
                 "case": f"{batch_size} x {context}",
                 "us": seconds * 1e6,
                 "bytes_per_s": num_bytes / seconds,
+                "ceiling": "read",
                 "error": error,
             }
         )
@@ -308,9 +306,9 @@ def _timed(
     seconds = seconds_per_call([partial(attend, one) for one in inputs])
     rate: Row = {}
     if num_bytes is not None:
-        rate["bytes_per_s"] = num_bytes / seconds
+        rate |= {"bytes_per_s": num_bytes / seconds, "ceiling": "read"}
     if flop is not None:
-        rate["flop_per_s"] = flop / seconds
+        rate |= {"flop_per_s": flop / seconds, "ceiling": "matmul"}
     return {"us": seconds * 1e6, "error": error, **rate}
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,17 +36,16 @@ import msgspec
 from benchmarks import ceilings
 from benchmarks.decode_floor import slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts, run_batch
+from benchmarks.gpu_state import gpu_state
+from benchmarks.options import MODELS, find_model, int_list, plain_options
 from benchmarks.peer import read_peer
 from benchmarks.report import print_decode, print_prefill
 from moe_engine import MoEEngine
 from moe_engine.checkpoint.skew import zipf_popularity
 from moe_engine.config import ModelConfig
 from moe_engine.config.engine import GIB
-from moe_engine.config.flat import flat_options
-from moe_engine.config.yaml import load_yaml
 from moe_engine.types.messages import MemoryLedger
 
-MODELS = Path(__file__).parent / "models"
 PREFILL_STEPS = (8, 16)
 CHECKED_PROMPTS, CHECKED_TOKENS = 8, 32
 
@@ -87,7 +85,8 @@ def main() -> None:
     result["peer"] = arguments.peer and json.loads(arguments.peer.read_text())
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2).replace(f"{MODELS}/", "")  # not where this checkout is
+        arguments.json.write_text(text + "\n")
         print(f"written to {arguments.json}")
 
 
@@ -111,11 +110,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def int_list(text: str) -> list[int]:
-    """``1,8`` as [1, 8]."""
-    return [int(part) for part in text.split(",")]
-
-
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `MoEEngine`: the YAML file's, then what the benchmark needs."""
     values = plain_options(arguments.config, [])
@@ -137,34 +131,6 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     values |= plain_options(None, arguments.set)
     values["model"] = find_model(arguments.model or values.get("model"))
     return values
-
-
-def plain_options(config: Path | None, assignments: list[str]) -> dict[str, Any]:
-    """The engine's options in a YAML file, then those given as ``name=value``; flat."""
-    known = flat_options()
-    values = load_yaml(config) if config else {}
-    values = {name: v for name, v in values.items() if known[name].section != "server"}
-    for assignment in assignments:
-        name, _, text = assignment.partition("=")
-        values[name] = known[name].parse(text)
-    return values
-
-
-def find_model(name: str | None) -> str | None:
-    """A directory as it is, a name as its directory in benchmarks/models/."""
-    if name is None or Path(name).is_dir():
-        return name
-    return str(MODELS / name.lower())
-
-
-def gpu_state() -> dict[str, Any]:
-    """Name, driver and memory of the first GPU, from nvidia-smi, in its units (MiB)."""
-    fields = ("name", "driver_version", "memory.used", "memory.total")
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}"]
-    done = subprocess.run(
-        [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
-    )
-    return dict(zip(fields, map(str.strip, done.stdout.strip().split(",")), strict=True))
 
 
 def planned_and_used(ledger: MemoryLedger, gpu: dict[str, Any]) -> dict[str, float]:
@@ -204,7 +170,7 @@ class EngineBench:
     ) -> None:
         self._engine = engine
         self._arguments = arguments
-        self._bandwidth = machine["read_gb_per_s"] * 1e9
+        self._bandwidth = ceilings.rate(machine, "read")
         self._model: ModelConfig = engine._front_end.model_config
         num_experts, top_k = self._model.num_experts, self._model.num_experts_per_tok
         skew = options["dummy_expert_skew"]

@@ -5,8 +5,8 @@
 Every implementation in `ops.moe.EXPERT_FFNS` that a CUDA graph can hold is compared with the
 float32 reference first, and the benchmark ends if one is wrong. A time is a graph's of many calls
 that go round several layers' weights, so weights come from memory, divided by their number. The
-weight bytes of the experts hit, over the time, are set against a device copy's rate, and the
-operations against a large matrix product's, both of the same run.
+weight bytes of the experts hit, over the time, are set against the rate of reading, and the
+operations against a large matrix product's, both of the same run (`benchmarks.ceilings`).
 
 ``--tune`` instead times the configurations of `benchmarks.tune_moe` and prints the best ones.
 """
@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_timing import measure_ceilings
+from benchmarks import ceilings
 from benchmarks.machine import describe_machine
 from benchmarks.moe_workload import Batch, Dims, Layer, make_batches, microseconds
+from benchmarks.options import int_list
 from benchmarks.tune_moe import tune
 from moe_engine.ops import hopper, moe
 from moe_engine.ops.reference import moe as reference
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument(
-        "--tokens", type=_int_list, default=_int_list("1,2,4,8,16,32,64,128,256,512,1024,4096,8192")
+        "--tokens", type=int_list, default=int_list("1,2,4,8,16,32,64,128,256,512,1024,4096,8192")
     )
     parser.add_argument("--skew", choices=["even", "zipf"], default="even")
     parser.add_argument("--tune", action="store_true", help="time candidate configurations")
@@ -61,7 +62,7 @@ def main() -> None:
     zipf = options.skew == "zipf"
     results: dict[str, Any] = {
         "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
-        "ceilings": measure_ceilings(),
+        "ceilings": ceilings.run("cuda"),
         "dims": vars(dims),
         "skew": options.skew,
     }
@@ -99,7 +100,7 @@ def bench_experts(
     layers: list[Layer],
     num_tokens: int,
     zipf: bool,
-    ceilings: dict[str, float],
+    machine_ceilings: dict[str, Any],
     names: Sequence[str],
 ) -> dict[str, Any]:
     """Microseconds of the implementations ``names`` and of Triton's parts, at one batch size."""
@@ -117,8 +118,8 @@ def bench_experts(
     weight_bytes = num_hit * dims.expert_bytes
     operations = num_tokens * dims.top_k * 6 * dims.hidden * dims.intermediate
     row["floor_us"] = max(
-        weight_bytes / ceilings["copy_bytes_per_s"] * 1e6,
-        operations / ceilings["matmul_flop_per_s"] * 1e6,
+        weight_bytes / ceilings.rate(machine_ceilings, "read") * 1e6,
+        operations / ceilings.rate(machine_ceilings, "matmul") * 1e6,
     )
     row["tb_per_s"] = {name: weight_bytes / row["us"][name] / 1e6 for name in names}
     row["tflops"] = {name: operations / row["us"][name] / 1e6 for name in names}
@@ -267,10 +268,6 @@ def bench_greedy(num_rows: int) -> dict[str, Any]:
     us = microseconds([lambda: greedy_tokens(logits_BV)] * 16)
     print(f"greedy, {num_rows} rows: {us:.2f} us", flush=True)
     return {"rows": num_rows, "us": us, "tb_per_s": logits_BV.nbytes / us / 1e6}
-
-
-def _int_list(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from typing import Any
 import httpx
 
 from benchmarks import fake_core
-from benchmarks.bench_engine import find_model, plain_options
 from benchmarks.driver import percentile, random_prompts, run_batch
+from benchmarks.options import find_model, plain_options
 from benchmarks.stream_client import Clients, Stream
 from benchmarks.synthetic_tokenizer import write_tokenizer
 from moe_engine import MoEEngine

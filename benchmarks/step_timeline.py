@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench_engine import plain_options
 from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.options import plain_options
 
 WARM_UP_STEPS, RECORDED_STEPS = 8, 5
 SHORT_NAME_LENGTH = 60

@@ -8,18 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_engine, bench_serving, fake_core
+from benchmarks import bench_engine, bench_serving, ceilings, fake_core
 from benchmarks.bench_engine import (
-    MODELS,
     describe_memory,
     engine_options,
-    find_model,
     parse_arguments,
     planned_and_used,
 )
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
+from benchmarks.options import MODELS, find_model
 from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
     Kernel,
@@ -134,6 +133,8 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     bench_engine.main()
     result = json.loads(output.read_text())
     assert [row["batch"] for row in result["decode"]] == [1, 3]
+    machine = result["ceilings"]
+    assert machine["read_gb_per_s"] == max(machine["copy_gb_per_s"], machine["sum_gb_per_s"]) > 0.1
     assert all(row["floor_ms"] > 0 and row["interval_ms"]["p50"] > 0 for row in result["decode"])
     assert [row["shape"] for row in result["prefill"]] == ["4x16", "1x64"]
     assert result["check"]["num_equal_together"] == result["check"]["num_equal_mixed"] == 8
@@ -158,6 +159,15 @@ def test_the_ledger_is_held_against_what_the_driver_says_is_used():
     assert memory["used"] == 128087 * 1024 * 1024
     assert memory["difference_percent"] == pytest.approx(-0.192, abs=1e-3)
     assert describe_memory(memory) == "memory: planned 125.33 GiB, used 125.08 GiB (-0.19%)"
+
+
+def test_each_ceiling_is_in_its_unit():
+    h200 = {"read_gb_per_s": 4416.9, "copy_gb_per_s": 4225.8, "matmul_tflop_per_s": 791.3}
+    rates = {kind: ceilings.rate(h200, kind) for kind in ("read", "copy", "matmul")}
+    assert rates == pytest.approx({"read": 4416.9e9, "copy": 4225.8e9, "matmul": 791.3e12})
+    assert ceilings.describe({"device": "NVIDIA H200"} | h200) == (
+        "NVIDIA H200: reads 4.42 TB/s, copies 4.23 TB/s, multiplies 791 TFLOP/s"
+    )
 
 
 def test_every_token_of_the_synthetic_tokenizer_is_a_text_of_its_own(tmp_path):

@@ -13,8 +13,10 @@ repeat the same token and need fewer, as the share of distinct tokens in the res
   of a run decode together, the median over the repetitions. Percentiles of the same intervals stand
   beside it.
 - Prefill is the slope between prompts for 8 and for 16 steps of ``--prefill-tokens`` tokens.
-- The floor is the time to read once what a step must read (`decode_floor`), at the bandwidth that
-  this machine showed just before (`ceilings`).
+- The start is the time that ``MoEEngine(...)`` takes; what this process had imported before stands
+  beside it as ``imports_s``.
+- The floor is the time to read once what a step must read (`decode_floor`), at the rate of
+  reading that this machine showed just before (`ceilings`).
 - After the run, what the memory ledger sums up to is held against what the driver says is used.
 - ``--check`` decodes the same prompts alone, in one batch, and beside others, and counts outputs
   that are the same token by token. Kernels that add in another order for another batch may
@@ -27,6 +29,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from typing import Any
 import msgspec
 
 from benchmarks import ceilings
+from benchmarks.clock import process_start
 from benchmarks.decode_floor import slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts, run_batch
 from benchmarks.gpu_state import gpu_state
@@ -52,13 +56,19 @@ CHECKED_PROMPTS, CHECKED_TOKENS = 8, 32
 
 def main() -> None:
     """Measure, print and save."""
+    imports_s = time.perf_counter() - process_start()
     arguments = parse_arguments()
     options = engine_options(arguments)
-    peer = read_peer(arguments.peer) if arguments.peer else None
+    peers = [read_peer(path) for path in arguments.peer]
     device = "cpu" if options["device"] == "cpu" else "cuda"
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "options": options,
+        "workload": {
+            name: getattr(arguments, name)
+            for name in ("input", "output", "temperature", "repetitions")
+        },
+        "imports_s": imports_s,
         "ceilings": ceilings.run(device),
     }
     if device == "cuda":
@@ -74,15 +84,15 @@ def main() -> None:
         if arguments.check:
             result["check"] = bench.check()
         result["decode"] = [bench.decode(batch) for batch in arguments.batches]
-        print_decode(result["decode"], peer)
+        print_decode(result["decode"], peers)
         if arguments.prefill_tokens:
             result["prefill"] = bench.prefill(arguments.prefill_tokens)
-            print_prefill(result["prefill"], peer)
+            print_prefill(result["prefill"], peers)
         if device == "cuda":
             result["gpu_after"] = gpu_state()
             result["memory"] = planned_and_used(engine.info.memory, result["gpu_after"])
             print(describe_memory(result["memory"]))
-    result["peer"] = arguments.peer and json.loads(arguments.peer.read_text())
+    result["peers"] = [asdict(peer) for peer in peers]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=2).replace(f"{MODELS}/", "")  # not where this checkout is
@@ -105,7 +115,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="of a step; 0 leaves out")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--peer", type=Path, help="a file that benchmarks.peer has written")
+    parser.add_argument(
+        "--peer", type=Path, action="append", default=[], help="a file that benchmarks.peer wrote"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
 

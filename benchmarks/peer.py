@@ -38,7 +38,7 @@ class Peer:
         peer: name and version.
         device: name of the GPU.
         input: tokens of a prompt of the decode figures.
-        start_s: seconds until it was ready.
+        start_s: seconds from before its imports until it was ready.
         decode_step_ms: batch size -> milliseconds of a decode step.
         prefill_tok_per_s: ``prompts x length`` of a step -> prompt tokens per second.
     """

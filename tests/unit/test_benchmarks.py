@@ -128,7 +128,8 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     config = MODELS.parents[1] / "configs" / "demo-cpu.yaml"
     command = f"bench --config {config} --load-format auto --batches 1,3 --input 16 --output 8"
     command += f" --prefill-tokens 64 --repetitions 1 --check --json {output}"
-    command += f" --peer {RESULTS / 'peer_vllm_h200.json'}"
+    peer = RESULTS / "peer_vllm_h200.json"
+    command += f" --peer {peer} --peer {peer}"
     monkeypatch.setattr(sys, "argv", command.split())
     bench_engine.main()
     result = json.loads(output.read_text())
@@ -140,6 +141,10 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     assert result["check"]["num_equal_together"] == result["check"]["num_equal_mixed"] == 8
     assert 0 < sum(result["engine"]["startup_s"].values()) <= result["start_s"]
     assert result["engine"]["memory"]["weights"] > 0
+    assert result["imports_s"] > 0
+    assert result["workload"] == {"input": 16, "output": 8, "temperature": 0, "repetitions": 1}
+    assert result["peers"] == 2 * [json.loads(peer.read_text())]
+    assert str(MODELS.parents[1]) not in output.read_text()
     assert "memory" not in result, "there is no driver to ask about a CPU's memory"
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_engine, bench_serving, ceilings, fake_core
+from benchmarks import bench_engine, bench_serving, ceilings, fake_core, step_timeline
 from benchmarks.bench_engine import (
     describe_memory,
     engine_options,
@@ -224,6 +224,29 @@ def test_a_steps_kernels_are_summed_by_name_and_layer():
     slow, fast = [Kernel("a", 0.0, 9.0)], [Kernel("a", 0.0, 1.0)]
     assert median_step([slow, kernels, fast]) is kernels
     assert span_us([]) == 0
+
+
+def test_recorded_steps_draw_their_tokens(monkeypatch, tmp_path):
+    prepared = []
+
+    class FakeBench:
+        model, num_layers = "m", 2
+
+        def __init__(self, *arguments):
+            pass
+
+        def prepare(self, batch, num_input, temperature=0.0):
+            prepared.append((batch, num_input, temperature))
+            return lambda: None
+
+    output = tmp_path / "timeline.json"
+    monkeypatch.setattr(sys, "argv", f"t --batches 1,8 --input 16 --json {output}".split())
+    monkeypatch.setattr(step_timeline, "DecodeBench", FakeBench)
+    monkeypatch.setattr(step_timeline, "record", lambda step: [Kernel("a", 0.0, 2.0)])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    step_timeline.main()
+    assert prepared == [(1, 16, 1.0), (8, 16, 1.0)]
+    assert json.loads(output.read_text())["temperature"] == 1.0
 
 
 def test_only_what_ran_on_the_device_is_a_kernel():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import moe_workload, small_kernels, tune_moe
+from benchmarks import bench_sampling, moe_workload, small_kernels, tune_moe
 from benchmarks.moe_workload import Batch, Dims, Layer, check_routing, check_rows
 from moe_engine.ops import hopper, moe
 from moe_engine.ops.reference import moe as reference
@@ -209,3 +209,33 @@ def test_every_output_of_norm_and_router_is_checked(number: int) -> None:
     found[number] = found[number].flip(0)
     with pytest.raises(SystemExit, match="norm_router"):
         small_kernels.check_norm_router(x_RH, residual_RH, weight_H, gate_EH, tuple(found))
+
+
+@pytest.fixture
+def sampling_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Logits to sample from; every call takes 2 microseconds."""
+    monkeypatch.setattr(bench_sampling, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_sampling, "VOCAB_SIZE", 2000)
+    monkeypatch.setattr(bench_sampling, "num_rotations", lambda num_bytes: 2)
+    monkeypatch.setattr(bench_sampling, "launch_seconds", lambda call: 1e-6)
+    monkeypatch.setattr(bench_sampling, "seconds_per_call", lambda calls: 2e-6)
+    return bench_sampling.make_logits(9, spread=3.0)
+
+
+def test_sampling_is_held_against_reading_the_logits_once(sampling_on_the_cpu: Any) -> None:
+    for row in (
+        bench_sampling.measure("mixed", 3.0, sampling_on_the_cpu, READING),
+        bench_sampling.measure_argmax(3.0, sampling_on_the_cpu, READING),
+    ):
+        assert row["share_of_reading"] == pytest.approx(9 * 2000 * 2 / 2e-6 / READING)
+        assert "1800.0% of reading" in bench_sampling.describe(row)
+
+
+def test_wrong_samples_are_not_timed(sampling_on_the_cpu: Any, monkeypatch: Any) -> None:
+    for name in ("sample_tokens", "greedy_tokens"):
+        monkeypatch.setattr(bench_sampling, name, lambda logits, *_: logits.argmin(dim=1))
+    monkeypatch.setattr(bench_sampling, "seconds_per_call", lambda calls: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match="row 0"):
+        bench_sampling.measure("top_p 0.95", 3.0, sampling_on_the_cpu, READING)
+    with pytest.raises(AssertionError, match="row 0"):
+        bench_sampling.measure_argmax(3.0, sampling_on_the_cpu, READING)

@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode_floor import slope
-
 # Repetitions may exceed the fastest by this share of it.
 SPREAD = 0.25
 # Of three or more, stragglers do no harm once the two fastest are this close.
@@ -107,12 +105,12 @@ def decode_step_ms(line: dict[str, Any]) -> float:
     Raises:
         ValueError: the repetitions do not agree.
     """
-    shorter, longer = sorted((int(length), seconds) for length, seconds in line["raw"].items())[-2:]
-    points = [
-        (length, fastest(seconds, f"batch {line['batch']}, {length} tokens"))
-        for length, seconds in (shorter, longer)
-    ]
-    return round(slope(*points) * 1e3, 4)
+    shorter, longer = sorted(map(int, line["raw"]))[-2:]
+    short_s, long_s = (
+        fastest(line["raw"][str(length)], f"batch {line['batch']}, {length} tokens")
+        for length in (shorter, longer)
+    )
+    return round((long_s - short_s) / (longer - shorter) * 1e3, 4)
 
 
 def fastest(seconds: list[float], name: str) -> float:

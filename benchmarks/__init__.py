@@ -5,5 +5,11 @@ python -m benchmarks.bench_engine        the whole engine: steps, prefill, start
 python -m benchmarks.bench_serving       streams over HTTP, against the same work offline
 python -m benchmarks.step_timeline       a decode step on a GPU, kernel by kernel
 python -m benchmarks.tune_decode         decode steps with each way of attending
+python -m benchmarks.start_timeline      a start on a GPU, phase by phase
+python -m benchmarks.bench_expert_ffn    the kernels of the MoE layer and the small ones on a GPU
+python -m benchmarks.bench_attention     those of attention
+python -m benchmarks.bench_sampling      those of sampling
+python -m benchmarks.peer                another engine's figures, as bench_engine takes them
+python -m benchmarks.ceilings            what the machine can do at most
 python -m benchmarks.plot                plots and the README's table from the JSON
 """

@@ -1,5 +1,7 @@
 """Candidates for the launch tables of the attention kernels, timed one against the other.
 
+Each is compared with float32 before it is timed, and the run ends if one is wrong.
+
 A decode's tiles decide its output's bits, so one row of tiles must serve every batch; its splits
 and stages may differ from batch to batch. So the table has the best launch for each kind of tiles.
 """
@@ -71,12 +73,11 @@ NORM_ROPE_LAUNCHES = (
 )  # fmt: skip
 NORM_ROPE_TOKENS = (1, 8, 64, 256, 8192)
 
-Cache = tuple[torch.Tensor, torch.Tensor]
 Timed = dict[str, Any]
 Step = tuple[cases.Inputs, cases.Projection]
 
 
-def tune(cache: Cache) -> list[Timed]:
+def tune(cache: cases.Cache) -> list[Timed]:
     """Time all candidates; prints the best for each case and returns everything."""
     return [*_tune_norm_rope(cache), *_tune_decode(cache), *_tune_prefill(cache)]
 
@@ -98,13 +99,13 @@ def _compile(calls: Iterable[Callable[[], object]]) -> list[bool]:
     return works
 
 
-def _tune_decode(cache: Cache) -> list[Timed]:
+def _tune_decode(cache: cases.Cache) -> list[Timed]:
     use_pdl = supports_pdl(cache[0].device)
     inputs = {case[:2]: _decode_inputs(case[0], case[1]) for case in DECODE_CASES}
 
     def call(
         step: Step, tiles: DecodeTiles, launch: DecodeLaunch, last_arriver: bool
-    ) -> Callable[[], None]:
+    ) -> Callable[[], torch.Tensor]:
         one, new = step
         out = torch.empty_like(one.q_TND)
         batch = one.batch
@@ -112,11 +113,25 @@ def _tune_decode(cache: Cache) -> list[Timed]:
             new.norms.q_weight_D, new.norms.k_weight_D, new.rope.cos_PF, new.rope.sin_PF,
             new.positions_T, batch.slots_T,
         )  # fmt: skip
-        return lambda: paged_decode(
-            new.qkv_TX, *cache, batch.block_tables_SB, batch.context_lens_S, cases.SCALE, out,
-            prepare=prepare, eps=new.norms.eps, tiles=tiles, launch=launch,
-            last_arriver=last_arriver, use_pdl=use_pdl,
-        )  # fmt: skip
+
+        def run() -> torch.Tensor:
+            paged_decode(
+                new.qkv_TX, *cache, batch.block_tables_SB, batch.context_lens_S, cases.SCALE, out,
+                prepare=prepare, eps=new.norms.eps, tiles=tiles, launch=launch,
+                last_arriver=last_arriver, use_pdl=use_pdl,
+            )  # fmt: skip
+            return out
+
+        return run
+
+    def microseconds(
+        case: tuple[int, int | str], tiles: DecodeTiles, launch: DecodeLaunch, last_arriver: bool
+    ) -> float:
+        calls = [call(step, tiles, launch, last_arriver) for step in inputs[case]]
+        merge = "last" if last_arriver else "2nd"
+        name = f"decode {case[0]} x {case[1]}, {tiles}, {launch}, {merge}"
+        cases.check_decode(name, *inputs[case][0], cache, calls[0])
+        return seconds_per_call(calls, REPLAYS) * 1e6
 
     smallest = inputs[(1, 576)][0]
     variants = [
@@ -144,15 +159,12 @@ def _tune_decode(cache: Cache) -> list[Timed]:
                     if variant not in working:
                         continue
                     launch = DecodeLaunch(num_splits, min_tokens, num_stages)
-                    calls = [
-                        call(one, tiles, launch, last) for one in inputs[(batch_size, context)]
-                    ]
                     row = {
                         "kernel": "decode",
                         "case": [batch_size, context],
                         "tiles": [tiles.tile, tiles.num_warps],
                         "launch": [num_splits, min_tokens, num_stages, "last" if last else "2nd"],
-                        "us": seconds_per_call(calls, REPLAYS) * 1e6,
+                        "us": microseconds((batch_size, context), tiles, launch, last),
                     }
                     timed.append(row)
                     if best is None or row["us"] < best["us"]:
@@ -160,10 +172,7 @@ def _tune_decode(cache: Cache) -> list[Timed]:
             if best is not None:
                 for num_prefetched in NUM_PREFETCHED:
                     launch = replace(best_launch, num_prefetched=num_prefetched)
-                    calls = [
-                        call(one, tiles, launch, best_last) for one in inputs[(batch_size, context)]
-                    ]
-                    us = seconds_per_call(calls, REPLAYS) * 1e6
+                    us = microseconds((batch_size, context), tiles, launch, best_last)
                     timed.append(best | {"num_prefetched": num_prefetched, "us": us})
                 how = ",".join(map(str, best["launch"]))
                 columns.append(f"{tiles.tile}x{tiles.num_warps} {best['us']:.1f} ({how})")
@@ -173,7 +182,7 @@ def _tune_decode(cache: Cache) -> list[Timed]:
 
 def _decode_inputs(batch_size: int, context: int | str) -> list[Step]:
     contexts = cases.decode_contexts(batch_size, context)
-    num_bytes = sum(contexts) * cases.TOKEN_BYTES * 2
+    num_bytes = sum(contexts) * cases.token_bytes(2)
     inputs = [
         cases.make_inputs([(1, length) for length in contexts])
         for _ in range(num_rotations(num_bytes))
@@ -181,17 +190,22 @@ def _decode_inputs(batch_size: int, context: int | str) -> list[Step]:
     return list(zip(inputs, cases.make_projections(inputs), strict=True))
 
 
-def _tune_prefill(cache: Cache) -> list[Timed]:
+def _tune_prefill(cache: cases.Cache) -> list[Timed]:
     inputs = {name: cases.make_inputs(lens) for name, lens in PREFILL_CASES.items()}
 
-    def call(one: cases.Inputs, tiles: PrefillTiles) -> Callable[[], None]:
+    def call(one: cases.Inputs, tiles: PrefillTiles) -> Callable[[], torch.Tensor]:
         out = torch.empty_like(one.q_TND)
         batch = one.batch
         query_lens = [span.query_len for span in batch.prefills]
-        return lambda: paged_prefill(
-            one.q_TND, *cache, batch.block_tables_SB, batch.context_lens_S, batch.query_starts_S,
-            0, query_lens, cases.SCALE, out, tiles=tiles,
-        )  # fmt: skip
+
+        def run() -> torch.Tensor:
+            paged_prefill(
+                one.q_TND, *cache, batch.block_tables_SB, batch.context_lens_S,
+                batch.query_starts_S, 0, query_lens, cases.SCALE, out, tiles=tiles,
+            )  # fmt: skip
+            return out
+
+        return run
 
     works = _compile(call(inputs["2048 after 6144"], tiles) for tiles in PREFILL_TILES)
     timed: list[Timed] = []
@@ -202,37 +216,39 @@ def _tune_prefill(cache: Cache) -> list[Timed]:
         shape = [tiles.rows, tiles.keys, tiles.num_warps, tiles.num_stages]
         columns = []
         for name, one in inputs.items():
-            us = seconds_per_call([call(one, tiles)], REPLAYS) * 1e6
+            run = call(one, tiles)
+            cases.check(f"prefill {name}, {tiles}", cases.worst_difference(one, cache, run()))
+            us = seconds_per_call([run], REPLAYS) * 1e6
             columns.append(f"{name} {us:.0f}")
             timed.append({"kernel": "prefill", "case": name, "tiles": shape, "us": us})
         print(f"{shape!s:<20}", " | ".join(columns), flush=True)
     return timed
 
 
-def _tune_norm_rope(cache: Cache) -> list[Timed]:
-    width = (cases.NUM_HEADS + 2 * cases.NUM_KV_HEADS) * cases.HEAD_DIM
-    q_weight_D, k_weight_D = torch.rand(2, cases.HEAD_DIM, device="cuda").bfloat16()
-    angles = torch.rand(40960, cases.HEAD_DIM // 2, device="cuda")
-    order = torch.randperm(cases.NUM_BLOCKS * cases.BLOCK_SIZE, device="cuda")
+def _tune_norm_rope(cache: cases.Cache) -> list[Timed]:
+    order = torch.randperm(cases.NUM_BLOCKS * cases.BLOCK_SIZE, device=cases.DEVICE)
     use_pdl = supports_pdl(cache[0].device)
 
-    def call(num_tokens: int, launch: tuple[int, int, int]) -> Callable[[], torch.Tensor]:
-        qkv_TX = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)
-        positions_T = torch.randint(0, 40960, (num_tokens,), device="cuda")
+    def call(new: cases.Projection, launch: tuple[int, int, int]) -> Callable[[], torch.Tensor]:
+        norms, rope = new.norms, new.rope
         return lambda: norm_rope_write(
-            qkv_TX, q_weight_D, k_weight_D, 1e-6, angles, angles, positions_T, cache[0], cache[1],
-            order[:num_tokens], launch=launch, use_pdl=use_pdl,
+            new.qkv_TX, norms.q_weight_D, norms.k_weight_D, norms.eps, rope.cos_PF, rope.sin_PF,
+            new.positions_T, *cache, order[: len(new.qkv_TX)], launch=launch, use_pdl=use_pdl,
         )  # fmt: skip
 
-    works = _compile(call(8, launch) for launch in NORM_ROPE_LAUNCHES)
+    (smallest,) = cases.make_token_projections(8, 1)
+    works = _compile(call(smallest, launch) for launch in NORM_ROPE_LAUNCHES)
     timed: list[Timed] = []
     print("norm_rope_write, us, by (heads, tokens, warps), best four")
     for num_tokens in NORM_ROPE_TOKENS:
-        count = num_rotations(2 * 2 * num_tokens * width)
+        count = num_rotations(2 * 2 * num_tokens * cases.projection_width())
+        inputs = cases.make_token_projections(num_tokens, count)
         rows: list[Timed] = []
         for launch, fine in zip(NORM_ROPE_LAUNCHES, works, strict=True):
             if fine:
-                calls = [call(num_tokens, launch) for _ in range(count)]
+                calls = [call(new, launch) for new in inputs]
+                name = f"norm_rope_write of {num_tokens} tokens, {launch}"
+                cases.check_preparation(name, inputs[0], order[:num_tokens], cache, calls[0])
                 us = seconds_per_call(calls, REPLAYS) * 1e6
                 rows.append(
                     {"kernel": "norm_rope", "case": num_tokens, "launch": list(launch), "us": us}

@@ -13,8 +13,11 @@ repeat the same token and need fewer, as the share of distinct tokens in the res
   of a run decode together, the median over the repetitions. Percentiles of the same intervals stand
   beside it.
 - Prefill is the slope between prompts for 8 and for 16 steps of ``--prefill-tokens`` tokens.
-- The floor is the time to read once what a step must read (`decode_floor`), at the bandwidth that
-  this machine showed just before (`ceilings`).
+- The start is the time that ``MoEEngine(...)`` takes; what this process had imported before stands
+  beside it as ``imports_s``.
+- The floor is the time to read once what a step must read (`decode_floor`), at the rate of
+  reading that this machine showed just before (`ceilings`).
+- After the run, what the memory ledger sums up to is held against what the driver says is used.
 - ``--check`` decodes the same prompts alone, in one batch, and beside others, and counts outputs
   that are the same token by token. Kernels that add in another order for another batch may
   break near-ties of random weights differently; the count says how often.
@@ -25,8 +28,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,51 +37,66 @@ from typing import Any
 import msgspec
 
 from benchmarks import ceilings
+from benchmarks.clock import process_start
 from benchmarks.decode_floor import slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts, run_batch
+from benchmarks.gpu_state import gpu_state
+from benchmarks.options import MODELS, find_model, int_list, plain_options
 from benchmarks.peer import read_peer
 from benchmarks.report import print_decode, print_prefill
 from moe_engine import MoEEngine
 from moe_engine.checkpoint.skew import zipf_popularity
 from moe_engine.config import ModelConfig
-from moe_engine.config.flat import flat_options
-from moe_engine.config.yaml import load_yaml
+from moe_engine.config.engine import GIB
+from moe_engine.types.messages import MemoryLedger
 
-MODELS = Path(__file__).parent / "models"
 PREFILL_STEPS = (8, 16)
 CHECKED_PROMPTS, CHECKED_TOKENS = 8, 32
 
 
 def main() -> None:
     """Measure, print and save."""
+    imports_s = time.perf_counter() - process_start()
     arguments = parse_arguments()
     options = engine_options(arguments)
-    peer = read_peer(arguments.peer) if arguments.peer else None
+    peers = [read_peer(path) for path in arguments.peer]
     device = "cpu" if options["device"] == "cpu" else "cuda"
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "options": options,
+        "workload": {
+            name: getattr(arguments, name)
+            for name in ("input", "output", "temperature", "repetitions")
+        },
+        "imports_s": imports_s,
         "ceilings": ceilings.run(device),
-        "gpu_before": gpu_state() if device == "cuda" else None,
     }
+    if device == "cuda":
+        result["gpu_before"] = gpu_state()
     started = time.perf_counter()
     with MoEEngine(**options) as engine:
         result["start_s"] = time.perf_counter() - started
-        result["engine"] = msgspec.to_builtins(msgspec.structs.asdict(engine.info))
+        # By name: as a message, the ledger is an array.
+        memory = msgspec.structs.asdict(engine.info.memory)
+        result["engine"] = msgspec.structs.asdict(engine.info) | {"memory": memory}
         print(engine.info.summary, flush=True)
         bench = EngineBench(engine, options, result["ceilings"], arguments)
         if arguments.check:
             result["check"] = bench.check()
         result["decode"] = [bench.decode(batch) for batch in arguments.batches]
-        print_decode(result["decode"], peer)
+        print_decode(result["decode"], peers)
         if arguments.prefill_tokens:
             result["prefill"] = bench.prefill(arguments.prefill_tokens)
-            print_prefill(result["prefill"], peer)
-        result["gpu_after"] = gpu_state() if device == "cuda" else None
-    result["peer"] = arguments.peer and json.loads(arguments.peer.read_text())
+            print_prefill(result["prefill"], peers)
+        if device == "cuda":
+            result["gpu_after"] = gpu_state()
+            result["memory"] = planned_and_used(engine.info.memory, result["gpu_after"])
+            print(describe_memory(result["memory"]))
+    result["peers"] = [asdict(peer) for peer in peers]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2).replace(f"{MODELS}/", "")  # not where this checkout is
+        arguments.json.write_text(text + "\n")
         print(f"written to {arguments.json}")
 
 
@@ -97,14 +115,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="of a step; 0 leaves out")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--peer", type=Path, help="a file that benchmarks.peer has written")
+    parser.add_argument(
+        "--peer", type=Path, action="append", default=[], help="a file that benchmarks.peer wrote"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
-
-
-def int_list(text: str) -> list[int]:
-    """``1,8`` as [1, 8]."""
-    return [int(part) for part in text.split(",")]
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -130,32 +145,29 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def plain_options(config: Path | None, assignments: list[str]) -> dict[str, Any]:
-    """The engine's options in a YAML file, then those given as ``name=value``; flat."""
-    known = flat_options()
-    values = load_yaml(config) if config else {}
-    values = {name: v for name, v in values.items() if known[name].section != "server"}
-    for assignment in assignments:
-        name, _, text = assignment.partition("=")
-        values[name] = known[name].parse(text)
-    return values
+def planned_and_used(ledger: MemoryLedger, gpu: dict[str, Any]) -> dict[str, float]:
+    """What the ledger sums up to against what the driver says is used, in bytes, after a run.
+
+    The difference is in percent of the plan. The driver counts what all processes use.
+
+    Args:
+        gpu: as `gpu_state` gives it.
+    """
+    parts = (ledger.at_start, ledger.weights, ledger.activations, ledger.graphs, ledger.kv_cache)
+    planned, used = sum(parts), int(gpu["memory.used"]) << 20
+    return {
+        "planned": planned,
+        "used": used,
+        "difference_percent": 100 * (used - planned) / planned,
+    }
 
 
-def find_model(name: str | None) -> str | None:
-    """A directory as it is, a name as its directory in benchmarks/models/."""
-    if name is None or Path(name).is_dir():
-        return name
-    return str(MODELS / name.lower())
-
-
-def gpu_state() -> dict[str, Any]:
-    """Name, driver and memory of the first GPU, from nvidia-smi, in its units (MiB)."""
-    fields = ("name", "driver_version", "memory.used", "memory.total")
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}"]
-    done = subprocess.run(
-        [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
+def describe_memory(memory: dict[str, float]) -> str:
+    """One line, from `planned_and_used`."""
+    return (
+        f"memory: planned {memory['planned'] / GIB:.2f} GiB, used {memory['used'] / GIB:.2f} GiB "
+        f"({memory['difference_percent']:+.2f}%)"
     )
-    return dict(zip(fields, map(str.strip, done.stdout.strip().split(",")), strict=True))
 
 
 class EngineBench:
@@ -170,7 +182,7 @@ class EngineBench:
     ) -> None:
         self._engine = engine
         self._arguments = arguments
-        self._bandwidth = machine["read_gb_per_s"] * 1e9
+        self._bandwidth = ceilings.rate(machine, "read")
         self._model: ModelConfig = engine._front_end.model_config
         num_experts, top_k = self._model.num_experts, self._model.num_experts_per_tok
         skew = options["dummy_expert_skew"]

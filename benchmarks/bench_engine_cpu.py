@@ -37,8 +37,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
-from benchmarks import workload
-from benchmarks.machine import describe_machine, load_average, measure_ceilings, time_call
+from benchmarks import ceilings, workload
+from benchmarks.clock import time_call
+from benchmarks.machine import describe_machine, load_average
 from benchmarks.transformers_baseline import TransformersBaseline
 from moe_engine import MoEEngine, SamplingParams
 
@@ -68,7 +69,7 @@ def main() -> None:
 def measure(directory: Path, repetitions: int, stack: ExitStack) -> dict[str, Any]:
     """The content of the JSON file."""
     load_before = load_average()
-    ceilings = measure_ceilings()
+    machine_ceilings = ceilings.run("cpu")
     workload.save_checkpoint(directory)
     baseline = TransformersBaseline(directory)
     engines: dict[str, Contestant] = {}
@@ -104,7 +105,7 @@ def measure(directory: Path, repetitions: int, stack: ExitStack) -> dict[str, An
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": describe_machine(),
         "load_average": {"before": load_before, "after": load_average()},
-        "ceilings": ceilings,
+        "ceilings": machine_ceilings,
         "model": {
             **workload.MODEL,
             "dtype": "float32",

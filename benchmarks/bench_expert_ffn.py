@@ -1,12 +1,13 @@
-"""The MoE layer's pieces on one GPU: experts by every implementation, router, grouping, sums.
+"""The MoE layer's pieces on one GPU: experts by every implementation, and the small kernels.
 
     python -m benchmarks.bench_expert_ffn [--json FILE] [--tokens 1,8,64] [--skew zipf] [--tune]
 
 Every implementation in `ops.moe.EXPERT_FFNS` that a CUDA graph can hold is compared with the
 float32 reference first, and the benchmark ends if one is wrong. A time is a graph's of many calls
 that go round several layers' weights, so weights come from memory, divided by their number. The
-weight bytes of the experts hit, over the time, are set against a device copy's rate, and the
-operations against a large matrix product's, both of the same run.
+weight bytes of the experts hit, over the time, are set against the rate of reading, and the
+operations against a large matrix product's, both of the same run (`benchmarks.ceilings`). The
+small kernels (`small_kernels`) are set against the rate of reading by the bytes they move.
 
 ``--tune`` instead times the configurations of `benchmarks.tune_moe` and prints the best ones.
 """
@@ -22,18 +23,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_timing import measure_ceilings
+from benchmarks import ceilings
 from benchmarks.machine import describe_machine
 from benchmarks.moe_workload import Batch, Dims, Layer, make_batches, microseconds
+from benchmarks.options import int_list
+from benchmarks.small_kernels import (
+    against_reading,
+    bench_linear,
+    bench_norm_router,
+    bench_small,
+    describe,
+)
 from benchmarks.tune_moe import tune
 from moe_engine.ops import hopper, moe
-from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import sampling as sampling_reference
 from moe_engine.ops.sampling import greedy_tokens
 
 NUM_LAYERS = 3
-# Gate matrices for the router: more than the L2 cache holds.
-NUM_GATES = 256
 # An implementation this many times slower than the floor is not timed at larger batches.
 HOPELESS = 6.0
 VOCAB_SIZE = 151_936
@@ -49,7 +55,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument(
-        "--tokens", type=_int_list, default=_int_list("1,2,4,8,16,32,64,128,256,512,1024,4096,8192")
+        "--tokens", type=int_list, default=int_list("1,2,4,8,16,32,64,128,256,512,1024,4096,8192")
     )
     parser.add_argument("--skew", choices=["even", "zipf"], default="even")
     parser.add_argument("--tune", action="store_true", help="time candidate configurations")
@@ -61,7 +67,7 @@ def main() -> None:
     zipf = options.skew == "zipf"
     results: dict[str, Any] = {
         "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
-        "ceilings": measure_ceilings(),
+        "ceilings": ceilings.run("cuda"),
         "dims": vars(dims),
         "skew": options.skew,
     }
@@ -79,8 +85,13 @@ def main() -> None:
             row = bench_experts(dims, layers, num_tokens, zipf, results["ceilings"], names)
             results["experts"].append(row)
             names = [name for name in names if row["share_of_floor"][name] > 1 / HOPELESS]
-        results["small"] = [bench_small(dims, num_tokens, zipf) for num_tokens in options.tokens]
-        results["greedy"] = [bench_greedy(num_rows) for num_rows in GREEDY_ROWS]
+        reading = ceilings.rate(results["ceilings"], "read")
+        results["small"] = [
+            bench_small(dims, num_tokens, zipf, reading) for num_tokens in options.tokens
+        ]
+        results["linear"] = bench_linear(reading)
+        results["norm_router"] = bench_norm_router(dims.num_experts, dims.top_k, reading)
+        results["greedy"] = [bench_greedy(num_rows, reading) for num_rows in GREEDY_ROWS]
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -99,7 +110,7 @@ def bench_experts(
     layers: list[Layer],
     num_tokens: int,
     zipf: bool,
-    ceilings: dict[str, float],
+    machine_ceilings: dict[str, Any],
     names: Sequence[str],
 ) -> dict[str, Any]:
     """Microseconds of the implementations ``names`` and of Triton's parts, at one batch size."""
@@ -117,8 +128,8 @@ def bench_experts(
     weight_bytes = num_hit * dims.expert_bytes
     operations = num_tokens * dims.top_k * 6 * dims.hidden * dims.intermediate
     row["floor_us"] = max(
-        weight_bytes / ceilings["copy_bytes_per_s"] * 1e6,
-        operations / ceilings["matmul_flop_per_s"] * 1e6,
+        weight_bytes / ceilings.rate(machine_ceilings, "read") * 1e6,
+        operations / ceilings.rate(machine_ceilings, "matmul") * 1e6,
     )
     row["tb_per_s"] = {name: weight_bytes / row["us"][name] / 1e6 for name in names}
     row["tflops"] = {name: operations / row["us"][name] / 1e6 for name in names}
@@ -200,77 +211,20 @@ def _torch_grouped_mm(dims: Dims, batches: Sequence[Batch]) -> dict[str, float]:
         return {}
 
 
-def bench_small(dims: Dims, num_tokens: int, zipf: bool) -> dict[str, Any]:
-    """Microseconds of the kernels around the experts, at one batch size."""
-    num_calls = 256 if num_tokens <= 512 else 16
-    gates = torch.randn(
-        NUM_GATES, dims.num_experts, dims.hidden, device="cuda", dtype=torch.bfloat16
-    )
-    layer = Layer(gates, gates)
-    batch = Batch.random(dims, layer, num_tokens, zipf)
-    x_TH, ids_TK = batch.x_TH, batch.ids_TK
-    y_PH = torch.randn(ids_TK.numel(), dims.hidden, device="cuda", dtype=torch.bfloat16)
-    weight_H = torch.rand(dims.hidden, device="cuda").bfloat16()
-    num_tokens_1 = torch.tensor([num_tokens], dtype=torch.int32, device="cuda")
-    outputs = moe.ExpertOutputs(y_PH, ids_TK, batch.weights_TK)
-    _check_small(dims, gates[0], batch, y_PH)
+def bench_greedy(num_rows: int, reading: float) -> dict[str, Any]:
+    """Microseconds of the greedy choice; few rows' logits are in L2, where lm_head leaves them.
 
-    def route(i: int) -> object:
-        return moe.route(x_TH, gates[i % NUM_GATES], dims.top_k, True, num_tokens_1)
-
-    calls = range(num_calls)
-    row = {
-        "tokens": num_tokens,
-        "route": microseconds([partial(route, i) for i in calls]),
-        "group_by_expert": microseconds(
-            [lambda: moe.group_by_expert(ids_TK, dims.num_experts)] * num_calls
-        ),
-        "sum_choices": microseconds(
-            [lambda: moe.sum_choices(y_PH, ids_TK, batch.weights_TK)] * num_calls
-        ),
-        "sum_add_rms_norm": microseconds(
-            [lambda: moe.sum_add_rms_norm(outputs, x_TH, weight_H, 1e-6)] * num_calls
-        ),
-    }
-    print(", ".join(f"{name} {value:.2f}" for name, value in row.items()), flush=True)
-    return row
-
-
-def _check_small(dims: Dims, gate_EH: torch.Tensor, batch: Batch, y_PH: torch.Tensor) -> None:
-    """`SystemExit` if one of the small kernels is wrong."""
-    ids_TK, _ = moe.route(batch.x_TH, gate_EH, dims.top_k, True)
-    logits_TE = batch.x_TH.double() @ gate_EH.double().t()
-    chosen_TK = logits_TE.gather(1, ids_TK.long())
-    best_TK = logits_TE.topk(dims.top_k, dim=1).values
-    groups = moe.group_by_expert(batch.ids_TK, dims.num_experts)
-    offsets_E1, pairs_P = reference.group_by_expert(batch.ids_TK, dims.num_experts)
-    summed, expected = (
-        ops.sum_choices(y_PH, batch.ids_TK, batch.weights_TK).float() for ops in (moe, reference)
-    )
-    checks = {
-        "route": torch.allclose(chosen_TK, best_TK, rtol=1e-4, atol=1e-2),
-        "group_by_expert": torch.equal(groups.offsets_E1, offsets_E1)
-        and torch.equal(groups.pairs_P, pairs_P),
-        "sum_choices": torch.allclose(summed, expected, rtol=1e-2, atol=1e-2),
-    }
-    wrong = [name for name, is_right in checks.items() if not is_right]
-    if wrong:
-        raise SystemExit(f"wrong at {len(batch.x_TH)} tokens: {', '.join(wrong)}")
-
-
-def bench_greedy(num_rows: int) -> dict[str, Any]:
-    """Microseconds of the greedy choice; few rows' logits are in L2, where lm_head leaves them."""
+    Args:
+        reading: the machine's bytes/s.
+    """
     logits_BV = torch.randn(num_rows, VOCAB_SIZE, device="cuda", dtype=torch.bfloat16)
     expected_B = sampling_reference.greedy_tokens(logits_BV.cpu())
     if not torch.equal(greedy_tokens(logits_BV).cpu(), expected_B):
         raise SystemExit(f"the greedy choice is wrong at {num_rows} rows")
     us = microseconds([lambda: greedy_tokens(logits_BV)] * 16)
-    print(f"greedy, {num_rows} rows: {us:.2f} us", flush=True)
-    return {"rows": num_rows, "us": us, "tb_per_s": logits_BV.nbytes / us / 1e6}
-
-
-def _int_list(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    timed = against_reading(us, logits_BV.nbytes, reading)
+    print(f"greedy, {num_rows} rows: {describe(timed)}", flush=True)
+    return {"rows": num_rows, **timed}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 Logits are bfloat16 rows of Qwen3's vocabulary. Spread 3 is like a language model's: a few dozen
 tokens carry the distribution; spread 0.5 leaves top_p with most of the vocabulary. Every case is
 checked first: a token's part of the cumulative distribution must hold the row's uniform number.
+Each logit must be read once at least; those bytes over the time are set against the rate of reading
+of the same run (`benchmarks.ceilings`). One row's logits may stay in the L2 cache in parts.
 
 Shapes: B rows, V vocabulary.
 """
@@ -21,12 +23,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import ceilings
 from benchmarks.gpu_timing import eager_seconds, num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
+from benchmarks.small_kernels import against_reading
 from moe_engine.ops.reference import sampling as reference
 from moe_engine.ops.sampling import greedy_tokens, sample_tokens
 
 VOCAB_SIZE = 151_936
+DEVICE = "cuda"
 BATCHES = (1, 64, 256)
 TOLERANCE = 1e-5
 MAX_CHECKS = 32
@@ -51,17 +56,21 @@ def main() -> None:
         sys.exit("bench_sampling needs an NVIDIA GPU")
     torch.manual_seed(0)
     start = time.perf_counter()
+    machine_ceilings = ceilings.run("cuda")
+    print(ceilings.describe(machine_ceilings))
+    reading = ceilings.rate(machine_ceilings, "read")
     rows: list[dict[str, Any]] = []
     for num_rows in BATCHES:
         for spread in SPREADS:
             logits = make_logits(num_rows, spread)
             for name in [*SETTINGS, "mixed"]:
-                rows.append(measure(name, spread, logits))
+                rows.append(measure(name, spread, logits, reading))
                 print(describe(rows[-1]), flush=True)
-            rows.append(measure_argmax(spread, logits))
+            rows.append(measure_argmax(spread, logits, reading))
             print(describe(rows[-1]), flush=True)
     result = {
         "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
+        "ceilings": machine_ceilings,
         "rows": rows,
         "seconds": time.perf_counter() - start,
     }
@@ -73,7 +82,7 @@ def make_logits(num_rows: int, spread: float) -> list[torch.Tensor]:
     """Enough batches of logits to leave the L2 cache behind."""
     num = num_rotations(2 * num_rows * VOCAB_SIZE)
     shape = (num_rows, VOCAB_SIZE)
-    return [(torch.randn(shape, device="cuda") * spread).bfloat16() for _ in range(num)]
+    return [(torch.randn(shape, device=DEVICE) * spread).bfloat16() for _ in range(num)]
 
 
 def make_params(name: str, num_rows: int) -> torch.Tensor:
@@ -83,18 +92,22 @@ def make_params(name: str, num_rows: int) -> torch.Tensor:
     return torch.cat([chosen.double().T, torch.rand(1, num_rows, dtype=torch.float64)]).contiguous()
 
 
-def measure(name: str, spread: float, logits: list[torch.Tensor]) -> dict[str, Any]:
-    """Check and time one kind of rows."""
+def measure(name: str, spread: float, logits: list[torch.Tensor], reading: float) -> dict[str, Any]:
+    """Check and time one kind of rows.
+
+    Args:
+        reading: the machine's bytes/s.
+    """
     num_rows = len(logits[0])
     params_5B = make_params(name, num_rows)
-    on_device = params_5B.cuda()
+    on_device = params_5B.to(DEVICE)
     check(logits[0], params_5B, sample_tokens(logits[0], on_device))
     seconds = seconds_per_call([partial(sample_tokens, one, on_device) for one in logits])
     row = {
         "case": name,
         "rows": num_rows,
         "spread": spread,
-        "us": seconds * 1e6,
+        **against_reading(seconds * 1e6, logits[0].nbytes, reading),
         "launch_us": launch_seconds(partial(sample_tokens, logits[0], on_device)) * 1e6,
     }
     if name == "Qwen3" and num_rows == 64:
@@ -103,10 +116,13 @@ def measure(name: str, spread: float, logits: list[torch.Tensor]) -> dict[str, A
     return row
 
 
-def measure_argmax(spread: float, logits: list[torch.Tensor]) -> dict[str, Any]:
+def measure_argmax(spread: float, logits: list[torch.Tensor], reading: float) -> dict[str, Any]:
     """The kernel that a batch of greedy rows alone takes, to compare with."""
+    num_rows = len(logits[0])
+    check(logits[0], make_params("greedy rows", num_rows), greedy_tokens(logits[0]))
     seconds = seconds_per_call([partial(greedy_tokens, one) for one in logits])
-    return {"case": "argmax", "rows": len(logits[0]), "spread": spread, "us": seconds * 1e6}
+    timed = against_reading(seconds * 1e6, logits[0].nbytes, reading)
+    return {"case": "argmax", "rows": num_rows, "spread": spread, **timed}
 
 
 def launch_seconds(call: partial[torch.Tensor], repetitions: int = 20) -> float:
@@ -155,7 +171,7 @@ def describe(row: dict[str, Any]) -> str:
     plain = f"  PyTorch {row['pytorch_us']:.0f} us" if "pytorch_us" in row else ""
     return (
         f"{row['case']:<14} {row['rows']:>4} rows  spread {row['spread']:3.1f}  "
-        f"{row['us']:8.1f} us  {launch}{plain}"
+        f"{row['us']:8.1f} us  {row['share_of_reading']:6.1%} of reading  {launch}{plain}"
     )
 
 

@@ -35,8 +35,9 @@ from typing import Any
 import httpx
 
 from benchmarks import fake_core
-from benchmarks.bench_engine import find_model, plain_options
 from benchmarks.driver import percentile, random_prompts, run_batch
+from benchmarks.gpu_state import gpu_state
+from benchmarks.options import find_model, plain_options
 from benchmarks.stream_client import Clients, Stream
 from benchmarks.synthetic_tokenizer import write_tokenizer
 from moe_engine import MoEEngine
@@ -123,6 +124,7 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "options": options,
+        "gpu": gpu_state() if shutil.which("nvidia-smi") else None,
         "streams": arguments.streams,
         "input": arguments.input,
         "output": arguments.output,

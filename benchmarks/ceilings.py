@@ -3,7 +3,13 @@
     python -m benchmarks.ceilings --device cuda
 
 prints one JSON object. `run` starts it as a process of its own, so that the caller keeps no memory
-on the GPU. Bandwidths count each byte read and each byte written; medians of several repetitions.
+on the device. Medians of several repetitions. There are three ceilings, each for another kind of
+work:
+
+- reading (``read_gb_per_s``): what only reads, as a decode step does with its weights. The faster
+  of a sum over float32 (``sum_gb_per_s``) and of a copy;
+- copying (``copy_gb_per_s``): what reads and writes, each byte of either counted;
+- a matrix product (``matmul_tflop_per_s``): what computes. bfloat16 on a GPU, float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -14,13 +20,20 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.clock import time_call
+
 GPU_BYTES, CPU_BYTES = 8 << 30, 256 << 20
-GPU_MATMUL, CPU_MATMUL = 8192, 1024
+GPU_MATMUL, CPU_MATMUL = 8192, 2048
 REPETITIONS = 7
+# Kind of work -> entry of the result, and its unit in bytes/s or FLOP/s.
+KINDS = {
+    "read": ("read_gb_per_s", 1e9),
+    "copy": ("copy_gb_per_s", 1e9),
+    "matmul": ("matmul_tflop_per_s", 1e12),
+}
 
 
 def main() -> None:
@@ -38,12 +51,23 @@ def run(device: str) -> dict[str, Any]:
     return result
 
 
-def measure(device: str) -> dict[str, Any]:
-    """Name, versions, and the ceilings of ``cpu`` or the first GPU.
+def rate(ceilings: dict[str, Any], kind: str) -> float:
+    """The ceiling of a kind of work, "read", "copy" or "matmul", in bytes/s or FLOP/s."""
+    entry, unit = KINDS[kind]
+    return float(ceilings[entry] * unit)
 
-    ``read_gb_per_s`` is the faster of a sum over float32 and a copy (both directions counted): what
-    a kernel that only reads can be held against.
-    """
+
+def describe(ceilings: dict[str, Any]) -> str:
+    """One line, e.g. ``NVIDIA H200: reads 4.42 TB/s, copies 4.23 TB/s, multiplies 791 TFLOP/s``."""
+    return (
+        f"{ceilings['device']}: reads {rate(ceilings, 'read') / 1e12:.2f} TB/s, copies "
+        f"{rate(ceilings, 'copy') / 1e12:.2f} TB/s, multiplies "
+        f"{rate(ceilings, 'matmul') / 1e12:.0f} TFLOP/s"
+    )
+
+
+def measure(device: str) -> dict[str, Any]:
+    """Name, versions, and the ceilings of ``cpu`` or the first GPU."""
     import torch
 
     is_gpu = device == "cuda"
@@ -73,15 +97,13 @@ def measure(device: str) -> dict[str, Any]:
 def _median_seconds(function: Callable[[], object], is_gpu: bool) -> float:
     import torch
 
-    seconds = []
-    for repetition in range(REPETITIONS + 1):
-        start = time.perf_counter()
+    def finish() -> None:
         function()
         if is_gpu:
             torch.cuda.synchronize()
-        if repetition:  # the first one warms up
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+
+    finish()  # warm up
+    return statistics.median(time_call(finish) for _ in range(REPETITIONS))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_engine import find_model, int_list
 from benchmarks.driver import random_prompts
+from benchmarks.options import find_model, int_list
 from moe_engine.config.flat import build_config
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import open_store

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_engine.config import ModelConfig
+import torch
+
+from moe_engine.config import EngineConfig, ModelConfig
+from moe_engine.engine.memory import weight_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +55,16 @@ def step_bytes(
         popularity: see `expected_experts_hit`.
         item_size: bytes of a weight and of an element of the cache.
     """
-    hidden, head_dim = model.hidden_size, model.head_dim
-    q_width = model.num_attention_heads * head_dim
-    kv_width = model.num_key_value_heads * head_dim
-    num_layers = model.num_hidden_layers
+    hidden, num_layers = model.hidden_size, model.num_hidden_layers
+    kv_width = model.num_key_value_heads * model.head_dim
     num_moe = sum(model.is_moe_layer(layer) for layer in range(num_layers))
-    attention = hidden * (2 * q_width + 2 * kv_width) + 2 * (hidden + head_dim)
-    if model.attention_bias:
-        attention += q_width + 2 * kv_width + hidden
-    dense = num_layers * attention + hidden  # the last term is the final norm
-    dense += num_moe * model.num_experts * hidden  # routers
-    dense += (num_layers - num_moe) * 3 * hidden * model.intermediate_size
-    dense += model.vocab_size * hidden  # the output head
-    dense += batch * hidden  # rows of the embedding
     expert = 3 * hidden * model.moe_intermediate_size
+    # Bytes of a type of one byte: elements. All of them but the experts and, of an embedding that
+    # is not the output head as well, all rows but the batch's.
+    dense = weight_bytes(model, EngineConfig(), torch.uint8) - num_moe * model.num_experts * expert
+    if not model.tie_word_embeddings:
+        dense -= model.vocab_size * hidden
+    dense += batch * hidden
     return StepBytes(
         experts=num_moe * expected_experts_hit(popularity, batch) * expert * item_size,
         dense=dense * item_size,

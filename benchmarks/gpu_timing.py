@@ -1,4 +1,4 @@
-"""Times of GPU work in CUDA-graph replays, and what the GPU can do at most in the same run."""
+"""Times of GPU work in CUDA-graph replays."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ REPLAYS = 9
 # Data of one replay, at least, so that little of it is still in the L2 cache at the next.
 ROTATED_BYTES = 192 << 20
 MAX_ROTATIONS = 96
-COPY_BYTES = 2 << 30
-MATMUL_SIZE = 8192
 
 
 def num_rotations(bytes_per_call: int) -> int:
@@ -41,19 +39,6 @@ def eager_seconds(call: Callable[[], object], repetitions: int = REPLAYS) -> flo
     """Median of calls that are not captured: with what the host needs to launch them."""
     call()
     return statistics.median(_event_seconds(call) for _ in range(repetitions))
-
-
-def measure_ceilings() -> dict[str, float]:
-    """Bytes/s of a copy (read and written) and FLOP/s of a bfloat16 product of 8192 × 8192."""
-    source = torch.ones(COPY_BYTES // 4, device="cuda")
-    target = torch.empty_like(source)
-    copy_s = eager_seconds(lambda: target.copy_(source))
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16)
-    matmul_s = eager_seconds(lambda: torch.mm(a, b))
-    return {
-        "copy_bytes_per_s": 2 * COPY_BYTES / copy_s,
-        "matmul_flop_per_s": 2 * MATMUL_SIZE**3 / matmul_s,
-    }
 
 
 def _event_seconds(function: Callable[[], object]) -> float:

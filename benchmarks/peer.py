@@ -8,6 +8,10 @@ into the file that ``benchmarks/results/peer_*.json`` holds and `bench_engine --
     {"peer": "vLLM 0.26.0", "device": "NVIDIA H200", "date": "2026-11-24", "input": 512,
      "start_s": 99.0, "decode_step_ms": {"1": 4.12, "8": 8.7},
      "prefill_tok_per_s": {"16x512": 70900, "1x8192": 55300}}
+
+A decode step is what lies between the fastest repetitions of the two longest outputs, because a
+hiccup only ever adds time. A run whose repetitions do not agree is refused: a hiccup in all that
+there are of the shorter output would make the step look faster than it is.
 """
 
 from __future__ import annotations
@@ -18,6 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+# Repetitions may exceed the fastest by this share of it.
+SPREAD = 0.25
+# Of three or more, stragglers do no harm once the two fastest are this close.
+AGREEMENT = 0.05
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -27,7 +36,7 @@ class Peer:
         peer: name and version.
         device: name of the GPU.
         input: tokens of a prompt of the decode figures.
-        start_s: seconds until it was ready.
+        start_s: seconds from before its imports until it was ready.
         decode_step_ms: batch size -> milliseconds of a decode step.
         prefill_tok_per_s: ``prompts x length`` of a step -> prompt tokens per second.
     """
@@ -56,8 +65,10 @@ def read_peer(path: Path) -> Peer:
 def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
     """The figures in the lines of a vLLM run.
 
+    A batch of which the cache held only one length of output has no decode figure.
+
     Raises:
-        ValueError: there is no ``init`` line.
+        ValueError: there is no ``init`` line, or the repetitions of a run do not agree.
     """
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -72,10 +83,9 @@ def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
         input=init["input"],
         start_s=init["seconds"],
         decode_step_ms={
-            # A cache too short for the longer outputs leaves the figure that includes the ramp.
-            str(line["batch"]): line["steady_ms" if "steady_ms" in line else "step_ms"]
+            str(line["batch"]): decode_step_ms(line)
             for line in by_kind.get("decode", [])
-            if "steady_ms" in line or "step_ms" in line
+            if len(line["raw"]) > 1
         },
         prefill_tok_per_s={
             f"{line['tokens_per_step'] // line['prompt_len']}x{line['prompt_len']}": line[
@@ -84,6 +94,45 @@ def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
             for line in by_kind.get("prefill", [])
         },
     )
+
+
+def decode_step_ms(line: dict[str, Any]) -> float:
+    """Milliseconds of a step, from a ``decode`` line with two or more lengths of output.
+
+    Example: ``{"batch": 1, "raw": {"129": [0.553, 0.5532], "257": [1.0918, 1.0913]}}``:
+    (1091.3 - 553) / 128 = 4.2055.
+
+    Raises:
+        ValueError: the repetitions do not agree.
+    """
+    shorter, longer = sorted(map(int, line["raw"]))[-2:]
+    short_s, long_s = (
+        fastest(line["raw"][str(length)], f"batch {line['batch']}, {length} tokens")
+        for length in (shorter, longer)
+    )
+    return round((long_s - short_s) / (longer - shorter) * 1e3, 4)
+
+
+def fastest(seconds: list[float], name: str) -> float:
+    """The fastest repetition, once others show that it is no hiccup either.
+
+    Args:
+        name: what was repeated, for the error.
+
+    Raises:
+        ValueError: they differ by more than `SPREAD`, and there are no three of which the two
+            fastest are within `AGREEMENT`; or there is only one.
+    """
+    best, *others = sorted(seconds)
+    is_steady = bool(others) and others[-1] <= (1 + SPREAD) * best
+    has_stragglers_only = len(others) > 1 and others[0] <= (1 + AGREEMENT) * best
+    if not (is_steady or has_stragglers_only):
+        raise ValueError(
+            f"{name}: repetitions of {', '.join(f'{s:g} s' for s in seconds)} do not show what a "
+            f"step takes; two or more must all be within {SPREAD:.0%} of the fastest, or the two "
+            f"fastest of three or more within {AGREEMENT:.0%} of each other; repeat the run"
+        )
+    return best
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ SAVED = ROOT / "benchmarks" / "results"
 RESULTS = SAVED / "engine_cpu.json"
 GPU_RESULTS = SAVED / "engine_h200.json"
 GPU_SERVING = SAVED / "serving_h200.json"
-GPU_PEER = SAVED / "peer_vllm_h200.json"
+GPU_PEERS = "peer_*_h200.json"
 PLOT = ROOT / "docs" / "images" / "engine_cpu.svg"
 TIMELINE = SAVED / "step_timeline.json"
 TIMELINE_PLOT = ROOT / "docs" / "images" / "step_timeline.svg"
@@ -37,17 +37,22 @@ def main() -> None:
     result = json.loads(RESULTS.read_text())
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     draw(result, PLOT)
-    readme = replace_section(README.read_text(), SECTION, render_results(result))
-    if GPU_RESULTS.exists():  # as below
-        engine, serving = (json.loads(file.read_text()) for file in (GPU_RESULTS, GPU_SERVING))
-        text = render_gpu(engine, read_peer(GPU_PEER), serving)
-        readme = replace_section(readme, GPU_SECTION, text)
-    README.write_text(readme)
+    README.write_text(renewed_readme(README.read_text()))
     written = [PLOT, README]
-    if TIMELINE.exists():  # it takes a GPU to make
+    if TIMELINE.exists():  # as above
         draw_timeline(json.loads(TIMELINE.read_text()), TIMELINE_PLOT)
         written.append(TIMELINE_PLOT)
     print(f"written: {', '.join(str(path.relative_to(ROOT)) for path in written)}")
+
+
+def renewed_readme(readme: str) -> str:
+    """The README with the results of the JSON."""
+    readme = replace_section(readme, SECTION, render_results(json.loads(RESULTS.read_text())))
+    if GPU_RESULTS.exists():  # it takes a GPU to make
+        engine, serving = (json.loads(file.read_text()) for file in (GPU_RESULTS, GPU_SERVING))
+        peers = [read_peer(file) for file in sorted(SAVED.glob(GPU_PEERS))]
+        readme = replace_section(readme, GPU_SECTION, render_gpu(engine, peers, serving))
+    return readme
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

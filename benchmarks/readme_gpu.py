@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.peer import Peer
@@ -9,39 +11,59 @@ from benchmarks.peer import Peer
 SECTION = "gpu-results"
 
 
-def render_gpu(engine: dict[str, Any], peer: Peer, serving: dict[str, Any]) -> str:
+def render_gpu(engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any]) -> str:
     """Tables of decode steps and prefill, then the conditions, in Markdown.
 
     Args:
         engine: what `bench_engine` has saved.
-        peer: of the same machine and workload.
-        serving: what `bench_serving` has saved.
+        peers: of the same workload, on the same kind of GPU.
+        serving: what `bench_serving` has saved, on the same kind of GPU.
+
+    Raises:
+        ValueError: the figures are not to be compared: another GPU or another length of prompts.
     """
-    name = peer.peer
+    _check_comparable(engine, peers, serving)
+    their_ms = "".join(f" {peer.peer}, ms | faster |" for peer in peers)
     lines = [
-        f"| batch | step, ms | {name}, ms | faster | output tokens / s | floor, ms | "
-        "share of the bandwidth |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        f"| batch | step, ms |{their_ms} output tokens / s | floor, ms | share of the bandwidth |",
+        "|---:" * (5 + 2 * len(peers)) + "|",
     ]
     for row in engine["decode"]:
-        theirs = peer.decode_step_ms.get(str(row["batch"]))
+        theirs = [peer.decode_step_ms.get(str(row["batch"])) for peer in peers]
+        ours = row["step_ms"]
+        cells = "".join(f" {_or_blank(ms, '.2f')} | {_ratio(ms, ours)} |" for ms in theirs)
         lines.append(
-            f"| {row['batch']} | {row['step_ms']:.2f} | {_or_blank(theirs, '.2f')} | "
-            f"{_ratio(theirs, row['step_ms'])} | {row['tok_per_s']:.0f} | {row['floor_ms']:.2f} | "
-            f"{row['share_of_bandwidth']:.0%} |"
+            f"| {row['batch']} | {ours:.2f} |{cells} {row['tok_per_s']:.0f} | "
+            f"{row['floor_ms']:.2f} | {row['share_of_bandwidth']:.0%} |"
         )
+    their_rates = "".join(f" {peer.peer} | faster |" for peer in peers)
     lines += [
         "",
-        f"| prompts × tokens of a step | prompt tokens / s | {name} | faster |",
-        "|---:|---:|---:|---:|",
+        f"| prompts × tokens of a step | prompt tokens / s |{their_rates}",
+        "|---:" * (2 + 2 * len(peers)) + "|",
     ]
     for row in engine["prefill"]:
-        theirs = peer.prefill_tok_per_s.get(row["shape"])
-        lines.append(
-            f"| {row['shape'].replace('x', ' × ')} | {row['tok_per_s']:.0f} | "
-            f"{_or_blank(theirs, '.0f')} | {_ratio(row['tok_per_s'], theirs)} |"
-        )
-    return "\n".join([*lines, "", _conditions(engine, peer, serving)]) + "\n"
+        rates = [peer.prefill_tok_per_s.get(row["shape"]) for peer in peers]
+        cells = "".join(f" {_or_blank(r, '.0f')} | {_ratio(row['tok_per_s'], r)} |" for r in rates)
+        lines.append(f"| {row['shape'].replace('x', ' × ')} | {row['tok_per_s']:.0f} |{cells}")
+    return "\n".join([*lines, "", _conditions(engine, peers, serving)]) + "\n"
+
+
+def _check_comparable(
+    engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any]
+) -> None:
+    device, num_input = engine["ceilings"]["device"], engine["workload"]["input"]
+    devices = {peer.peer: peer.device for peer in peers}
+    devices["the serving benchmark"] = serving["gpu"]["name"] if serving["gpu"] else "no GPU"
+    for name, other in devices.items():
+        if other != device:
+            raise ValueError(f"{name} ran on {other}, the engine on {device}: measure both on one")
+    for peer in peers:
+        if peer.input != num_input:
+            raise ValueError(
+                f"{peer.peer} had prompts of {peer.input} tokens, the engine of {num_input}: "
+                "measure both with the same"
+            )
 
 
 def _or_blank(value: float | None, form: str) -> str:
@@ -52,18 +74,42 @@ def _ratio(slower: float | None, faster: float | None) -> str:
     return "" if slower is None or faster is None else f"{slower / faster:.2f} ×"
 
 
-def _conditions(engine: dict[str, Any], peer: Peer, serving: dict[str, Any]) -> str:
+def _conditions(engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any]) -> str:
     """How and on what it was measured, in a paragraph."""
     ceilings, start = engine["ceilings"], engine["engine"]["startup_s"]
+    workload, options = engine["workload"], engine["options"]
     summary, context = serving["summary"], engine["decode"][0]["mean_context"]
-    return (
-        f"One {ceilings['device']}, bfloat16, dummy weights, prompts of {peer.input} random "
-        f"tokens, contexts of {context:.0f} on average. A step is the mean interval between tokens "
-        "while the whole batch decodes; the floor is the time to read once what a step must read, "
-        f"at the {ceilings['read_gb_per_s'] / 1e3:.2f} TB/s that the machine showed. {peer.peer} "
-        "ran on the same machine with its own defaults. "
-        f"Ready {sum(start.values()):.1f} s after the start of the process, "
-        f"{start['weights']:.1f} s of it filling weights ({peer.peer}: {peer.start_s:.0f} s). "
-        f"Over HTTP, {summary['online_share']:.0%} of the offline rate with {serving['streams']} "
-        f"streams. torch {ceilings['torch']}, {engine['date']}."
+    is_dummy, skew = options["load_format"] == "dummy", options["dummy_expert_skew"]
+    weights = "dummy weights" if is_dummy else "the checkpoint's weights"
+    if skew:
+        weights += f", tokens routed by Zipf's law with exponent {skew:g}"
+    temperature = workload["temperature"]
+    sampling = f"temperature {temperature:g}" if temperature else "greedy"
+    their_steps = "".join(
+        f" {peer.peer}, measured on {peer.date} on the same kind of GPU, with the fastest "
+        "repetitions."
+        for peer in peers
     )
+    their_starts = "".join(
+        f"; {peer.peer} {peer.start_s:.0f} s, its imports among them" for peer in peers
+    )
+    return (
+        f"One {ceilings['device']}, {options.get('dtype', 'auto')}, {weights}, prompts of "
+        f"{workload['input']} random tokens, contexts of {context:.0f} on average, {sampling}; "
+        f"{_distinct(engine['decode'])}. A step is the mean interval between tokens while the "
+        f"whole batch decodes, the median of {workload['repetitions']} repetitions, measured on "
+        f"{engine['date']}.{their_steps} The floor is the time to read once what a step must "
+        f"read, at the {ceilings['read_gb_per_s'] / 1e3:.2f} TB/s at which the same run read. "
+        f"Ready after {engine['imports_s']:.1f} s of imports and {engine['start_s']:.1f} s from "
+        f"`MoEEngine(...)` on, {start['weights']:.1f} s of them filling weights{their_starts}. "
+        f"Over HTTP, {summary['online_share']:.0%} of the offline rate with {serving['streams']} "
+        f"streams ({serving['date']}). torch {ceilings['torch']}."
+    )
+
+
+def _distinct(rows: list[dict[str, Any]]) -> str:
+    """How many of the tokens that are drawn at once differ, at the least; rounded down."""
+    least = min(row["distinct_tokens"] for row in rows)
+    if least == 1:
+        return "all tokens drawn in one step differ"
+    return f"{math.floor(least * 1000) / 10:g}% or more of the tokens drawn in one step differ"

@@ -81,7 +81,7 @@ def _conditions(result: dict[str, Any]) -> str:
         f"tokens: moe_engine {1e3 * first[ENGINE]:.0f} ms, transformers "
         f"{1e3 * first['transformers_padded']:.0f} ms. "
         f"Against the ceilings of the same run (copy {ceilings['copy_gb_per_s']:.1f} GB/s, float32 "
-        f"matmul {ceilings['matmul_gflops']:.0f} GFLOP/s), one rank reads weights at "
+        f"matmul {1e3 * ceilings['matmul_tflop_per_s']:.0f} GFLOP/s), one rank reads weights at "
         f"{smallest['weight_gb_per_s'][ENGINE]:.1f} GB/s with 1 request and computes "
         f"{largest['gflops'][ENGINE]:.1f} GFLOP/s with {largest['num_requests']}. "
         f"{machine['cpu']}, {machine['num_cores']} cores (virtual machine), torch "

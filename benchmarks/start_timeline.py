@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_engine import find_model, plain_options
+from benchmarks.clock import process_start
+from benchmarks.options import find_model, plain_options
 from moe_engine.config.flat import build_config
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import open_store
@@ -78,13 +78,6 @@ class CollectorClock:
         else:
             self.seconds += time.perf_counter() - self._start
             self.num_full += info["generation"] == 2
-
-
-def process_start() -> float:
-    """When this process began, on the clock of `time.perf_counter` (Linux: proc(5), field 22)."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.perf_counter() - (time.clock_gettime(time.CLOCK_BOOTTIME) - began)
 
 
 def main() -> None:

@@ -5,10 +5,10 @@
 
 The rank runs in this process (`decode_bench`): prompts are computed, some steps decode to warm
 up, then single steps are recorded with torch's profiler, each with the device idle before and
-after it. The step whose span is the median is kept. For every kernel the JSON has its name, start
-and duration in microseconds; sums by name are also given per layer. The profiler makes the gaps
-between kernels wider and their durations hardly longer: the sum of durations is to be trusted,
-the span less so.
+after it. Tokens are drawn at temperature 1. The step whose span is the median is kept. For every
+kernel the JSON has its name, start and duration in microseconds; sums by name are also given per
+layer. The profiler makes the gaps between kernels wider and their durations hardly longer: the sum
+of durations is to be trusted, the span less so.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench_engine import plain_options
 from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.options import plain_options
 
 WARM_UP_STEPS, RECORDED_STEPS = 8, 5
+# Greedy sequences may come to repeat one token, and then need fewer experts.
+TEMPERATURE = 1.0
 SHORT_NAME_LENGTH = 60
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     )
     results = []
     for batch in arguments.batches:
-        step = bench.prepare(batch, arguments.input)
+        step = bench.prepare(batch, arguments.input, TEMPERATURE)
         for _ in range(WARM_UP_STEPS):
             step()
         kernels = median_step([record(step) for _ in range(RECORDED_STEPS)])
@@ -66,6 +68,7 @@ def main() -> None:
         "model": bench.model,
         "num_layers": bench.num_layers,
         "input": arguments.input,
+        "temperature": TEMPERATURE,
         "steps": results,
     }
     if arguments.json:

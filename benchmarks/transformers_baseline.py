@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3MoeForCausalLM
 
-from benchmarks.machine import time_call
+from benchmarks.clock import time_call
 
 PAD_TOKEN_ID = 0
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_engine import int_list, plain_options
 from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.options import int_list, plain_options
 from moe_engine.ops import warp_decode
 
 # Most shares of `ops.warp_decode`; None: `kernels.paged_decode` instead.

@@ -3,17 +3,23 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_engine, bench_serving, fake_core
-from benchmarks.bench_engine import MODELS, engine_options, find_model, parse_arguments
+from benchmarks import bench_engine, bench_serving, ceilings, fake_core, step_timeline
+from benchmarks.bench_engine import (
+    describe_memory,
+    engine_options,
+    parse_arguments,
+    planned_and_used,
+)
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
-from benchmarks.peer import from_lines, read_peer
+from benchmarks.options import MODELS, find_model
 from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
     Kernel,
@@ -30,6 +36,7 @@ from moe_engine.config.flat import build_config
 from moe_engine.engine import launcher
 from moe_engine.engine.memory import weight_bytes
 from moe_engine.text.tokenizer import Tokenizer
+from moe_engine.types.messages import MemoryLedger
 
 QWEN3_30B = ModelConfig.from_directory(MODELS / "qwen3-30b-a3b")
 RESULTS = MODELS.parent / "results"
@@ -53,12 +60,13 @@ def test_expected_hits_are_those_of_random_routing():
     assert sum(hits) / 400 == pytest.approx(expected_experts_hit(EVEN, 8), rel=0.01)
 
 
-def test_a_step_that_hits_everything_reads_all_weights_but_the_embedding():
-    needed = step_bytes(QWEN3_30B, 10**6, 0, EVEN, 2)
-    embedding = 151936 * 2048 * 2
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_step_that_hits_everything_reads_all_weights_but_the_embedding(is_tied):
+    model = replace(QWEN3_30B, tie_word_embeddings=is_tied)
+    needed = step_bytes(model, 10**6, 0, EVEN, 2)
     rows = 10**6 * 2048 * 2
-    weights = weight_bytes(QWEN3_30B, EngineConfig(), torch.bfloat16)
-    assert needed.experts + needed.dense - rows == pytest.approx(weights - embedding)
+    # What the published model has, whose embedding is not its output head.
+    assert needed.experts + needed.dense - rows == pytest.approx(61_064_245_248 - 151936 * 2048 * 2)
     assert needed.kv == 0
 
 
@@ -105,32 +113,6 @@ def test_prompts_depend_on_their_seed_alone():
     assert all(len(p) == 5 and max(p) < 100 for p in first)
 
 
-def test_a_peers_lines_become_its_figures():
-    lines = [
-        {"what": "init", "vllm": "0.26.0", "gpu": "H", "seconds": 9.5, "input": 512},
-        {"what": "decode", "batch": 1, "step_ms": 4.3, "steady_ms": 4.1},
-        {"what": "decode", "batch": 256, "step_ms": 30.0},
-        {"what": "prefill", "tokens_per_step": 8192, "prompt_len": 512, "slope_tok_s": 70900},
-        {"what": "end"},
-    ]
-    peer = from_lines(lines, "2026-11-24")
-    assert peer.peer == "vLLM 0.26.0"
-    assert peer.decode_step_ms == {"1": 4.1, "256": 30.0}
-    assert peer.prefill_tok_per_s == {"16x512": 70900}
-    with pytest.raises(ValueError, match="no line"):
-        from_lines(lines[1:], "2026-11-24")
-
-
-def test_committed_peers_can_be_read(tmp_path):
-    files = list(RESULTS.glob("peer_*.json"))
-    assert files
-    assert all(read_peer(file).decode_step_ms["1"] > 0 for file in files)
-    other = tmp_path / "other.json"
-    other.write_text('{"peer": "x"}')
-    with pytest.raises(ValueError, match=r"other\.json"):
-        read_peer(other)
-
-
 def test_the_gpu_run_has_a_valid_configuration():
     config = MODELS.parents[1] / "configs" / "qwen3-30b-a3b-1gpu.yaml"
     arguments = parse_arguments(["--config", str(config), "--set", "pipeline_depth=2"])
@@ -148,15 +130,51 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     config = MODELS.parents[1] / "configs" / "demo-cpu.yaml"
     command = f"bench --config {config} --load-format auto --batches 1,3 --input 16 --output 8"
     command += f" --prefill-tokens 64 --repetitions 1 --check --json {output}"
-    command += f" --peer {RESULTS / 'peer_vllm_h200.json'}"
+    peer = RESULTS / "peer_vllm_h200.json"
+    command += f" --peer {peer} --peer {peer}"
     monkeypatch.setattr(sys, "argv", command.split())
     bench_engine.main()
     result = json.loads(output.read_text())
     assert [row["batch"] for row in result["decode"]] == [1, 3]
+    machine = result["ceilings"]
+    assert machine["read_gb_per_s"] == max(machine["copy_gb_per_s"], machine["sum_gb_per_s"]) > 0.1
     assert all(row["floor_ms"] > 0 and row["interval_ms"]["p50"] > 0 for row in result["decode"])
     assert [row["shape"] for row in result["prefill"]] == ["4x16", "1x64"]
     assert result["check"]["num_equal_together"] == result["check"]["num_equal_mixed"] == 8
     assert 0 < sum(result["engine"]["startup_s"].values()) <= result["start_s"]
+    assert result["engine"]["memory"]["weights"] > 0
+    assert result["imports_s"] > 0
+    assert result["workload"] == {"input": 16, "output": 8, "temperature": 0, "repetitions": 1}
+    assert result["peers"] == 2 * [json.loads(peer.read_text())]
+    assert str(MODELS.parents[1]) not in output.read_text()
+    assert "memory" not in result, "there is no driver to ask about a CPU's memory"
+
+
+def test_the_ledger_is_held_against_what_the_driver_says_is_used():
+    ledger = MemoryLedger(
+        total=150109880320,
+        at_start=552402944,
+        weights=61064245248,
+        activations=1740636160,
+        graphs_reserved=592183296,
+        graphs=310378496,
+        kv_cache=70899990528,
+        free=17034248192,
+    )
+    memory = planned_and_used(ledger, {"memory.used": "128087"})
+    assert memory["planned"] == 134_567_653_376
+    assert memory["used"] == 128087 * 1024 * 1024
+    assert memory["difference_percent"] == pytest.approx(-0.192, abs=1e-3)
+    assert describe_memory(memory) == "memory: planned 125.33 GiB, used 125.08 GiB (-0.19%)"
+
+
+def test_each_ceiling_is_in_its_unit():
+    h200 = {"read_gb_per_s": 4416.9, "copy_gb_per_s": 4225.8, "matmul_tflop_per_s": 791.3}
+    rates = {kind: ceilings.rate(h200, kind) for kind in ("read", "copy", "matmul")}
+    assert rates == pytest.approx({"read": 4416.9e9, "copy": 4225.8e9, "matmul": 791.3e12})
+    assert ceilings.describe({"device": "NVIDIA H200"} | h200) == (
+        "NVIDIA H200: reads 4.42 TB/s, copies 4.23 TB/s, multiplies 791 TFLOP/s"
+    )
 
 
 def test_every_token_of_the_synthetic_tokenizer_is_a_text_of_its_own(tmp_path):
@@ -208,6 +226,29 @@ def test_a_steps_kernels_are_summed_by_name_and_layer():
     slow, fast = [Kernel("a", 0.0, 9.0)], [Kernel("a", 0.0, 1.0)]
     assert median_step([slow, kernels, fast]) is kernels
     assert span_us([]) == 0
+
+
+def test_recorded_steps_draw_their_tokens(monkeypatch, tmp_path):
+    prepared = []
+
+    class FakeBench:
+        model, num_layers = "m", 2
+
+        def __init__(self, *arguments):
+            pass
+
+        def prepare(self, batch, num_input, temperature=0.0):
+            prepared.append((batch, num_input, temperature))
+            return lambda: None
+
+    output = tmp_path / "timeline.json"
+    monkeypatch.setattr(sys, "argv", f"t --batches 1,8 --input 16 --json {output}".split())
+    monkeypatch.setattr(step_timeline, "DecodeBench", FakeBench)
+    monkeypatch.setattr(step_timeline, "record", lambda step: [Kernel("a", 0.0, 2.0)])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    step_timeline.main()
+    assert prepared == [(1, 16, 1.0), (8, 16, 1.0)]
+    assert json.loads(output.read_text())["temperature"] == 1.0
 
 
 def test_only_what_ran_on_the_device_is_a_kernel():

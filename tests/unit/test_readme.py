@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peer import Peer
-from benchmarks.readme_gpu import render_gpu
+from benchmarks.plot import renewed_readme
 from benchmarks.readme_table import (
     SECTION,
     markers,
@@ -31,9 +30,8 @@ def result() -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / "engine_cpu.json").read_text())
 
 
-def test_results_in_the_readme_are_those_of_the_json(result: Any) -> None:
-    renewed = replace_section(README, SECTION, render_results(result))
-    assert renewed == README, "run python -m benchmarks.plot"
+def test_results_in_the_readme_are_those_of_the_json() -> None:
+    assert renewed_readme(README) == README, "run python -m benchmarks.plot"
 
 
 def test_a_changed_measurement_changes_the_readme(result: Any) -> None:
@@ -56,32 +54,6 @@ def test_the_ratio_compares_the_best_of_both() -> None:
 def test_a_readme_without_its_two_markers_is_refused(readme: str) -> None:
     with pytest.raises(ValueError, match="once each"):
         replace_section(readme, SECTION, "")
-
-
-def test_gpu_results_stand_beside_the_peers_and_the_floor() -> None:
-    decode = {
-        "batch": 8,
-        "step_ms": 8.0,
-        "tok_per_s": 1000.4,
-        "floor_ms": 6.0,
-        "share_of_bandwidth": 0.75,
-        "mean_context": 705.0,
-    }
-    engine = {
-        "date": "2026-01-02",
-        "ceilings": {"device": "NVIDIA H200", "torch": "2.11", "read_gb_per_s": 4340.0},
-        "engine": {"startup_s": {"imports": 3.0, "weights": 1.5, "warm-up": 6.0}},
-        "decode": [decode, decode | {"batch": 512}],
-        "prefill": [{"shape": "16x512", "tok_per_s": 90000.0}],
-    }
-    peer = Peer("vLLM 1", "NVIDIA H200", "2026-01-02", 512, 99.0, {"8": 10.0}, {"16x512": 60000.0})
-    text = render_gpu(engine, peer, {"streams": 64, "summary": {"online_share": 0.97}})
-    lines = text.splitlines()
-    assert lines[2] == "| 8 | 8.00 | 10.00 | 1.25 × | 1000 | 6.00 | 75% |"
-    assert lines[3] == "| 512 | 8.00 |  |  | 1000 | 6.00 | 75% |"
-    assert lines[7] == "| 16 × 512 | 90000 | 60000 | 1.50 × |"
-    for fact in ("One NVIDIA H200", "4.34 TB/s", "Ready 10.5 s", "1.5 s of it", "97% of", "64 st"):
-        assert fact in lines[-1]
 
 
 def test_all_outputs_were_equal_before_anything_was_timed(result: Any) -> None:

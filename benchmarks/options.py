@@ -1,0 +1,34 @@
+"""What the command lines have in common: lists, models by name, the engine's options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_engine.config.flat import flat_options
+from moe_engine.config.yaml import load_yaml
+
+MODELS = Path(__file__).parent / "models"
+
+
+def int_list(text: str) -> list[int]:
+    """``1,8`` as [1, 8]."""
+    return [int(part) for part in text.split(",")]
+
+
+def plain_options(config: Path | None, assignments: list[str]) -> dict[str, Any]:
+    """The engine's options in a YAML file, then those given as ``name=value``; flat."""
+    known = flat_options()
+    values = load_yaml(config) if config else {}
+    values = {name: v for name, v in values.items() if known[name].section != "server"}
+    for assignment in assignments:
+        name, _, text = assignment.partition("=")
+        values[name] = known[name].parse(text)
+    return values
+
+
+def find_model(name: str | None) -> str | None:
+    """A directory as it is, a name as its directory in benchmarks/models/."""
+    if name is None or Path(name).is_dir():
+        return name
+    return str(MODELS / name.lower())

@@ -1,0 +1,97 @@
+"""The attention benchmarks check what they time, with operators that are right and wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from benchmarks import attention_cases as cases
+from moe_engine.ops.attention import attend, paged_attention
+from moe_engine.ops.rope import norm_rope_write
+
+LENS = [(1, 5), (1, 70), (40, 40), (9, 33)]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    torch.manual_seed(0)
+    monkeypatch.setattr(cases, "DEVICE", "cpu")
+    monkeypatch.setattr(cases, "NUM_BLOCKS", 64)
+    monkeypatch.setattr(cases, "NUM_POSITIONS", 128)
+    heads = cases.NUM_HEADS, cases.NUM_KV_HEADS
+    yield
+    cases.set_heads(*heads)
+
+
+@pytest.mark.parametrize("heads", [(32, 4), (6, 2), (3, 3)])
+def test_attention_that_is_right_is_close_and_any_row_that_is_not_counts(
+    heads: tuple[int, int],
+) -> None:
+    cases.set_heads(*heads)
+    cache, inputs = cases.make_cache(), cases.make_inputs(LENS)
+    out_TND = paged_attention(inputs.q_TND, cache, inputs.batch, cases.SCALE)
+    cases.check("attention", cases.worst_difference(inputs, cache, out_TND))
+    for row in (0, 1, 2, len(out_TND) - 1):
+        for wrong in (out_TND + 1, out_TND * float("nan")):
+            one_wrong = out_TND.clone()
+            one_wrong[row] = wrong[row]
+            with pytest.raises(SystemExit, match="attention is off"):
+                cases.check("attention", cases.worst_difference(inputs, cache, one_wrong))
+
+
+def decode_step() -> tuple[cases.Cache, cases.Inputs, cases.Projection]:
+    inputs = cases.make_inputs([(1, 5), (1, 70)])
+    (new,) = cases.make_projections([inputs])
+    return cases.make_cache(), inputs, new
+
+
+def test_decode_from_the_projection_on_is_checked_with_what_it_caches() -> None:
+    cache, inputs, new = decode_step()
+    batch = inputs.batch
+
+    def right() -> torch.Tensor:
+        return attend(new.qkv_TX, new.norms, new.rope, new.positions_T, cache, batch, cases.SCALE)
+
+    def wrong_output() -> torch.Tensor:
+        return -right()
+
+    def wrong_key() -> torch.Tensor:
+        out_TND = right()
+        cache[0].flatten(0, 1)[batch.slots_T[1]] += 1
+        return out_TND
+
+    assert cases.check_decode("right", inputs, new, cache, right) < cases.TOLERANCE
+    for run in (wrong_output, wrong_key, lambda: torch.zeros_like(inputs.q_TND)):
+        with pytest.raises(SystemExit, match=r"decode.* is off"):
+            cases.check_decode("decode", inputs, new, cache, run)
+
+
+def test_preparation_is_checked_with_what_it_caches() -> None:
+    cases.set_heads(6, 2)
+    cache = cases.make_cache()
+    (new,) = cases.make_token_projections(7, 1)
+    slots_T = torch.randperm(64 * cases.BLOCK_SIZE)[:7]
+
+    def right() -> torch.Tensor:
+        return norm_rope_write(
+            new.qkv_TX, new.norms.q_weight_D, new.norms.k_weight_D, new.norms.eps, new.rope,
+            new.positions_T, cache, slots_T,
+        )  # fmt: skip
+
+    kept = right()
+    wrong: list[Callable[[], torch.Tensor]] = [lambda: right() + 1, lambda: kept]
+    assert cases.check_preparation("right", new, slots_T, cache, right) == 0
+    for run in wrong:
+        with pytest.raises(SystemExit, match=r"prepared.* is off"):
+            cases.check_preparation("prepared", new, slots_T, cache, run)
+
+
+def test_heads_that_cannot_be_shared_out_are_refused() -> None:
+    for heads in ((6, 4), (4, 0), (0, 1)):
+        with pytest.raises(ValueError, match="no multiple"):
+            cases.set_heads(*heads)
+    cases.set_heads(64, 4)
+    assert cases.projection_width() == 72 * 128
+    assert cases.token_bytes(2) == 2 * 4 * 128 * 2

@@ -24,7 +24,7 @@ constexpr int kBlocks = 8;            // of a cluster
 constexpr int kWarps = 8;             // of a block
 constexpr int kThreads = 32 * kWarps;
 constexpr int kClusterWarps = kBlocks * kWarps;
-constexpr int kPiecesPerWarp = 2;  // where a context is shared by several clusters
+constexpr int kPiecesPerWarp = 2;  // at least, where clusters share a context
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct Problem {
@@ -44,8 +44,8 @@ struct Problem {
   std::int64_t block_tables_stride;
   const std::int32_t* context_lens;
   __nv_bfloat16* out;
-  float* parts;            // [num_sequences, num_heads, num_shares, kDim]
-  Stats* stats;            // [num_sequences, num_heads, num_shares]
+  float* parts;            // [num_sequences, num_heads, most shares, kDim]
+  Stats* stats;            // [num_sequences, num_heads, most shares]
   std::int32_t* arrivals;  // [num_sequences, num_heads]
   float eps;
   float scale_log2;  // of the scores, whose exponentials are powers of 2

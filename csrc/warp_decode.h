@@ -46,11 +46,11 @@ bool warp_decode_fits(int num_heads, int num_kv_heads, int head_dim, int block_s
 // For each sequence: norms and rotates the queries and the key of its new token, writes the key and
 // the value to their slot, which is the last position of the context, and attends to the context.
 // A context of 0 gives zeros. No sequence may have another's slot in its context. The bits of a
-// sequence's output depend on max_shares, but not on the others. Everything
-// but positions, slots, block tables and contexts is aligned to 16 bytes. Enqueues one kernel on
-// `stream` and returns; a CUDA graph can capture it. It reads positions, slots, block tables,
-// contexts and what is cached of earlier tokens before the kernel before it has ended. Throws
-// std::invalid_argument for other sizes.
+// sequence's output depend on max_shares, but not on the others. Everything but positions, slots,
+// block tables and contexts is aligned to 16 bytes. Enqueues one kernel on `stream` and returns; a
+// CUDA graph can capture it. It reads positions, slots, block tables, contexts and what is cached
+// of earlier tokens before the kernel before it has ended. Throws std::invalid_argument for other
+// sizes.
 void warp_decode(const WarpDecodeArgs& args, cudaStream_t stream);
 
 }  // namespace moe_engine

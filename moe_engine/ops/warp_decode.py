@@ -13,8 +13,8 @@ from moe_engine.ops import hopper
 # Rows times KV heads up to which it is used; beyond, `kernels.paged_decode` is. Shares that a long
 # context is cut into, at most. From whole steps of Qwen3-30B-A3B, which has 4 KV heads, on an H200,
 # in ms against paged_decode's, by the prompts' length: batch 1: 2.58 (2.66) at 512, 3.05 (3.36) at
-# 8192, 4.12 (5.00) at 32,768; batch 2: 3.35 (3.54) at 512; batch 4: 4.94 (5.02) at 512, 5.44 (5.47)
-# at 2048, 6.73 (6.20) at 8192. ``benchmarks.tune_decode`` measures them again.
+# 8192, 4.12 (5.00) at 32,768; batch 2: 3.35 (3.54) at 512; batch 4, with 4 shares: 4.94 (5.02) at
+# 512, 5.44 (5.47) at 2048, 6.73 (6.20) at 8192. ``benchmarks.tune_decode`` measures such steps.
 MAX_PAIRS = 8
 MAX_SHARES = 8
 

@@ -54,12 +54,17 @@ class DecodeGraphs:
     Which sizes exist follows from the configuration alone, so every rank replays the same graph
     for the same plan.
 
+    Args:
+        sizes: batch sizes, ascending; None: `capturable_buckets`.
+
     Attributes:
         buckets: the batch sizes, ascending.
     """
 
-    def __init__(self, decode: DecodeStep, exchange: ExchangeSelector) -> None:
-        self.buckets = capturable_buckets(decode.max_rows, exchange)
+    def __init__(
+        self, decode: DecodeStep, exchange: ExchangeSelector, sizes: list[int] | None = None
+    ) -> None:
+        self.buckets = sizes or capturable_buckets(decode.max_rows, exchange)
         self._decode = decode
         self._exchange = exchange
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}

@@ -56,15 +56,18 @@ class ModelRunner:
         self._decode: DecodeStep | None = None
         self._graphs: DecodeGraphs | None = None
 
-    def capture_graphs(self) -> None:
+    def capture_graphs(self, sizes: list[int] | None = None) -> None:
         """Capture decode steps as CUDA graphs, which `launch` replays from then on.
 
         A collective over the world; between steps only.
+
+        Args:
+            sizes: see `DecodeGraphs`.
         """
         self._decode = DecodeStep(
             self._model, self._kv, self._table, self._groups, self._max_num_seqs
         )
-        self._graphs = DecodeGraphs(self._decode, self._exchange)
+        self._graphs = DecodeGraphs(self._decode, self._exchange, sizes)
         self._graphs.capture()
 
     @torch.inference_mode()

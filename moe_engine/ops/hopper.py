@@ -14,17 +14,15 @@ from types import ModuleType
 
 import torch
 
-from moe_engine.ops import native
+from moe_engine.ops import native, tuning
 
 LINEAR_MAX_ROWS = 16
 """Rows that the streaming linear layer takes."""
-SPLIT_LINEAR_ROWS = range(LINEAR_MAX_ROWS + 1, 65)
-"""Rows for which the split linear layer can be best; it takes any up to 64."""
+SPLIT_LINEAR_MAX_ROWS = 64
+"""Rows that the split linear layer takes."""
 SPLIT_LINEAR_MAX_SUMS = 256
-"""Parts times rows up to which it is best, for the sake of the operator that adds them up."""
-
-NORM_ROUTER_MAX_ROWS = 16
-"""Rows up to which norm and router share a kernel."""
+"""Parts times rows up to which it is used where `tuning` has no limit for a shape: the operator
+that adds them up takes longer the more there are."""
 
 
 @functools.cache
@@ -63,10 +61,12 @@ def takes_streaming_experts(top_k: int, down_EHI: torch.Tensor, num_rows: int) -
 
 
 def takes_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
-    """Whether the streaming linear kernel takes these rows and this weight."""
+    """Whether the streaming linear kernel is best for these rows and takes this weight."""
     if x_RX.shape[0] > LINEAR_MAX_ROWS or x_RX.dtype != torch.bfloat16:
         return False
     if not (rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
+        return False
+    if x_RX.shape[0] > linear_choices(weight_OX).streaming_max_rows:
         return False
     library = extension(x_RX.device)
     return library is not None and library.streaming_linear_fits(
@@ -76,14 +76,27 @@ def takes_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
 
 def takes_split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     """Whether the split linear kernel is best for these rows and takes this weight."""
-    if x_RX.shape[0] not in SPLIT_LINEAR_ROWS or x_RX.dtype != torch.bfloat16:
+    num_rows = x_RX.shape[0]
+    if num_rows > SPLIT_LINEAR_MAX_ROWS or x_RX.dtype != torch.bfloat16:
         return False
     if not (rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
         return False
-    library = extension(x_RX.device)
-    if library is None:
+    chosen = linear_choices(weight_OX)
+    if num_rows <= chosen.streaming_max_rows:
         return False
-    return 0 < _num_splits(library, weight_OX) * x_RX.shape[0] <= SPLIT_LINEAR_MAX_SUMS
+    library = extension(x_RX.device)
+    num_splits = 0 if library is None else _num_splits(library, weight_OX)
+    if num_splits == 0:
+        return False
+    if chosen.split_max_rows is None:
+        return num_splits * num_rows <= SPLIT_LINEAR_MAX_SUMS
+    return num_rows <= chosen.split_max_rows
+
+
+def linear_choices(weight_OX: torch.Tensor) -> tuning.LinearChoices:
+    """What is best for a layer of this shape on its GPU."""
+    out_features, in_features = weight_OX.shape
+    return tuning.choices(tuning.LinearChoices, weight_OX.device, in_features, out_features)
 
 
 def _num_splits(library: ModuleType, weight_OX: torch.Tensor) -> int:
@@ -95,14 +108,16 @@ def _num_splits(library: ModuleType, weight_OX: torch.Tensor) -> int:
 
 
 def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: int) -> bool:
-    """Whether the kernel of norm and router takes these rows and this gate."""
-    if residual_RH.shape[0] > NORM_ROUTER_MAX_ROWS or residual_RH.dtype != torch.bfloat16:
+    """Whether the kernel of norm and router is best for these rows and takes this gate."""
+    num_experts, hidden = gate_EH.shape
+    chosen = tuning.choices(tuning.NormRouterChoices, gate_EH.device, hidden, num_experts)
+    if residual_RH.shape[0] > chosen.fused_max_rows or residual_RH.dtype != torch.bfloat16:
         return False
     if not (residual_RH.is_contiguous() and gate_EH.is_contiguous()):
         return False
     library = extension(residual_RH.device)
     return library is not None and library.norm_router_fits(
-        num_experts=gate_EH.shape[0], hidden=gate_EH.shape[1], top_k=top_k
+        num_experts=num_experts, hidden=hidden, top_k=top_k
     )
 
 

@@ -14,19 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_engine.ops import hopper, native, norm
+from moe_engine.ops import hopper, native, norm, tuning
 from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 
 # What the kernels take; any other dtype runs on the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Regimes on Hopper, measured with `benchmarks.bench_expert_ffn`.
-STREAMING_MAX_ROWS = 4
-# (average pairs of an expert up to which, tokens of a tile); beyond the last, `LARGEST_TILE`.
-GROUPED_TILES = ((0.25, 16), (40, 64), (128, 128))
-LARGEST_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -234,7 +228,8 @@ def choose_expert_ffn(
     if not hopper.takes_experts(x_RH, gate_up_EJH):
         return "triton"
     num_rows, top_k = slot_ids_RK.shape
-    if num_rows <= STREAMING_MAX_ROWS and hopper.takes_streaming_experts(top_k, down_EHI, num_rows):
+    most = expert_choices(down_EHI, top_k).streaming_max_rows
+    if num_rows <= most and hopper.takes_streaming_experts(top_k, down_EHI, num_rows):
         return "streaming"
     return "grouped"
 
@@ -263,12 +258,12 @@ def _triton_expert_ffn(
     return ExpertOutputs(y_PH, slot_ids_RK, weights_RK)
 
 
-def tokens_per_tile(num_pairs: int, num_experts: int) -> int:
-    """The tile of `hopper.grouped_expert_ffn` that is best for this many pairs."""
-    for most_per_expert, tile in GROUPED_TILES:
-        if num_pairs <= most_per_expert * num_experts:
-            return tile
-    return LARGEST_TILE
+def expert_choices(down_EHI: torch.Tensor, top_k: int) -> tuning.ExpertChoices:
+    """What is best for experts of this shape on their GPU."""
+    num_experts, hidden, intermediate = down_EHI.shape
+    return tuning.choices(
+        tuning.ExpertChoices, down_EHI.device, hidden, intermediate, num_experts, top_k
+    )
 
 
 def _grouped_expert_ffn(
@@ -279,16 +274,16 @@ def _grouped_expert_ffn(
     down_EHI: torch.Tensor,
 ) -> ExpertOutputs:
     """Grouping, and the two products on Hopper's tensor cores."""
-    num_experts = gate_up_EJH.shape[0]
+    num_experts, top_k = gate_up_EJH.shape[0], slot_ids_RK.shape[1]
     groups = group_by_expert(slot_ids_RK, num_experts)
     y_PH = hopper.grouped_expert_ffn(
         x_RH,
         groups.offsets_E1,
         groups.pairs_P,
-        slot_ids_RK.shape[1],
+        top_k,
         gate_up_EJH,
         down_EHI,
-        tokens_per_tile(slot_ids_RK.numel(), num_experts),
+        expert_choices(down_EHI, top_k).tokens_per_tile(slot_ids_RK.numel(), num_experts),
     )
     return ExpertOutputs(y_PH, slot_ids_RK, weights_RK)
 

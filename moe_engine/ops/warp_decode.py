@@ -8,15 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_engine.ops import hopper
-
-# Rows times KV heads up to which it is used; beyond, `kernels.paged_decode` is. Shares that a long
-# context is cut into, at most. From whole steps of Qwen3-30B-A3B, which has 4 KV heads, on an H200,
-# in ms against paged_decode's, by the prompts' length: batch 1: 2.58 (2.66) at 512, 3.05 (3.36) at
-# 8192, 4.12 (5.00) at 32,768; batch 2: 3.35 (3.54) at 512; batch 4, with 4 shares: 4.94 (5.02) at
-# 512, 5.44 (5.47) at 2048, 6.73 (6.20) at 8192. ``benchmarks.tune_decode`` measures such steps.
-MAX_PAIRS = 8
-MAX_SHARES = 8
+from moe_engine.ops import hopper, tuning
 
 
 def takes_warp_decode(
@@ -29,7 +21,8 @@ def takes_warp_decode(
         dtype: of the attention.
     """
     block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
-    if qkv.shape[-2] * num_kv_heads > MAX_PAIRS:
+    chosen = decode_choices(qkv.device, num_heads, num_kv_heads)
+    if qkv.shape[-2] * num_kv_heads > chosen.warp_max_pairs:
         return False
     if not (dtype == k_cache_BLGD.dtype == torch.bfloat16 and hopper.rows_are_aligned(qkv)):
         return False
@@ -37,6 +30,11 @@ def takes_warp_decode(
     return library is not None and library.warp_decode_fits(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size
     )
+
+
+def decode_choices(device: torch.device, num_heads: int, num_kv_heads: int) -> tuning.DecodeChoices:
+    """What is best for so many heads on this GPU."""
+    return tuning.choices(tuning.DecodeChoices, device, num_heads, num_kv_heads)
 
 
 def warp_decode(
@@ -59,8 +57,8 @@ def warp_decode(
         norm_weights: [D] each, of the norms of queries and keys.
         cos_sin_PF: float32 each.
         cache: keys and values, each [B, L, G, D], contiguous.
-        max_shares: that a context is cut into; None: `MAX_SHARES`. A row's bits depend on it, but
-            not on the other rows.
+        max_shares: that a context is cut into; None: as many as are best for these heads. A
+            row's bits depend on it, but not on the other rows.
     """
     from moe_engine.kernels.launch import arrival_counters, compiles_only
 
@@ -93,7 +91,7 @@ def warp_decode(
     if compiles_only():
         return out_RND  # nobody has written the contexts
     if max_shares is None:
-        max_shares = MAX_SHARES
+        max_shares = decode_choices(qkv.device, num_heads, num_kv_heads).warp_max_shares
     # What the shares of every row and head found, and which of them have arrived.
     num_shares = num_rows * num_heads * max_shares
     parts = out_RND.new_empty(num_shares, head_dim, dtype=torch.float32)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moe_engine.ops import hopper, moe, warp_decode
+from moe_engine.ops import hopper, moe, tuning, warp_decode
 from moe_engine.ops.reference import moe as reference
 from tests.kernels.decode_cases import MAX_SHARES, Decode, on_gpu
 from tests.kernels.hopper_cases import (
@@ -132,8 +132,9 @@ def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
         k_cache_BLGD = torch.empty(shape, dtype=cache_dtype, device="cuda")
         return warp_decode.takes_warp_decode(qkv_RX, dtype, num_heads, k_cache_BLGD)
 
-    assert takes(warp_decode.MAX_PAIRS)
-    assert not takes(warp_decode.MAX_PAIRS + 1)
+    most = tuning.DecodeChoices().warp_max_pairs
+    assert takes(most)
+    assert not takes(most + 1)
     assert takes(num_heads=16)
     assert not takes(num_heads=17)
     assert not takes(block_size=8)
@@ -155,8 +156,9 @@ def test_norm_and_router_are_not_one_launch_where_they_do_not_fit() -> None:
         return hopper.takes_norm_router(residual_RH, gate_EH, top_k)
 
     assert takes(0)
-    assert takes(hopper.NORM_ROUTER_MAX_ROWS)
-    assert not takes(hopper.NORM_ROUTER_MAX_ROWS + 1)
+    most = tuning.NormRouterChoices().fused_max_rows
+    assert takes(most)
+    assert not takes(most + 1)
     assert not takes(dtype=torch.float16)
     assert takes(hidden=4096)
     assert not takes(hidden=4096 + 256)
@@ -196,7 +198,7 @@ def test_a_linear_layer_is_not_split_where_that_is_not_best_or_does_not_fit() ->
         weight_OX = torch.empty(out_features, in_features, dtype=dtype, device="cuda")
         return hopper.takes_split_linear(wide[:, first : first + in_features], weight_OX)
 
-    rows = hopper.SPLIT_LINEAR_ROWS
+    rows = range(hopper.LINEAR_MAX_ROWS + 1, hopper.SPLIT_LINEAR_MAX_ROWS + 1)
     assert takes(rows[0])
     assert takes(rows[-1])
     for num_rows in (0, rows[0] - 1, rows[-1] + 1):

@@ -38,6 +38,23 @@ Tiles = tuple[tuple[float, int], ...]
 """(average pairs of an expert up to which, tokens of a tile), ascending; the last has no limit."""
 
 
+def _check_tiles(tiles: Any) -> None:
+    try:
+        limits = [float(most) for most, _ in tiles]
+        is_right = (
+            limits == sorted(set(limits))
+            and limits[-1:] == [math.inf]
+            and all(tile in TILES for _, tile in tiles)
+        )
+    except (TypeError, ValueError):
+        is_right = False
+    if not is_right:
+        raise ValueError(
+            "tiles must be pairs of an ascending limit (null for the last) and one of "
+            f"{', '.join(map(str, TILES))}, not {tiles!r:.120}"
+        )
+
+
 @dataclass(frozen=True)
 class Choices:
     """What is chosen for an operator; each field is a limit or a size, 0 or more.
@@ -266,20 +283,3 @@ def _read_tiles(value: Any) -> Any:
     if not (isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)):
         return value
     return tuple((math.inf if most is None else most, tile) for most, tile in value)
-
-
-def _check_tiles(tiles: Any) -> None:
-    try:
-        limits = [float(most) for most, _ in tiles]
-        is_right = (
-            limits == sorted(set(limits))
-            and limits[-1:] == [math.inf]
-            and all(tile in TILES for _, tile in tiles)
-        )
-    except (TypeError, ValueError):
-        is_right = False
-    if not is_right:
-        raise ValueError(
-            "tiles must be pairs of an ascending limit (null for the last) and one of "
-            f"{', '.join(map(str, TILES))}, not {tiles!r:.120}"
-        )

@@ -6,7 +6,8 @@ import argparse
 import itertools
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,18 @@ from benchmarks.options import find_model, int_list
 from moe_engine.config.flat import build_config
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import open_store
+from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.graphs import DecodeGraphs
 from moe_engine.engine.model_directory import resolve_model
 from moe_engine.engine.pending import PendingStep
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.engine.scheduler import Scheduler
 from moe_engine.types.messages import AddRequest
 from moe_engine.types.sampling import SamplingParams
-from moe_engine.types.step import StepPlan
+from moe_engine.types.step import GroupPlan, StepPlan
+
+Graphs = tuple[DecodeStep | None, DecodeGraphs | None]
+"""A runner's captured steps and their static memory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, batches: list[int]) -> None:
@@ -41,32 +47,36 @@ class DecodeBench:
     Args:
         options: the engine's.
         model: checkpoint directory, or a name in benchmarks/models; None: what the options say.
-        most_sequences: of a batch.
-        longest_input: tokens of a prompt, at most.
+        cases: what will be prepared, (sequences of a batch, tokens of a prompt).
         num_steps: decode steps of a batch, at most.
         pipeline_depth: steps under way at a time.
+
+    Attributes:
+        runtime: the rank.
     """
 
     def __init__(
         self,
         options: dict[str, Any],
         model: str | None,
-        most_sequences: int,
-        longest_input: int,
+        cases: Sequence[tuple[int, int]],
         num_steps: int,
         pipeline_depth: int = 1,
     ) -> None:
         # The first sequences decode while others, one a step at worst, compute their prompts.
-        longest = longest_input + num_steps + 8 + most_sequences
+        most_sequences = max(batch for batch, _ in cases)
+        more = num_steps + 8 + most_sequences
         directory = str(resolve_model(find_model(model or options.get("model"))))
         options = options | {
             "model": directory,
             "load_format": "dummy",
             "prefix_cache": False,
             "pipeline_depth": pipeline_depth,
-            "max_model_len": longest,
+            "max_model_len": max(num_input for _, num_input in cases) + more,
             "max_num_seqs": most_sequences,
-            "num_blocks": most_sequences * (-(-longest // 16) + 1),
+            "num_blocks": max(
+                batch * (-(-(num_input + more) // 16) + 1) for batch, num_input in cases
+            ),
             "block_size": 16,
         }
         config, _ = build_config(options)
@@ -75,7 +85,7 @@ class DecodeBench:
             runtime.join(open_store(f"{store}/store", 0, 1))
         num_blocks = runtime.load(lambda *_: None)
         runtime.start(num_blocks)
-        self._runtime = runtime
+        self.runtime = runtime
         self.model = Path(directory).name
         self.num_layers = runtime.model_config.num_hidden_layers
         self._scheduler = Scheduler(
@@ -91,14 +101,16 @@ class DecodeBench:
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._pipeline_depth = pipeline_depth
         self._ends: list[torch.cuda.Event] = []
+        self._start_graphs = runtime.runner._decode, runtime.runner._graphs
 
     def prepare(self, batch: int, num_input: int, temperature: float = 0.0) -> Callable[[], None]:
         """Compute the prompts of a new batch; the function returned finishes one decode step."""
         while self._in_flight:
             self._finish_step()
+        self._use(self._start_graphs)
         for request_id in self._ids:
             self._scheduler.abort(request_id)
-        vocab_size = self._runtime.model_config.vocab_size
+        vocab_size = self.runtime.model_config.vocab_size
         params = SamplingParams(temperature=temperature, ignore_eos=True)
         self._ids = [f"{batch}-{num_input}-{number}" for number in range(batch)]
         prompts = random_prompts(batch, num_input, vocab_size, seed=batch)
@@ -118,13 +130,63 @@ class DecodeBench:
         ends = self._ends[-num_steps - 1 :]
         return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(ends)]
 
+    def capture(self, batch: int) -> Graphs:
+        """Capture the steps of this batch size anew, as the operators choose now."""
+        runner = self.runtime.runner
+        runner.capture_graphs([batch])
+        return runner._decode, runner._graphs
+
+    def repeatable_step(self) -> StepPlan:
+        """The prepared batch's next step, which can be launched again and again.
+
+        The same tokens at the same positions need the same experts, so steps with other kernels
+        are compared without noise from what they compute.
+        """
+        while self._in_flight:
+            self._finish_step()
+        plan = self._scheduler.schedule()
+        assert plan is not None
+        self._in_flight.append((plan, self.runtime.runner.launch(plan)))
+        self._finish_step()
+        steps = [replace(step, new_blocks=[]) for step in plan.groups[0].steps]
+        assert_equal(len(steps), len(self._ids))
+        return StepPlan(plan.step_id, [GroupPlan(steps)])
+
+    def repeat(self, plan: StepPlan, graphs: Graphs, num_steps: int) -> list[float]:
+        """Seconds from the end of each `repeatable_step` on the device to the end of the next."""
+        self._use(graphs)
+        ends: list[torch.cuda.Event] = []
+        under_way: deque[PendingStep] = deque()
+        for _ in range(num_steps + 1):
+            if len(under_way) == self._pipeline_depth:
+                under_way.popleft().result()
+            under_way.append(self.runtime.runner.launch(plan))
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(ends)]
+
+    def logits(self, plan: StepPlan, graphs: Graphs) -> torch.Tensor:
+        """Of a `repeatable_step`, float32 [batch, vocabulary]."""
+        self._use(graphs)
+        self.runtime.runner.launch(plan).result()
+        _, decode_graphs = graphs
+        assert decode_graphs is not None
+        logits_SV = decode_graphs.replay(len(self._ids))
+        assert logits_SV is not None
+        return logits_SV.float()
+
+    def _use(self, graphs: Graphs) -> None:
+        """Launch these from now on."""
+        self.runtime.runner._decode, self.runtime.runner._graphs = graphs
+
     def _step(self) -> int:
         """Finish a step; returns how many sequences decoded in it, 0 if any computed its prompt."""
         while len(self._in_flight) < self._pipeline_depth:
             plan = self._scheduler.schedule()
             if plan is None:
                 break
-            self._in_flight.append((plan, self._runtime.runner.launch(plan)))
+            self._in_flight.append((plan, self.runtime.runner.launch(plan)))
             end = torch.cuda.Event(enable_timing=True)
             end.record()
             self._ends.append(end)

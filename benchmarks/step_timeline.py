@@ -49,8 +49,7 @@ def main() -> None:
     bench = DecodeBench(
         plain_options(arguments.config, arguments.set),
         arguments.model,
-        max(arguments.batches),
-        arguments.input,
+        [(batch, arguments.input) for batch in arguments.batches],
         WARM_UP_STEPS + RECORDED_STEPS,
     )
     results = []

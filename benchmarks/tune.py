@@ -1,0 +1,229 @@
+"""Measures which kernels are best for a model on this GPU and writes the table that ships.
+
+    python -m benchmarks.tune --config configs/qwen3-30b-a3b-1gpu.yaml \\
+        --write moe_engine/ops/tuned/h200.json
+
+For every batch size a whole decode step is captured as a CUDA graph, once as the operators choose
+today and once for every other kernel that one of them could take (`tune_operators`), and launched
+again and again, two steps under way as in the engine. Kernels that are timed alone rank otherwise:
+what matters is also whose blocks have room beside those of the kernels before and after. All
+variants of a step compute the same tokens at the same positions, drawn at temperature 1; they are
+timed in turn, forwards and backwards. A choice stays unless another is faster by more than
+`tune_limits.MARGIN`. Attention is also measured for the longer ``--inputs``.
+
+Before a variant is timed its logits are compared with today's. That finds a kernel that is wrong
+altogether; whether values are right is for the tests.
+
+``--write`` renews the entries of the model's shapes in a file, whose others stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import time
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.gpu_state import gpu_state
+from benchmarks.options import int_list, plain_options
+from benchmarks.tune_limits import Timed
+from benchmarks.tune_operators import DecodeAttention, Operator, operators_of
+from moe_engine.ops import tuning
+
+BATCHES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256]
+INPUTS = [512, 8192]
+TEMPERATURE = 1.0
+# Steps of a variant in each of its turns; the first ones of a turn are not timed.
+NUM_TURNS, WARM_UP_STEPS, TIMED_STEPS = 4, 3, 12
+# Steps beside those of prompts that a sequence needs room for.
+SPARE_STEPS = 32
+# Share of the logits' norm, median over the rows. Near-ties between experts that kernels break
+# differently add up over the layers; logits that have nothing to do with each other differ by 1.4.
+MAX_ERROR = 0.5
+
+Measured = dict[str, list[Timed]]
+"""Steps by an operator's name."""
+
+
+def main() -> None:
+    """Measure, derive, print and write."""
+    arguments = parse_arguments()
+    started = time.perf_counter()
+    device_name = torch.cuda.get_device_name()
+    document = read_or_begin(arguments.write, device_name)
+    short = arguments.inputs[0]
+    cases = [
+        (batch, num_input)
+        for num_input in arguments.inputs
+        for batch in arguments.batches
+        if num_input == short or batch <= DecodeAttention.MAX_PAIRS
+    ]
+    bench = DecodeBench(
+        plain_options(arguments.config, arguments.set),
+        arguments.model,
+        cases,
+        SPARE_STEPS,
+        pipeline_depth=2,
+    )
+    operators = bench_operators(bench)
+    print(f"started in {time.perf_counter() - started:.0f} s", flush=True)
+    measured: Measured = defaultdict(list)
+    for batch, num_input in cases:
+        some = [op for op in operators if num_input == short or isinstance(op, DecodeAttention)]
+        for name, timed in measure(bench, some, batch, num_input).items():
+            measured[name].append(timed)
+        print(f"  after {time.perf_counter() - started:.0f} s", flush=True)
+    if not measured:
+        raise SystemExit(f"{device_name} has one kernel for each operator: nothing to choose")
+    run = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": command(arguments),
+        "torch": torch.__version__,
+        "driver": gpu_state()["driver_version"],
+        "num_layers": bench.num_layers,
+        "temperature": TEMPERATURE,
+    }
+    renew(document, bench.model, run, operators, measured)
+    text = to_text(document)
+    if arguments.write:
+        tuning.parse_document(json.loads(text), arguments.write)
+        arguments.write.write_text(text)
+        print(f"written to {arguments.write}")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_arguments(parser, batches=BATCHES)
+    parser.add_argument("--inputs", type=int_list, default=INPUTS, help="tokens of a prompt")
+    parser.add_argument("--write", type=Path, help="a file of moe_engine/ops/tuned/")
+    return parser.parse_args(argv)
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What measures the same again."""
+    words = ["python", "-m", "benchmarks.tune"]
+    for name in ("config", "model"):
+        if getattr(arguments, name):
+            words += [f"--{name}", str(getattr(arguments, name))]
+    words += [word for assignment in arguments.set for word in ("--set", assignment)]
+    for name in ("batches", "inputs"):
+        words += [f"--{name}", ",".join(map(str, getattr(arguments, name)))]
+    return shlex.join(words)
+
+
+def bench_operators(bench: DecodeBench) -> list[Operator]:
+    """Those of the bench's model."""
+    runtime = bench.runtime
+    k_cache_BLGD, _ = runtime.runner._kv.layer(0)
+    return operators_of(runtime._model, k_cache_BLGD, runtime.model_config.num_experts_per_tok)
+
+
+def measure(
+    bench: DecodeBench, operators: list[Operator], batch: int, num_input: int
+) -> dict[str, Timed]:
+    """Steps of one batch with each kernel of each operator that has more than one to take."""
+    present = {op.name: op.runs(batch) for op in operators}
+    variants = [
+        (op, kernel)
+        for op in operators
+        for kernel in op.kernels(batch)
+        if kernel != present[op.name] and op.takes(kernel, batch)
+    ]
+    if not variants:
+        return {}
+    bench.prepare(batch, num_input, TEMPERATURE)
+    plan = bench.repeatable_step()
+    graphs = [bench.capture(batch)]
+    expected_BV = bench.logits(plan, graphs[0])
+    for op, kernel in variants:
+        with op.chosen_by(op.forced(kernel, batch)):
+            graphs.append(bench.capture(batch))
+        check_logits(f"{op.name}: {kernel}", bench.logits(plan, graphs[-1]), expected_BV)
+    seconds: list[list[float]] = [[] for _ in graphs]
+    for turn in range(NUM_TURNS):
+        order = range(len(graphs))
+        for index in reversed(order) if turn % 2 else order:
+            steps = bench.repeat(plan, graphs[index], WARM_UP_STEPS + TIMED_STEPS)
+            seconds[index] += steps[WARM_UP_STEPS:]
+    today_ms, *others_ms = (1e3 * statistics.median(times) for times in seconds)
+    step_ms = {op.name: {present[op.name]: today_ms} for op, _ in variants}
+    for (op, kernel), ms in zip(variants, others_ms, strict=True):
+        step_ms[op.name][kernel] = ms
+    print(f"batch {batch}, prompts of {num_input} tokens: {today_ms:.3f} ms")
+    for name, times in step_ms.items():
+        print(f"  {name}: {', '.join(f'{kernel} {ms:.3f}' for kernel, ms in times.items())}")
+    return {name: Timed(batch, num_input, present[name], ms) for name, ms in step_ms.items()}
+
+
+def check_logits(name: str, logits_BV: torch.Tensor, expected_BV: torch.Tensor) -> None:
+    """`SystemExit` if they are nothing like those of today's kernels."""
+    error = (logits_BV - expected_BV).norm(dim=1) / expected_BV.norm(dim=1)
+    if not error.median() <= MAX_ERROR:
+        raise SystemExit(f"{name} is wrong: the logits are off by {error.median():.2f}")
+
+
+def read_or_begin(path: Path | None, device_name: str) -> dict[str, Any]:
+    """The file to renew, or the beginning of one.
+
+    Raises:
+        SystemExit: the file is for another GPU.
+    """
+    if path is None or not path.exists():
+        return {"device": device_name}
+    document = tuning.read_document(path)
+    tuning.parse_document(document, path)
+    if document["device"] != device_name:
+        raise SystemExit(f"{path} is for {document['device']}, and this is {device_name}")
+    return document
+
+
+def renew(
+    document: dict[str, Any],
+    run_name: str,
+    run: dict[str, Any],
+    operators: list[Operator],
+    measured: Measured,
+) -> None:
+    """Put a run, and an entry for every operator measured in it, into a file's document."""
+    document["runs"] = document.get("runs", {}) | {run_name: run}
+    for op in operators:
+        if op.name not in measured:
+            continue
+        derived = op.derive(measured[op.name])
+        print(f"{op.name}: {op.present}" + (f" -> {derived}" if derived != op.present else ""))
+        entry = {
+            "shape": dict(zip(op.kind.SHAPE, op.shape, strict=True)),
+            "choices": tuning.to_json(derived),
+            "measured": {
+                "run": run_name,
+                "steps": [timed.to_json() for timed in measured[op.name]],
+            },
+        }
+        others = [e for e in document.get(op.section, []) if e["shape"] != entry["shape"]]
+        document[op.section] = [*others, entry]
+
+
+def to_text(document: dict[str, Any]) -> str:
+    """JSON whose innermost objects and lists, and the steps around them, are a line each."""
+    text = json.dumps(document, indent=2)
+    for _ in range(2):
+        text = re.sub(r"[{\[][^{}\[\]\n]*\n[^{}\[\]]*[}\]]", _on_one_line, text)
+    return text + "\n"
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return re.sub(r"\s*\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import statistics
 import time
@@ -49,6 +48,8 @@ SPARE_STEPS = 32
 # Share of the logits' norm, median over the rows. Near-ties between experts that kernels break
 # differently add up over the layers; logits that have nothing to do with each other differ by 1.4.
 MAX_ERROR = 0.5
+# Columns of a line of the file, without an object's key.
+MAX_WIDTH = 88
 
 Measured = dict[str, list[Timed]]
 """Steps by an operator's name."""
@@ -93,7 +94,7 @@ def main() -> None:
         "temperature": TEMPERATURE,
     }
     renew(document, bench.model, run, operators, measured)
-    text = to_text(document)
+    text = to_text(document) + "\n"
     if arguments.write:
         tuning.parse_document(json.loads(text), arguments.write)
         arguments.write.write_text(text)
@@ -213,16 +214,22 @@ def renew(
         document[op.section] = [*others, entry]
 
 
-def to_text(document: dict[str, Any]) -> str:
-    """JSON whose innermost objects and lists, and the steps around them, are a line each."""
-    text = json.dumps(document, indent=2)
-    for _ in range(2):
-        text = re.sub(r"[{\[][^{}\[\]\n]*\n[^{}\[\]]*[}\]]", _on_one_line, text)
-    return text + "\n"
+def to_text(value: Any, depth: int = 0) -> str:
+    """JSON with a line for what fits one, and else a line for each member.
 
-
-def _on_one_line(found: re.Match[str]) -> str:
-    return re.sub(r"\s*\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]")
+    Args:
+        depth: how many objects and lists the value is in.
+    """
+    text = json.dumps(value)
+    if not isinstance(value, dict | list) or len(text) + 2 * depth <= MAX_WIDTH:
+        return text
+    indent = "  " * depth
+    if isinstance(value, dict):
+        members = [f"{json.dumps(name)}: {to_text(v, depth + 1)}" for name, v in value.items()]
+    else:
+        members = [to_text(member, depth + 1) for member in value]
+    inside = ",\n".join(f"{indent}  {member}" for member in members)
+    return f"{text[0]}\n{inside}\n{indent}{text[-1]}"
 
 
 if __name__ == "__main__":

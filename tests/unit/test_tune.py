@@ -1,0 +1,434 @@
+"""What follows from measured step times, which kernels are tried, and the tuner from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.decode_bench import DecodeBench
+from benchmarks.tune import check_logits, parse_arguments
+from benchmarks.tune_limits import Timed, best_limits, renewed_tiles
+from benchmarks.tune_operators import DecodeAttention, Experts, Linear, NormRouter, Operator
+from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.runner import ModelRunner
+from moe_engine.ops import hopper, moe, tuning
+from moe_engine.ops.tuning import (
+    DecodeChoices,
+    ExpertChoices,
+    LinearChoices,
+    NormRouterChoices,
+)
+from tests.unit.runner_world import MODEL, UncapturedGraphs
+
+INF = math.inf
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def steps(
+    present: Callable[[int], str], times: Callable[[int], dict[str, float]], *, input: int = 512
+) -> list[Timed]:
+    """Steps of all `BATCHES`."""
+    return [Timed(batch, input, present(batch), times(batch)) for batch in BATCHES]
+
+
+def fused_up_to(most: int) -> Callable[[int], str]:
+    return lambda batch: "fused" if batch <= most else "separate"
+
+
+def test_a_difference_within_the_margin_costs_as_much_as_today() -> None:
+    step = Timed(1, 512, "a", {"a": 1.0, "b": 0.996, "c": 0.99, "d": 1.01})
+    assert [step.cost(kernel) for kernel in "abcd"] == [1.0, 1.0, 0.99, 1.01]
+    assert step.cost("not timed") == INF
+    assert step.best(["a", "b"]) == "a"
+    assert step.best(["not timed", "b", "a", "d"]) == "b"
+    assert step.best(["a", "b", "c"]) == "c"
+
+
+def test_a_limit_moves_to_the_last_batch_at_which_its_kernel_is_best() -> None:
+    timed = steps(fused_up_to(16), lambda batch: {"fused": 1 + batch / 8, "separate": 2.0})
+    assert best_limits(timed, ("fused", "separate"), [16])[0] == [8]
+    timed = steps(fused_up_to(16), lambda batch: {"fused": 1 + batch / 40, "separate": 2.0})
+    assert best_limits(timed, ("fused", "separate"), [16])[0] == [32]
+
+
+@pytest.mark.parametrize(("fused", "limit"), [(0.5, 64), (3.0, 0)])
+def test_a_kernel_may_be_best_always_or_never(fused: float, limit: int) -> None:
+    timed = steps(fused_up_to(16), lambda batch: {"fused": fused, "separate": 2.0})
+    assert best_limits(timed, ("fused", "separate"), [16])[0] == [limit]
+
+
+@pytest.mark.parametrize("present", [1, 5, 16, 21, 64, 500])
+def test_noise_changes_no_limit(present: int) -> None:
+    choose = random.Random(present)
+    for _ in range(20):
+        timed = steps(
+            fused_up_to(present),
+            lambda batch: {
+                "fused": batch * choose.uniform(0.9975, 1.002),
+                "separate": batch * choose.uniform(0.9975, 1.002),
+            },
+        )
+        limits, cost = best_limits(timed, ("fused", "separate"), [present])
+        assert limits == [present]
+        assert cost == len(BATCHES)
+
+
+def test_one_step_that_is_slower_by_noise_does_not_end_a_kernels_reign() -> None:
+    timed = steps(
+        fused_up_to(16),
+        lambda batch: {"fused": 2.02 if batch == 2 else 1.8, "separate": 2.0},
+    )
+    assert best_limits(timed, ("fused", "separate"), [16])[0] == [64]
+
+
+def test_three_kernels_have_two_limits_and_one_may_lack_some_steps() -> None:
+    def present(batch: int) -> str:
+        return "a" if batch <= 16 else "b" if batch <= 32 else "c"
+
+    def times(batch: int) -> dict[str, float]:
+        found = {"a": 1 + batch / 10, "b": 2.0, "c": 0.9 + batch / 8}
+        return {k: ms for k, ms in found.items() if k != "a" or batch <= 16}
+
+    # a is best up to 8 (at 1 and 2 c is, which is not told from b's end), then b, and c never.
+    assert best_limits(steps(present, times), ("a", "b", "c"), [16, 32])[0] == [8, 64]
+    # Today's limit holds where it lies between the same batch sizes.
+    assert best_limits(steps(present, times), ("a", "b", "c"), [11, 64])[0] == [11, 64]
+
+
+def test_steps_of_all_inputs_decide_together() -> None:
+    def present(batch: int) -> str:
+        return "a" if batch <= 2 else "b"
+
+    short = steps(present, lambda batch: {"a": 0.98, "b": 1.0})
+    long = steps(present, lambda batch: {"a": 0.9 if batch <= 2 else 1.1, "b": 1.0}, input=8192)
+    assert best_limits(short, ("a", "b"), [2])[0] == [64]
+    assert best_limits([*short, *long], ("a", "b"), [2])[0] == [2]
+
+
+def test_tiles_stay_where_they_are_best_and_change_at_a_point_where_not() -> None:
+    present = ((0.25, 16), (40.0, 64), (INF, 256))
+    same = [(0.0625, 16), (0.25, 16), (0.5, 64), (16.0, 64)]
+    assert renewed_tiles(same, present) == present
+    smaller = [(0.25, 16), (0.5, 32), (4.0, 32), (8.0, 64), (16.0, 64)]
+    assert renewed_tiles(smaller, present) == ((0.25, 16), (4.0, 32), (40.0, 64), (INF, 256))
+    to_the_end = [(0.25, 16), (0.5, 64), (16.0, 128)]
+    assert renewed_tiles(to_the_end, present) == (
+        (0.25, 16),
+        (0.5, 64),
+        (16.0, 128),
+        (40.0, 64),
+        (INF, 256),
+    )
+    for tiles in (smaller, to_the_end):
+        ExpertChoices(tiles=renewed_tiles(tiles, present))  # which checks them
+    assert renewed_tiles([(1.0, 16)], ((INF, 64),)) == ((1.0, 16), (INF, 64))
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+class FakeLibrary:
+    """The extension of a GPU whose kernels take everything."""
+
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        assert "fit" in name, name
+        return lambda **sizes: True
+
+
+@pytest.fixture
+def empty_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every device."""
+    table: tuning.Table = {}
+    monkeypatch.setattr(tuning, "table", lambda device: table)
+
+
+@pytest.fixture
+def hopper_kernels(monkeypatch: pytest.MonkeyPatch, empty_table: None) -> None:
+    """They seem to run on the CPU, by the defaults."""
+    monkeypatch.setattr(hopper, "extension", lambda device: FakeLibrary())
+    monkeypatch.setattr(hopper, "_num_splits", lambda library, weight: weight.shape[1] // 512)
+    monkeypatch.setattr(hopper, "takes_streaming_experts", lambda *arguments: True)
+    monkeypatch.setattr(moe, "_runs_triton", lambda x: True)
+
+
+def operators() -> list[Operator]:
+    return [
+        Experts(zeros(16, 128, 64), zeros(16, 64, 64), 2),
+        Linear(zeros(8, 2048)),
+        NormRouter(zeros(16, 256), 2),
+        DecodeAttention(4, zeros(1, 16, 2, 128)),
+    ]
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_today_each_operator_runs_by_the_defaults() -> None:
+    found = [[op.runs(batch) for batch in (1, 4, 5, 16, 17, 64, 65, 4096)] for op in operators()]
+    assert found == [
+        ["streaming"] * 2 + ["tile 64"] * 5 + ["tile 256"],
+        ["streaming"] * 4 + ["split"] * 2 + ["library"] * 2,
+        ["fused"] * 4 + ["separate"] * 4,
+        ["warps, shares 8"] * 2 + ["paged"] * 6,
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 40, 64, 300])
+@pytest.mark.usefixtures("hopper_kernels")
+def test_every_kernel_worth_trying_runs_when_it_is_forced(batch: int) -> None:
+    for op in operators():
+        before = op.runs(batch)
+        taken = [kernel for kernel in op.kernels(batch) if op.takes(kernel, batch)]
+        refused = set(op.kernels(batch)) - set(taken)
+        assert before in taken
+        assert refused <= ({"streaming", "split"} if batch > 16 else set()), op.name
+        assert op.runs(batch) == before, "what was chosen before is chosen again"
+        assert op.present == tuning.DEFAULTS[op.kind]
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_what_is_hopeless_is_not_tried() -> None:
+    experts, _, router, attention = operators()
+    assert "streaming" in experts.kernels(4)
+    assert "streaming" not in experts.kernels(5)
+    assert "tile 128" not in experts.kernels(64)
+    assert "tile 128" in experts.kernels(128)
+    assert router.kernels(65) == ["separate"]
+    assert len(attention.kernels(16)) == 4
+    assert attention.kernels(17) == ["paged"]
+
+
+def time_all(op: Operator, ms: Callable[[str, int], float]) -> list[Timed]:
+    """Made-up times of everything that the operator takes."""
+    return [
+        Timed(
+            batch,
+            512,
+            op.runs(batch),
+            {
+                kernel: ms(kernel, batch)
+                for kernel in dict.fromkeys([op.runs(batch), *op.kernels(batch)])
+                if op.takes(kernel, batch)
+            },
+        )
+        for batch in BATCHES
+    ]
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_nothing_changes_where_all_are_as_fast() -> None:
+    for op in operators():
+        assert op.derive(time_all(op, lambda kernel, batch: 3.0 + batch)) == op.present
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_streaming_is_set_against_the_best_tile() -> None:
+    experts = operators()[0]
+
+    def ms(kernel: str, batch: int) -> float:
+        return {"streaming": batch, "tile 32": 2.5}.get(kernel, 9.0 if batch <= 32 else 2.0)
+
+    # 2 pairs of a row and 16 experts: batch 4 is 0.5 pairs of an expert, batch 32 is 4.
+    assert experts.derive(time_all(experts, ms)) == ExpertChoices(
+        2, ((0.25, 16), (4.0, 32), (40, 64), (128, 128), (INF, 256))
+    )
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_a_linear_layer_splits_from_the_end_of_streaming_on() -> None:
+    linear = operators()[1]
+    ms = {"streaming": lambda batch: batch / 4, "split": lambda _: 1.8, "library": lambda _: 2.0}
+    assert linear.derive(time_all(linear, lambda k, batch: ms[k](batch))) == LinearChoices(4, 64)
+    slow = ms | {"split": lambda batch: batch / 12}
+    assert linear.derive(time_all(linear, lambda k, batch: slow[k](batch))) == LinearChoices(0, 16)
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_the_router_is_fused_as_long_as_that_is_faster() -> None:
+    router = operators()[2]
+    timed = time_all(router, lambda kernel, batch: batch if kernel == "fused" else 40.0)
+    assert router.derive(timed) == NormRouterChoices(32)
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_decode_attention_takes_the_shares_that_are_best_in_all_its_steps() -> None:
+    attention = operators()[3]
+    ms = {"warps, shares 4": 0.9, "warps, shares 8": 0.95, "warps, shares 1": 2.0, "paged": 1.0}
+    # 2 KV heads, and warps are tried up to 32 pairs.
+    assert attention.derive(time_all(attention, lambda k, _: ms[k])) == DecodeChoices(32, 4)
+
+
+def test_logits_that_have_nothing_to_do_with_todays_are_refused() -> None:
+    expected_BV = torch.randn(4, 1000)
+    check_logits("right", expected_BV + 0.1 * torch.randn(4, 1000), expected_BV)
+    for wrong in (torch.randn(4, 1000), expected_BV * math.nan):
+        with pytest.raises(SystemExit, match="wrong kernel is wrong: the logits are off by"):
+            check_logits("wrong kernel", wrong, expected_BV)
+
+
+class Clock:
+    """Stands for CUDA's events: shows the end of steps that take as long as is said."""
+
+    now = 0.0
+    step_ms = 1.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self._time = math.nan
+
+    def record(self) -> None:
+        Clock.now += Clock.step_ms
+        self._time = Clock.now
+
+    def elapsed_time(self, end: Clock) -> float:
+        return end._time - self._time
+
+
+class FakeRouter(NormRouter):
+    """Has two kernels even on a CPU; they do not differ but in what `TimedGraphs` says of them."""
+
+    def runs(self, batch: int) -> str:
+        assert isinstance(self.present, NormRouterChoices)
+        return "fused" if batch <= self.present.fused_max_rows else "separate"
+
+
+class TimedGraphs(UncapturedGraphs):
+    """Steps of one size that take as many milliseconds as they have rows if fused, else 2.5."""
+
+    def __init__(self, decode: DecodeStep, exchange: Any, size: int, kernel: str) -> None:
+        super().__init__(decode, exchange)
+        self.buckets = [size]
+        self._step_ms = size if kernel == "fused" else 2.5
+
+    def replay(self, size: int) -> torch.Tensor:
+        Clock.step_ms = self._step_ms
+        return super().replay(size)
+
+
+@pytest.fixture
+def router(monkeypatch: pytest.MonkeyPatch, empty_table: None) -> FakeRouter:
+    """The only operator that is tuned."""
+    router = FakeRouter(torch.zeros(8, 32), 2)
+    monkeypatch.setattr(tune, "bench_operators", lambda bench: [router])
+    return router
+
+
+@pytest.fixture
+def run_tuner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router: FakeRouter
+) -> Callable[[str], dict[str, Any]]:
+    """Tunes a small model on the CPU, whose steps are not captured; returns the file."""
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(MODEL))
+
+    def capture_graphs(runner: ModelRunner, sizes: list[int]) -> None:
+        arguments = runner._model, runner._kv, runner._table, runner._groups, runner._max_num_seqs
+        runner._decode = DecodeStep(*arguments)
+        [size] = sizes
+        runner._graphs = TimedGraphs(runner._decode, runner._exchange, size, router.runs(size))
+
+    monkeypatch.setattr(ModelRunner, "capture_graphs", capture_graphs)
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(tune, "gpu_state", lambda: {"driver_version": "1.2"})
+
+    def run(more: str = "") -> dict[str, Any]:
+        path = tmp_path / "some.json"
+        command = f"tune --model {tmp_path}/small --set device=cpu --batches 1,2,3,8 --inputs 6,9"
+        monkeypatch.setattr("sys.argv", f"{command} --write {path} {more}".split())
+        tune.main()
+        return tuning.read_document(path)
+
+    return run
+
+
+def test_the_tuner_writes_what_it_measured_and_what_follows(
+    run_tuner: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    [entry] = run_tuner()["norm_router"]
+    assert entry["shape"] == {"hidden": 32, "num_experts": 8}
+    assert entry["choices"] == {"fused_max_rows": 2}
+    assert entry["measured"] == {
+        "run": "small",
+        # The longer prompts are for attention alone.
+        "steps": [
+            {
+                "batch": batch,
+                "input": 6,
+                "present": "fused",
+                "step_ms": {"fused": float(batch), "separate": 2.5},
+            }
+            for batch in (1, 2, 3, 8)
+        ],
+    }
+    written = tuning.table_for("Some GPU", tmp_path)
+    assert written == {(NormRouterChoices, (32, 8)): NormRouterChoices(2)}
+
+
+def test_a_file_keeps_its_other_entries_and_says_how_it_was_measured(
+    run_tuner: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    other = {"shape": {"hidden": 64, "num_experts": 8}, "choices": {"fused_max_rows": 1}}
+    stale = {"shape": {"hidden": 32, "num_experts": 8}, "choices": {"fused_max_rows": 1}}
+    old = {"device": "Some GPU", "runs": {"other": {}}, "norm_router": [stale, other]}
+    (tmp_path / "some.json").write_text(json.dumps(old))
+    document = run_tuner()
+    assert document["norm_router"][0] == other
+    assert [e["choices"]["fused_max_rows"] for e in document["norm_router"]] == [1, 2]
+    assert document["runs"].keys() == {"other", "small"}
+    run = document["runs"]["small"]
+    assert run["driver"] == "1.2"
+    assert run["num_layers"] == MODEL["num_hidden_layers"]
+    assert run["command"].startswith("python -m benchmarks.tune --model ")
+    assert run["command"].endswith("--set device=cpu --batches 1,2,3,8 --inputs 6,9")
+
+
+def test_a_file_for_another_gpu_is_refused(
+    run_tuner: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "some.json").write_text(json.dumps({"device": "Another GPU"}))
+    with pytest.raises(SystemExit, match="is for Another GPU, and this is Some GPU"):
+        run_tuner()
+
+
+def test_a_gpu_without_a_choice_writes_nothing(
+    run_tuner: Callable[..., dict[str, Any]], router: FakeRouter, tmp_path: Path
+) -> None:
+    router.MAX_ROWS = 0
+    router.runs = lambda batch: "separate"
+    with pytest.raises(SystemExit, match="one kernel for each operator"):
+        run_tuner()
+    assert not (tmp_path / "some.json").exists()
+
+
+@pytest.mark.usefixtures("router")
+def test_a_step_can_be_repeated(run_tuner: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """With the same tokens each time, and more steps of the batch may follow."""
+    bench = DecodeBench({"device": "cpu"}, f"{tmp_path}/small", [(3, 6)], 32)
+    step = bench.prepare(3, 6, temperature=1.0)
+    step()
+    plan = bench.repeatable_step()
+    outputs = [bench.runtime.runner.launch(plan).result().tokens for _ in range(3)]
+    assert len({token.token_id for token in outputs[0]}) > 1
+    assert outputs[0] == outputs[1] == outputs[2]
+    graphs = bench.capture(3)
+    first_BV, second_BV = (bench.logits(plan, graphs) for _ in range(2))
+    assert torch.equal(first_BV, second_BV)
+    assert first_BV.shape == (3, MODEL["vocab_size"])
+    assert len(bench.repeat(plan, graphs, 5)) == 5
+    step()
+    bench.prepare(3, 6)
+    assert bench.runtime.runner._graphs is None
+
+
+def test_the_command_line_has_the_batches_around_todays_limits() -> None:
+    arguments = parse_arguments(["--config", "c.yaml"])
+    assert {4, 8, 16, 24, 32, 64, 96} <= set(arguments.batches)
+    assert tune.command(arguments).startswith("python -m benchmarks.tune --config c.yaml --batches")

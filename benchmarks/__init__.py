@@ -4,7 +4,7 @@ python -m benchmarks.bench_engine_cpu    the whole engine on a CPU, against tran
 python -m benchmarks.bench_engine        the whole engine: steps, prefill, start, memory, floors
 python -m benchmarks.bench_serving       streams over HTTP, against the same work offline
 python -m benchmarks.step_timeline       a decode step on a GPU, kernel by kernel
-python -m benchmarks.tune_decode         decode steps with each way of attending
+python -m benchmarks.tune                decode steps with each kernel; writes the tables of choices
 python -m benchmarks.start_timeline      a start on a GPU, phase by phase
 python -m benchmarks.bench_expert_ffn    the kernels of the MoE layer and the small ones on a GPU
 python -m benchmarks.bench_attention     those of attention

@@ -22,6 +22,7 @@ from moe_engine.ops.tuning import (
     LinearChoices,
     NormRouterChoices,
 )
+from tests.unit.hopper_on_cpu import choose_as_on_hopper, zeros
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -242,24 +243,10 @@ def test_every_choice_is_documented() -> None:
             assert f"{field.name}:" in (kind.__doc__ or ""), (kind, field.name)
 
 
-class FakeLibrary:
-    """The extension of a GPU whose kernels take everything."""
-
-    def __getattr__(self, name: str) -> Callable[..., bool]:
-        assert "fit" in name, name
-        return lambda **sizes: True
-
-
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> tuning.Table:
-    """The CPU's table, to fill; the Hopper kernels seem to run there."""
-    monkeypatch.setattr(hopper, "extension", lambda device: FakeLibrary())
-    monkeypatch.setattr(hopper, "_num_splits", lambda library, weight: weight.shape[1] // 512)
-    monkeypatch.setattr(hopper, "takes_streaming_experts", lambda *arguments: True)
-    monkeypatch.setattr(moe, "_runs_triton", lambda x: True)
-    changed: tuning.Table = {}
-    monkeypatch.setattr(tuning, "table", lambda device: changed)
-    return changed
+    """The CPU's, to fill."""
+    return choose_as_on_hopper(monkeypatch)
 
 
 def rows_taken(takes: Callable[[int], bool]) -> list[int]:
@@ -267,10 +254,6 @@ def rows_taken(takes: Callable[[int], bool]) -> list[int]:
     taken = [rows for rows in range(71) if takes(rows)]
     assert taken == list(range(taken[0], taken[-1] + 1))
     return [taken[0], taken[-1]]
-
-
-def zeros(*shape: int) -> torch.Tensor:
-    return torch.zeros(*shape, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(("in_features", "last"), [(2048, 64), (2560, 51), (4096, 32)])

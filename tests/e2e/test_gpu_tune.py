@@ -1,0 +1,55 @@
+"""The tuner on a GPU, with a small model that every kernel for Hopper takes."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from benchmarks import tune
+from moe_engine.ops import hopper, tuning
+from tests.e2e.hopper_world import HOPPER_MODEL
+from tests.unit.runner_world import MODEL
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or hopper.extension(torch.device("cuda", 0)) is None,
+    reason="needs a GPU of compute capability 9.0 and moe_engine._C",
+)
+
+
+def test_every_operator_is_measured_with_each_of_its_kernels(monkeypatch, tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(MODEL | HOPPER_MODEL))
+    path = tmp_path / "table.json"
+    command = f"tune --model {tmp_path}/small --set dtype=bfloat16 --set device=cuda"
+    command += f" --batches 1,2,20,64 --inputs 48,700 --write {path}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    before = dict(tuning.table(torch.device("cuda", 0)))
+    tune.main()
+
+    document = tuning.read_document(path)
+    assert document["device"] == torch.cuda.get_device_name()
+    assert document["runs"]["small"]["torch"] == torch.__version__
+    table = tuning.parse_document(document, path)
+    assert len(table) == 5
+    after = tuning.table(torch.device("cuda", 0))
+    changed = {key for key in after if after[key] != before.get(key, tuning.DEFAULTS[key[0]])}
+    assert not changed, "what was forced is not forced any more"
+
+    tried = {}
+    for section in tuning.SECTIONS:
+        for entry in document[section]:
+            for step in entry["measured"]["steps"]:
+                kernels = tried.setdefault((section, step["batch"], step["input"]), set())
+                kernels |= step["step_ms"].keys()
+                assert step["present"] in step["step_ms"]
+                assert all(0.01 < ms < math.inf for ms in step["step_ms"].values())
+    shares = {f"warps, shares {shares}" for shares in (1, 4, 8)}
+    assert tried["experts", 1, 48] == {"streaming", "tile 16", "tile 32", "tile 64"}
+    assert tried["linear", 1, 48] == {"streaming", "split", "library"}
+    assert tried["linear", 64, 48] == {"split", "library"}
+    assert tried["norm_router", 20, 48] == {"fused", "separate"}
+    for num_input in (48, 700):
+        assert tried["decode_attention", 2, num_input] == {*shares, "paged"}
+    assert ("experts", 1, 700) not in tried, "long prompts are for attention"

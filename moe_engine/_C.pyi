@@ -46,8 +46,12 @@ def expert_token_counts(
     Ids below 0 are padding. The current device must be the one that owns the pointers.
     """
 
+def grouped_experts_sort(num_pairs: int, num_experts: int, tokens_per_tile: int) -> bool:
+    """Whether `grouped_expert_ffn` sorts so many pairs itself."""
+
 def grouped_expert_ffn(
     *,
+    expert_ids: int,
     offsets: int,
     pairs: int,
     x: int,
@@ -64,7 +68,7 @@ def grouped_expert_ffn(
     tokens_per_tile: int,
     stream: int,
 ) -> None:
-    """Enqueue the experts' products over grouped pairs; see ``csrc/grouped_experts.h``."""
+    """Enqueue the experts' products over the pairs of each; see ``csrc/grouped_experts.h``."""
 
 def norm_router_fits(num_experts: int, hidden: int, top_k: int) -> bool:
     """Whether `norm_router` takes these sizes."""

@@ -106,11 +106,20 @@ def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: i
     )
 
 
+def sorts_pairs(slot_ids_RK: torch.Tensor, num_experts: int, tokens_per_tile: int) -> bool:
+    """Whether the grouped kernels sort so few pairs themselves; `takes_experts` has said yes."""
+    library = extension(slot_ids_RK.device)
+    assert library is not None
+    sorts: bool = library.grouped_experts_sort(
+        num_pairs=slot_ids_RK.numel(), num_experts=num_experts, tokens_per_tile=tokens_per_tile
+    )
+    return sorts
+
+
 def grouped_expert_ffn(
     x_RH: torch.Tensor,
-    offsets_E1: torch.Tensor,
-    pairs_P: torch.Tensor,
-    top_k: int,
+    slot_ids_RK: torch.Tensor,
+    groups: tuple[torch.Tensor, torch.Tensor] | None,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
     tokens_per_tile: int,
@@ -118,32 +127,36 @@ def grouped_expert_ffn(
     """Each pair's expert output, bfloat16 [P, H]; rows of pairs without an expert are undefined.
 
     Args:
-        offsets_E1, pairs_P: see `ops.moe.ExpertGroups`.
+        slot_ids_RK: contiguous int32, below 0 for no expert.
+        groups: offsets int32 [E + 1] and pairs int32 [P], see `ops.moe.ExpertGroups`; None: the
+            kernels sort the pairs, of which `sorts_pairs` must say yes.
         tokens_per_tile: 16, 32, 64, 128 or 256; how many pairs of an expert share a read of its
             weights.
     """
     from moe_engine.kernels.launch import compiles_only
 
     num_experts, hidden, intermediate = down_EHI.shape
-    h_PI = x_RH.new_empty(pairs_P.shape[0], intermediate)
-    y_PH = x_RH.new_empty(pairs_P.shape[0], hidden)
+    num_pairs = slot_ids_RK.numel()
+    h_PI = x_RH.new_empty(num_pairs, intermediate)
+    y_PH = x_RH.new_empty(num_pairs, hidden)
     if compiles_only():
-        return y_PH  # nobody has written the offsets
+        return y_PH  # nobody has written the ids
     library = extension(x_RH.device)
     assert library is not None
     with torch.cuda.device(x_RH.device):
         library.grouped_expert_ffn(
-            offsets=offsets_E1.data_ptr(),
-            pairs=pairs_P.data_ptr(),
+            expert_ids=slot_ids_RK.data_ptr() if groups is None else 0,
+            offsets=0 if groups is None else groups[0].data_ptr(),
+            pairs=0 if groups is None else groups[1].data_ptr(),
             x=x_RH.data_ptr(),
             x_stride=x_RH.stride(0),
             gate_up=gate_up_EJH.data_ptr(),
             down=down_EHI.data_ptr(),
             h=h_PI.data_ptr(),
             y=y_PH.data_ptr(),
-            num_pairs=pairs_P.shape[0],
+            num_pairs=num_pairs,
             num_experts=num_experts,
-            top_k=top_k,
+            top_k=slot_ids_RK.shape[1],
             hidden=hidden,
             intermediate=intermediate,
             tokens_per_tile=tokens_per_tile,

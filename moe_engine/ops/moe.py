@@ -278,18 +278,15 @@ def _grouped_expert_ffn(
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
 ) -> ExpertOutputs:
-    """Grouping, and the two products on Hopper's tensor cores."""
+    """Grouping, and the two products on Hopper's tensor cores, which group few pairs themselves."""
     num_experts = gate_up_EJH.shape[0]
-    groups = group_by_expert(slot_ids_RK, num_experts)
-    y_PH = hopper.grouped_expert_ffn(
-        x_RH,
-        groups.offsets_E1,
-        groups.pairs_P,
-        slot_ids_RK.shape[1],
-        gate_up_EJH,
-        down_EHI,
-        tokens_per_tile(slot_ids_RK.numel(), num_experts),
-    )
+    slot_ids_RK = _int32_ids(slot_ids_RK)
+    tile = tokens_per_tile(slot_ids_RK.numel(), num_experts)
+    groups = None
+    if not hopper.sorts_pairs(slot_ids_RK, num_experts, tile):
+        sorted_pairs = group_by_expert(slot_ids_RK, num_experts)
+        groups = sorted_pairs.offsets_E1, sorted_pairs.pairs_P
+    y_PH = hopper.grouped_expert_ffn(x_RH, slot_ids_RK, groups, gate_up_EJH, down_EHI, tile)
     return ExpertOutputs(y_PH, slot_ids_RK, weights_RK)
 
 

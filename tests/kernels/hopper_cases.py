@@ -94,6 +94,24 @@ def grouped_cases(tile: int) -> list[Experts]:
     ]
 
 
+def sorting_cases() -> list[Experts]:
+    """None, one, chunks of 32 that are full or not, the most pairs, the most experts."""
+    return [
+        no_rows(3),
+        Experts("no expert at all", torch.full((7, 3), -1, dtype=torch.int32), 4),
+        *(one_expert_takes_all(n) for n in (1, 31, 32, 33, 256)),
+        scattered(8, 8, 128),
+        scattered(13, 5, 7, hidden=320, intermediate=192),
+        scattered(32, 8, 256, hidden=64, intermediate=64),
+        scattered(17, 15, 131, hidden=64, intermediate=64),
+        # As many pairs as experts: weights are foreseen.
+        Experts(
+            "weights foreseen", torch.arange(0, 512, 2, dtype=torch.int32)[:, None] % 254, 254,
+            hidden=1088, intermediate=64,
+        ),
+    ]  # fmt: skip
+
+
 STREAMING_CASES = [
     no_rows(8),
     Experts("no expert at all", torch.full((1, 8), -1, dtype=torch.int32), 4),
@@ -133,17 +151,20 @@ SPLIT_LINEAR_CASES = [
 ]
 
 
-def run_grouped(case: Experts, tile: int) -> None:
-    """Every pair's output by the grouped kernel, from rows of x that lie apart."""
+def run_grouped(case: Experts, tile: int, *, sorts: bool = False) -> None:
+    """Every pair's output by the grouped kernel, from rows of x that lie apart.
+
+    Args:
+        sorts: whether the kernel sorts the pairs.
+    """
     num_rows, top_k = case.ids_RK.shape
     x_RH = torch.randn(num_rows, case.hidden + 16).to(BF16)
     gate_up_EJH, down_EHI = case.weights()
     offsets_E1, pairs_P = reference.group_by_expert(case.ids_RK, case.num_experts)
     y_PH = hopper.grouped_expert_ffn(
         x_RH.cuda()[:, : case.hidden],
-        offsets_E1.cuda(),
-        pairs_P.cuda(),
-        top_k,
+        case.ids_RK.cuda(),
+        None if sorts else (offsets_E1.cuda(), pairs_P.cuda()),
         gate_up_EJH.cuda(),
         down_EHI.cuda(),
         tile,
@@ -299,6 +320,11 @@ def all_cases() -> dict[str, list[NamedRun]]:
         cases[f"grouped, tile {tile}"] = [
             (case.name, partial(run_grouped, case, tile)) for case in grouped_cases(tile)
         ]
+    cases["grouped, sorting"] = [
+        (f"tile {tile}, {case.name}", partial(run_grouped, case, tile, sorts=True))
+        for tile in (16, 32, 64)
+        for case in sorting_cases()
+    ]
     cases["streaming experts"] = [
         (case.name, partial(run_streaming, case)) for case in STREAMING_CASES
     ]

@@ -55,7 +55,12 @@ def test_a_pair_gets_the_same_bits_whoever_shares_its_tile(tile: int) -> None:
     def run(rows: slice) -> torch.Tensor:
         groups = moe.group_by_expert(ids_RK[rows], 6)
         return hopper.grouped_expert_ffn(
-            x_RH[rows], groups.offsets_E1, groups.pairs_P, 4, gate_up_EJH, down_EHI, tile
+            x_RH[rows],
+            ids_RK[rows],
+            (groups.offsets_E1, groups.pairs_P),
+            gate_up_EJH,
+            down_EHI,
+            tile,
         )
 
     together_PH = run(slice(0, 90))
@@ -279,11 +284,27 @@ def test_what_the_grouped_kernel_cannot_do_is_refused(
     num_experts: int, tile: int, message: str
 ) -> None:
     case = scattered(2, 2, num_experts, hidden=64, intermediate=64)
-    groups = [t.cuda() for t in reference.group_by_expert(case.ids_RK, num_experts)]
+    offsets_E1, pairs_P = reference.group_by_expert(case.ids_RK, num_experts)
+    groups = offsets_E1.cuda(), pairs_P.cuda()
     weights = [w.cuda() for w in case.weights()]
     x_RH = torch.randn(2, 64, device="cuda").to(BF16)
     with pytest.raises(ValueError, match=message):
-        hopper.grouped_expert_ffn(x_RH, *groups, 2, *weights, tile)
+        hopper.grouped_expert_ffn(x_RH, case.ids_RK.cuda(), groups, *weights, tile)
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "num_experts", "tile"), [(257, 4, 16), (256, 257, 16), (8, 4, 128)]
+)
+def test_what_the_grouped_kernel_cannot_sort_is_refused(
+    num_pairs: int, num_experts: int, tile: int
+) -> None:
+    weights = [w.cuda() for w in scattered(1, 1, num_experts, hidden=64, intermediate=64).weights()]
+    x_RH = torch.randn(num_pairs, 64, device="cuda").to(BF16)
+    ids_RK = torch.zeros(num_pairs, 1, dtype=torch.int32, device="cuda")
+    assert not hopper.sorts_pairs(ids_RK, num_experts, tile)
+    assert hopper.sorts_pairs(ids_RK[:256], min(num_experts, 256), min(tile, 64))
+    with pytest.raises(ValueError, match="must be sorted before"):
+        hopper.grouped_expert_ffn(x_RH, ids_RK, None, *weights, tile)
 
 
 def test_sizes_that_the_streaming_kernel_has_no_room_for_are_refused() -> None:

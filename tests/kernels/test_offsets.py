@@ -107,7 +107,9 @@ class TestExperts:
         x_RH = torch.randn(2, self.HIDDEN, device="cuda").to(BF16)
         ids_RK = torch.tensor([[self.NUM_EXPERTS - 1], [129]], dtype=torch.int32, device="cuda")
         groups = moe.group_by_expert(ids_RK, self.NUM_EXPERTS)
-        y_PH = hopper.grouped_expert_ffn(x_RH, groups.offsets_E1, groups.pairs_P, 1, *weights, tile)
+        y_PH = hopper.grouped_expert_ffn(
+            x_RH, ids_RK, (groups.offsets_E1, groups.pairs_P), *weights, tile
+        )
         case = Case(x_RH, ids_RK, torch.ones(2, 1, device="cuda"), *weights)
         check_rows(y_PH, case.expected())
 

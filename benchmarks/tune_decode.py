@@ -1,8 +1,11 @@
-"""Whole decode steps with each way of attending, for the limits in `moe_engine.ops.warp_decode`.
+"""Whole decode steps with each way of attending, for `moe_engine.ops.decode_attention.LAUNCHES`.
 
     python -m benchmarks.tune_decode --config configs/qwen3-30b-a3b-1gpu.yaml \\
         --batches 1,2,4,8 --inputs 512,2048,8192 --json FILE
+    python -m benchmarks.tune_decode --config configs/qwen3-30b-a3b-1gpu.yaml \\
+        --batches 16,32,64,128,256 --inputs 512 --launches 6:1:1,6:2:32,12:1:1,12:2:32
 
+Beside the launches, those that are committed are measured, and `kernels.paged_decode`.
 Kernels that are timed alone rank otherwise: what matters is also which blocks of the projections
 before and after attention have room beside its own. So a rank is started for every candidate, and
 two steps are under way at a time, as in the engine. Tokens are drawn at temperature 1.
@@ -15,18 +18,24 @@ import json
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from benchmarks.decode_bench import DecodeBench, add_arguments
-from benchmarks.options import int_list, plain_options
-from moe_engine.ops import warp_decode
+from benchmarks.options import int_list, launch_list, plain_options
+from moe_engine.ops import decode_attention
+from moe_engine.ops.decode_attention import Launch
 
-# Most shares of `ops.warp_decode`; None: `kernels.paged_decode` instead.
-CANDIDATES = (None, 1, 4, 8)
+# By default: clusters, then blocks of either size, with a context in one to eight shares.
+CANDIDATES = "0:1:2048,0:4:2048,0:8:2048," + ",".join(
+    f"{block_warps}:{max_shares}:32" for block_warps in (6, 12) for max_shares in (1, 2, 4, 8)
+)
 WARM_UP_STEPS, MEASURED_STEPS = 10, 60
+
+Table = tuple[tuple[int, Launch], ...]
 
 
 def main() -> None:
@@ -36,7 +45,16 @@ def main() -> None:
     parser.add_argument(
         "--inputs", type=int_list, default=[512, 2048, 8192], help="tokens of a prompt"
     )
+    parser.add_argument(
+        "--launches",
+        type=launch_list,
+        default=CANDIDATES,
+        help="warps of a block (0: clusters):most shares:least tokens of a share, ...",
+    )
     arguments = parser.parse_args()
+    tables: dict[str, Table | None] = {"committed": None, "paged_decode": ()}
+    for launch in arguments.launches:
+        tables[":".join(map(str, astuple(launch)))] = ((2**31, launch),)
     cases = [(batch, length) for batch in arguments.batches for length in arguments.inputs]
     rows: list[dict[str, Any]] = [
         {"batch": batch, "input": length, "step_ms": {}} for batch, length in cases
@@ -44,9 +62,8 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     # A process for each, because a rank keeps its memory to the end.
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for candidate in CANDIDATES:
-            name = f"{candidate} shares" if candidate else "paged_decode"
-            times = pool.submit(measure, arguments, cases, candidate).result()
+        for name, table in tables.items():
+            times = pool.submit(measure, arguments, cases, table).result()
             for row, seconds in zip(rows, times, strict=True):
                 row["step_ms"][name] = seconds * 1e3
             steps = (f"{row['batch']} x {row['input']}: {row['step_ms'][name]:.3f}" for row in rows)
@@ -64,11 +81,11 @@ def main() -> None:
 
 
 def measure(
-    arguments: argparse.Namespace, cases: list[tuple[int, int]], candidate: int | None
+    arguments: argparse.Namespace, cases: list[tuple[int, int]], table: Table | None
 ) -> list[float]:
-    """Median seconds of a decode step of each (batch, input) with one candidate."""
-    warp_decode.MAX_PAIRS = 2**31 if candidate else 0
-    warp_decode.MAX_SHARES = candidate or 1
+    """Median seconds of a decode step of each (batch, input) with one table of launches."""
+    if table is not None:
+        decode_attention.LAUNCHES = table
     bench = DecodeBench(
         plain_options(arguments.config, arguments.set),
         arguments.model,

@@ -2,6 +2,7 @@
 // lifetimes are checked above, in moe_engine/ops; the types are in moe_engine/_C.pyi.
 #include <pybind11/pybind11.h>
 
+#include "block_decode.h"
 #include "device.h"
 #include "expert_counts.h"
 #include "grouped_experts.h"
@@ -141,16 +142,16 @@ void streaming_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t expert_weigh
   moe_engine::streaming_expert_ffn(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void warp_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_part_stride,
-                 int num_parts, std::uintptr_t q_weight, std::uintptr_t k_weight,
-                 std::uintptr_t cos, std::uintptr_t sin, std::uintptr_t positions,
-                 std::uintptr_t slots, std::uintptr_t k_cache, std::uintptr_t v_cache,
-                 std::uintptr_t block_tables, std::int64_t block_tables_stride,
-                 std::uintptr_t context_lens, std::uintptr_t out, float eps, float scale,
-                 int num_sequences, int num_heads, int num_kv_heads, int block_size, int max_shares,
-                 std::uintptr_t parts, std::uintptr_t stats, std::uintptr_t arrivals,
-                 std::uintptr_t stream) {
-  moe_engine::WarpDecodeArgs args;
+void decode_attention(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_part_stride,
+                      int num_parts, std::uintptr_t q_weight, std::uintptr_t k_weight,
+                      std::uintptr_t cos, std::uintptr_t sin, std::uintptr_t positions,
+                      std::uintptr_t slots, std::uintptr_t k_cache, std::uintptr_t v_cache,
+                      std::uintptr_t block_tables, std::int64_t block_tables_stride,
+                      std::uintptr_t context_lens, std::uintptr_t out, float eps, float scale,
+                      int num_sequences, int num_heads, int num_kv_heads, int block_size,
+                      int block_warps, int max_shares, int min_tokens, std::uintptr_t parts,
+                      std::uintptr_t stats, std::uintptr_t arrivals, std::uintptr_t stream) {
+  moe_engine::DecodeAttentionArgs args;
   args.qkv = reinterpret_cast<const void*>(qkv);
   args.qkv_stride = qkv_stride;
   args.qkv_part_stride = qkv_part_stride;
@@ -174,10 +175,15 @@ void warp_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_p
   args.num_kv_heads = num_kv_heads;
   args.block_size = block_size;
   args.max_shares = max_shares;
+  args.min_tokens = min_tokens;
   args.parts = reinterpret_cast<float*>(parts);
   args.stats = reinterpret_cast<float*>(stats);
   args.arrivals = reinterpret_cast<std::int32_t*>(arrivals);
-  moe_engine::warp_decode(args, reinterpret_cast<cudaStream_t>(stream));
+  if (block_warps == 0) {
+    moe_engine::warp_decode(args, reinterpret_cast<cudaStream_t>(stream));
+  } else {
+    moe_engine::block_decode(args, block_warps, reinterpret_cast<cudaStream_t>(stream));
+  }
 }
 
 }  // namespace
@@ -211,11 +217,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("streaming_expert_ffn", &streaming_expert_ffn, py::kw_only(), "expert_ids"_a,
         "expert_weights"_a, "x"_a, "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "out"_a,
         "counters"_a, "num_tokens"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "stream"_a);
-  m.def("warp_decode_fits", &moe_engine::warp_decode_fits, "num_heads"_a, "num_kv_heads"_a,
-        "head_dim"_a, "block_size"_a);
-  m.def("warp_decode", &warp_decode, py::kw_only(), "qkv"_a, "qkv_stride"_a, "qkv_part_stride"_a,
-        "num_parts"_a, "q_weight"_a, "k_weight"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a,
-        "k_cache"_a, "v_cache"_a, "block_tables"_a, "block_tables_stride"_a, "context_lens"_a,
-        "out"_a, "eps"_a, "scale"_a, "num_sequences"_a, "num_heads"_a, "num_kv_heads"_a,
-        "block_size"_a, "max_shares"_a, "parts"_a, "stats"_a, "arrivals"_a, "stream"_a);
+  m.def("decode_attention_fits", &moe_engine::decode_attention_fits, "num_heads"_a,
+        "num_kv_heads"_a, "head_dim"_a, "block_size"_a);
+  m.def("decode_attention", &decode_attention, py::kw_only(), "qkv"_a, "qkv_stride"_a,
+        "qkv_part_stride"_a, "num_parts"_a, "q_weight"_a, "k_weight"_a, "cos"_a, "sin"_a,
+        "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "block_tables"_a,
+        "block_tables_stride"_a, "context_lens"_a, "out"_a, "eps"_a, "scale"_a, "num_sequences"_a,
+        "num_heads"_a, "num_kv_heads"_a, "block_size"_a, "block_warps"_a, "max_shares"_a,
+        "min_tokens"_a, "parts"_a, "stats"_a, "arrivals"_a, "stream"_a);
 }

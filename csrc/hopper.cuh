@@ -145,6 +145,25 @@ __device__ __forceinline__ void copy_16_bytes(std::uint32_t to_shared, const voi
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
 }
 
+// Zeros if the source is not there; its address is valid all the same.
+__device__ __forceinline__ void copy_16_bytes_or_zeros(std::uint32_t to_shared, const void* from,
+                                                       bool is_there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
+               "r"(is_there ? 16 : 0)
+               : "memory");
+}
+
+// Ends a group of this thread's cp.async copies.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until, of this thread's groups, all but the last kNum have landed, for itself to see.
+template <int kNum>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNum) : "memory");
+}
+
 // One row of a multiple of 16 bytes, at addresses that are multiples of 16, by the copy engine.
 __device__ __forceinline__ void copy_row(std::uint32_t to_shared, const void* from, int num_bytes,
                                          std::uint64_t* barrier) {

@@ -149,10 +149,12 @@ def streaming_linear(
 ) -> None:
     """Enqueue a linear layer of at most 16 tokens; see ``csrc/streaming_linear.h``."""
 
-def warp_decode_fits(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> bool:
-    """Whether `warp_decode` takes these sizes."""
+def decode_attention_fits(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> bool:
+    """Whether `decode_attention` takes these sizes."""
 
-def warp_decode(
+def decode_attention(
     *,
     qkv: int,
     qkv_stride: int,
@@ -176,10 +178,15 @@ def warp_decode(
     num_heads: int,
     num_kv_heads: int,
     block_size: int,
+    block_warps: int,
     max_shares: int,
+    min_tokens: int,
     parts: int,
     stats: int,
     arrivals: int,
     stream: int,
 ) -> None:
-    """Enqueue decode attention; see ``csrc/warp_decode.h``."""
+    """Enqueue decode attention; see ``csrc/decode_attention.h``.
+
+    Warps of a block: 0 for ``csrc/warp_decode.h``, else those of ``csrc/block_decode.h``.
+    """

@@ -1,7 +1,8 @@
 """The CUDA kernels for Hopper: experts, linear layers of few rows, the norm with the router.
 
 Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
-which have checked that shapes and dtypes fit together. Decode attention is in `ops.warp_decode`.
+which have checked that shapes and dtypes fit together. Decode attention is in
+`ops.decode_attention`.
 
 Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
 I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X.

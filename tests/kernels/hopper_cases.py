@@ -21,7 +21,13 @@ from moe_engine.ops.reference import expert_counts as counts_reference
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 from tests.kernels.close import check_rows
-from tests.kernels.decode_cases import DECODE_CASES, MAX_SHARES, run_warp_decode
+from tests.kernels.decode_cases import (
+    BLOCK_CASES,
+    BLOCKS,
+    CLUSTER_CASES,
+    CLUSTERS,
+    run_decode,
+)
 
 TILES = (16, 32, 64, 128, 256)
 BF16 = torch.bfloat16
@@ -339,14 +345,19 @@ def all_cases() -> dict[str, list[NamedRun]]:
     cases["norm and router"] = [
         (str(case), partial(run_norm_router, case)) for case in ROUTER_CASES
     ]
-    cases["warp decode"] = [
-        (
-            f"{shares} shares for contexts {contexts}, {heads} heads to {kv_heads}, {parts} parts",
-            partial(run_warp_decode, contexts, heads, kv_heads, block_size, parts, shares),
-        )
-        for shares in MAX_SHARES
-        for contexts, heads, kv_heads, block_size, parts in DECODE_CASES
-    ]
+    for kernel, launches, decodes in (
+        ("warp decode", CLUSTERS, CLUSTER_CASES),
+        ("block decode", BLOCKS, BLOCK_CASES),
+    ):
+        cases[kernel] = [
+            (
+                f"{launch} for {len(contexts)} contexts {contexts[:9]}, {heads} heads to {kv_heads}, "
+                f"{parts} parts",
+                partial(run_decode, launch, contexts, heads, kv_heads, block_size, parts),
+            )
+            for launch in launches
+            for contexts, heads, kv_heads, block_size, parts in decodes
+        ]
     cases["expert counts"] = [
         (
             f"{ids_TK.dtype} {list(ids_TK.shape)}, {num_experts} experts",

@@ -16,14 +16,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_engine.ops import attention, hopper, moe, norm, rope, warp_decode
+from moe_engine.ops import attention, decode_attention, hopper, moe, norm, rope
 from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
 from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import norm as norm_reference
 from moe_engine.ops.reference import rope as rope_reference
 from moe_engine.ops.sampling import greedy_tokens
 from tests.kernels.close import check_rows
-from tests.kernels.decode_cases import Decode
+from tests.kernels.decode_cases import LAUNCHES, Decode
 from tests.kernels.hopper_cases import TILES
 from tests.kernels.paged import expected, make_case
 from tests.kernels.test_expert_ffn import Case, check
@@ -240,7 +240,7 @@ def test_projected_heads_far_apart() -> None:
 
 
 @pytest.mark.parametrize("contexts", [[0, 1, 3000], [262_144, 5]])
-def test_far_blocks_and_the_longest_context_by_warps(contexts: list[int]) -> None:
+def test_far_blocks_and_the_longest_context_by_the_cuda_kernels(contexts: list[int]) -> None:
     """Past 2^31 elements in the projection, past 2^31 bytes in the cache."""
     needs_hopper()
     decode = Decode.random(contexts, 32, 4)
@@ -253,8 +253,8 @@ def test_far_blocks_and_the_longest_context_by_warps(contexts: list[int]) -> Non
         tensor[-near:] = original.cuda()
     arguments = decode.arguments((far[0], far[1]), block_shift=num_blocks - near)
     outputs = [
-        warp_decode.warp_decode(far_apart(qkv_SX), **arguments, max_shares=max_shares).cpu()
-        for max_shares in (warp_decode.MAX_SHARES, 1)
+        decode_attention.decode_attention(launch, far_apart(qkv_SX), **arguments).cpu()
+        for launch in LAUNCHES
     ]
     expected_SND = decode.expected(qkv_SX)
     for out_SND in outputs:

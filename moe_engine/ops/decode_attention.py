@@ -1,4 +1,5 @@
-"""Decode attention by warps, a CUDA kernel for Hopper: what it takes, and its launch.
+"""Decode attention from the fused projection on, two CUDA kernels for Hopper: which is best for
+which rows, what they take, and their launch.
 
 Shape legend: R rows, S parts, N query heads, G KV heads, D head dimension, B blocks, L tokens a
 block, P positions, F = D / 2, X = (N + 2 × G) × D.
@@ -6,40 +7,76 @@ block, P positions, F = D / 2, X = (N + 2 × G) × D.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from moe_engine.ops import hopper
 
-# Rows times KV heads up to which it is used; beyond, `kernels.paged_decode` is. Shares that a long
-# context is cut into, at most. From whole steps of Qwen3-30B-A3B, which has 4 KV heads, on an H200,
-# in ms against paged_decode's, by the prompts' length: batch 1: 2.58 (2.66) at 512, 3.05 (3.36) at
-# 8192, 4.12 (5.00) at 32,768; batch 2: 3.35 (3.54) at 512; batch 4, with 4 shares: 4.94 (5.02) at
-# 512, 5.44 (5.47) at 2048, 6.73 (6.20) at 8192. ``benchmarks.tune_decode`` measures such steps.
-MAX_PAIRS = 8
-MAX_SHARES = 8
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel, and how a row and KV head's context is shared out. The bits of a row depend on it.
+
+    Attributes:
+        block_warps: 0: ``csrc/warp_decode.cu``, clusters of 64 warps; else ``block_decode.cu``, and
+            the warps of a thread block: 12, which has a multiprocessor for itself, or 6.
+        max_shares: that a context is cut into, each with a cluster or block of its own, at most.
+        min_tokens: of a share.
+    """
+
+    block_warps: int
+    max_shares: int
+    min_tokens: int
 
 
-def takes_warp_decode(
+# (most rows times KV heads, launch): the first row that fits; beyond the last
+# `kernels.paged_decode` is best. ``benchmarks.tune_decode`` measures whole steps with each.
+#
+# Clusters, by whole steps of Qwen3-30B-A3B, which has 4 KV heads, on an H200, in ms against
+# paged_decode's, by the prompts' length: batch 1: 2.58 (2.66) at 512, 3.05 (3.36) at 8192, 4.12
+# (5.00) at 32,768; batch 2: 3.35 (3.54) at 512; batch 4, with 4 shares: 4.94 (5.02) at 512, 5.44
+# (5.47) at 2048, 6.73 (6.20) at 8192.
+#
+# Blocks, not measured yet: so many shares that contexts of 640 tokens fill 132 multiprocessors, and
+# that a long context among them does not outlast the rest. A block without a share costs a little.
+LAUNCHES: tuple[tuple[int, Launch], ...] = (
+    (8, Launch(block_warps=0, max_shares=8, min_tokens=2048)),
+    (16, Launch(block_warps=6, max_shares=8, min_tokens=80)),
+    (32, Launch(block_warps=12, max_shares=8, min_tokens=160)),
+    (64, Launch(block_warps=12, max_shares=8, min_tokens=320)),
+    (132, Launch(block_warps=12, max_shares=4, min_tokens=1024)),
+    (264, Launch(block_warps=6, max_shares=4, min_tokens=1024)),
+    (512, Launch(block_warps=6, max_shares=2, min_tokens=2048)),
+    (1024, Launch(block_warps=6, max_shares=1, min_tokens=1)),
+)
+
+
+def choose(
     qkv: torch.Tensor, dtype: torch.dtype, num_heads: int, k_cache_BLGD: torch.Tensor
-) -> bool:
-    """Whether the decode attention kernel is best for these rows and takes this cache.
+) -> Launch | None:
+    """The launch that is best for these rows; None: neither kernel takes them or is best.
 
     Args:
         qkv: [R, X], or float32 parts [S, R, X].
         dtype: of the attention.
     """
     block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
-    if qkv.shape[-2] * num_kv_heads > MAX_PAIRS:
-        return False
+    num_pairs = qkv.shape[-2] * num_kv_heads
+    launch = next((row[1] for row in LAUNCHES if num_pairs <= row[0]), None)
+    if launch is None:
+        return None
     if not (dtype == k_cache_BLGD.dtype == torch.bfloat16 and hopper.rows_are_aligned(qkv)):
-        return False
+        return None
     library = hopper.extension(qkv.device)
-    return library is not None and library.warp_decode_fits(
+    takes = library is not None and library.decode_attention_fits(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size
     )
+    return launch if takes else None
 
 
-def warp_decode(
+def decode_attention(
+    launch: Launch,
     qkv: torch.Tensor,
     norm_weights: tuple[torch.Tensor, torch.Tensor],
     eps: float,
@@ -50,7 +87,6 @@ def warp_decode(
     block_tables_RB: torch.Tensor,
     context_lens_R: torch.Tensor,
     scale: float,
-    max_shares: int | None = None,
 ) -> torch.Tensor:
     """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D]. Checks its arguments.
 
@@ -59,8 +95,6 @@ def warp_decode(
         norm_weights: [D] each, of the norms of queries and keys.
         cos_sin_PF: float32 each.
         cache: keys and values, each [B, L, G, D], contiguous.
-        max_shares: that a context is cut into; None: `MAX_SHARES`. A row's bits depend on it, but
-            not on the other rows.
     """
     from moe_engine.kernels.launch import arrival_counters, compiles_only
 
@@ -92,10 +126,8 @@ def warp_decode(
     out_RND = k_cache_BLGD.new_empty(num_rows, num_heads, head_dim)
     if compiles_only():
         return out_RND  # nobody has written the contexts
-    if max_shares is None:
-        max_shares = MAX_SHARES
     # What the shares of every row and head found, and which of them have arrived.
-    num_shares = num_rows * num_heads * max_shares
+    num_shares = num_rows * num_heads * launch.max_shares
     parts = out_RND.new_empty(num_shares, head_dim, dtype=torch.float32)
     stats = out_RND.new_empty(num_shares, 2, dtype=torch.float32)
     arrivals = arrival_counters(qkv.device)
@@ -103,7 +135,7 @@ def warp_decode(
     library = hopper.extension(qkv.device)
     assert library is not None
     with torch.cuda.device(qkv.device):
-        library.warp_decode(
+        library.decode_attention(
             qkv=qkv.data_ptr(),
             qkv_stride=qkv.stride(-2),
             qkv_part_stride=qkv.stride(0),
@@ -126,7 +158,9 @@ def warp_decode(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             block_size=block_size,
-            max_shares=max_shares,
+            block_warps=launch.block_warps,
+            max_shares=launch.max_shares,
+            min_tokens=launch.min_tokens,
             parts=parts.data_ptr(),
             stats=stats.data_ptr(),
             arrivals=arrivals.data_ptr(),

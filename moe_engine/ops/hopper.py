@@ -1,4 +1,4 @@
-"""The CUDA kernels for Hopper: experts, linear layers of few rows, the norm with the router.
+"""The CUDA kernels for Hopper: experts, linear layers, the norm with the router.
 
 Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
 which have checked that shapes and dtypes fit together. Decode attention is in
@@ -23,6 +23,8 @@ SPLIT_LINEAR_ROWS = range(LINEAR_MAX_ROWS + 1, 65)
 """Rows for which the split linear layer can be best; it takes any up to 64."""
 SPLIT_LINEAR_MAX_SUMS = 256
 """Parts times rows up to which it is best, for the sake of the operator that adds them up."""
+CLUSTER_LINEAR_ROWS = range(65, 257)
+"""Rows for which the linear layer of clusters is best; it takes any up to 256."""
 
 NORM_ROUTER_MAX_ROWS = 16
 """Rows up to which norm and router share a kernel."""
@@ -93,6 +95,22 @@ def _num_splits(library: ModuleType, weight_OX: torch.Tensor) -> int:
             in_features=weight_OX.shape[1], out_features=weight_OX.shape[0]
         )
     return num_splits
+
+
+def takes_cluster_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
+    """Whether the linear kernel of clusters is best for these rows and takes this weight."""
+    if x_RX.shape[0] not in CLUSTER_LINEAR_ROWS or x_RX.dtype != torch.bfloat16:
+        return False
+    if not (rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
+        return False
+    library = extension(x_RX.device)
+    if library is None:
+        return False
+    with torch.cuda.device(x_RX.device):
+        fits: bool = library.cluster_linear_fits(
+            in_features=weight_OX.shape[1], out_features=weight_OX.shape[0]
+        )
+    return fits
 
 
 def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: int) -> bool:
@@ -243,6 +261,26 @@ def split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return parts_SRO
+
+
+def cluster_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
+    """``x weight^T`` of at most 256 rows, bfloat16 [R, O]."""
+    num_rows, in_features = x_RX.shape
+    out_RO = x_RX.new_empty(num_rows, weight_OX.shape[0])
+    library = extension(x_RX.device)
+    assert library is not None
+    with torch.cuda.device(x_RX.device):
+        library.cluster_linear(
+            x=x_RX.data_ptr(),
+            x_stride=x_RX.stride(0),
+            weight=weight_OX.data_ptr(),
+            out=out_RO.data_ptr(),
+            num_tokens=num_rows,
+            in_features=in_features,
+            out_features=weight_OX.shape[0],
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out_RO
 
 
 def norm_router(

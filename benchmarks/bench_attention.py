@@ -2,6 +2,8 @@
 
     python -m benchmarks.bench_attention --json FILE          # check, then time what is committed
     python -m benchmarks.bench_attention --json FILE --tune   # time candidates for the tables
+    python -m benchmarks.bench_attention --json FILE --launches 6:1:1,12:2:64
+        # time decode from the projection on with these `ops.tuning.Launch`es
 
 Heads are 128 wide, in bfloat16, and as many as Qwen3-30B-A3B has, 32 of queries and 4 of keys and
 values, unless ``--heads`` and ``--kv-heads`` say otherwise: Qwen3-235B-A22B has 64 and 4, a rank of
@@ -18,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,10 @@ import torch
 from benchmarks import attention_cases as cases
 from benchmarks import ceilings
 from benchmarks.attention_tune import tune
+from benchmarks.forced_choices import forced_choices
 from benchmarks.gpu_timing import num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
+from benchmarks.options import launch_list
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
@@ -36,6 +41,7 @@ from moe_engine.kernels.paged_prefill import paged_prefill
 from moe_engine.ops import cudnn_prefill
 from moe_engine.ops.attention import attend, paged_attention
 from moe_engine.ops.rope import norm_rope_write as norm_rope_write_operator
+from moe_engine.ops.tuning import INF, DecodeChoices, Launch
 
 BATCHES = (1, 8, 32, 64, 128, 256)
 # FlashInfer 0.6's tensor-core decode on an H200, microseconds, with 32 and 4 heads.
@@ -65,6 +71,11 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time candidates for the tables")
     parser.add_argument("--heads", type=int, default=cases.NUM_HEADS, help="of queries")
     parser.add_argument("--kv-heads", type=int, default=cases.NUM_KV_HEADS)
+    parser.add_argument(
+        "--launches",
+        type=launch_list,
+        help="warps of a block (0: clusters):most shares:least tokens of a share, ...",
+    )
     arguments = parser.parse_args()
     has_peers = (arguments.heads, arguments.kv_heads) == (cases.NUM_HEADS, cases.NUM_KV_HEADS)
     try:
@@ -86,6 +97,8 @@ def main() -> None:
     print(ceilings.describe(machine_ceilings))
     if arguments.tune:
         result["tune"] = tune(cache)
+    elif arguments.launches:
+        result["launches"] = launch_rows(arguments.launches, cache)
     else:
         result["rows"] = measure(cache, machine_ceilings, has_peers)
     result["seconds"] = time.perf_counter() - start
@@ -201,6 +214,23 @@ def decode_row(
         "peer_us": peer_us,
         **_timed(inputs, cache, attend, num_bytes=num_bytes),
     }
+
+
+def launch_rows(launches: list[Launch], cache: Cache) -> list[Row]:
+    """Decode from the fused projection on by each launch, printed a line for each batch."""
+    shape = cases.NUM_HEADS, cases.NUM_KV_HEADS
+    rows: list[Row] = []
+    for context in (576, 2048, "mixed"):
+        for batch_size in BATCHES:
+            columns = []
+            for launch in launches:
+                with forced_choices(cache[0].device, shape, DecodeChoices(((INF, launch),))):
+                    row, _ = prepared_decode_rows(batch_size, context, cache)
+                name = ":".join(map(str, astuple(launch)))
+                columns.append(f"{name} {row['us']:.1f}")
+                rows.append(row | {"launch": name})
+            print(f"{batch_size:>4} x {context:<6}", " | ".join(columns), flush=True)
+    return rows
 
 
 def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> list[Row]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_engine.config.flat import flat_options
 from moe_engine.config.yaml import load_yaml
+from moe_engine.ops.tuning import Launch
 
 MODELS = Path(__file__).parent / "models"
 
@@ -14,6 +15,14 @@ MODELS = Path(__file__).parent / "models"
 def int_list(text: str) -> list[int]:
     """``1,8`` as [1, 8]."""
     return [int(part) for part in text.split(",")]
+
+
+def launch_list(text: str) -> list[Launch]:
+    """Launches of decode attention: ``0:8:2048,12:1:1`` as [Launch(0, 8, 2048), Launch(12, 1, 1)].
+
+    The numbers are warps of a block, shares at most, tokens of a share at least.
+    """
+    return [Launch(*map(int, part.split(":"))) for part in text.split(",")]
 
 
 def plain_options(config: Path | None, assignments: list[str]) -> dict[str, Any]:

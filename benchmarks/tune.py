@@ -25,6 +25,7 @@ import shlex
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import astuple
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,21 @@ import torch
 
 from benchmarks.decode_bench import DecodeBench, add_arguments
 from benchmarks.gpu_state import gpu_state
-from benchmarks.options import int_list, plain_options
+from benchmarks.options import int_list, launch_list, plain_options
 from benchmarks.tune_limits import Timed
 from benchmarks.tune_operators import DecodeAttention, Operator, operators_of
 from moe_engine.ops import tuning
+from moe_engine.ops.tuning import Launch
 
 BATCHES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256]
 INPUTS = [512, 8192]
 TEMPERATURE = 1.0
 # Steps of a variant in each of its turns; the first ones of a turn are not timed.
-NUM_TURNS, WARM_UP_STEPS, TIMED_STEPS = 4, 3, 12
+NUM_TURNS, WARM_UP_STEPS, TIMED_STEPS = 2, 3, 16
 # Steps beside those of prompts that a sequence needs room for.
 SPARE_STEPS = 32
+# Sequences of a batch with longer prompts than the first ``--inputs``.
+MAX_LONG_BATCH = 16
 # Share of the logits' norm, median over the rows. Near-ties between experts that kernels break
 # differently add up over the layers; logits that have nothing to do with each other differ by 1.4.
 MAX_ERROR = 0.5
@@ -66,7 +70,7 @@ def main() -> None:
         (batch, num_input)
         for num_input in arguments.inputs
         for batch in arguments.batches
-        if num_input == short or batch <= DecodeAttention.MAX_PAIRS
+        if num_input == short or batch <= MAX_LONG_BATCH
     ]
     bench = DecodeBench(
         plain_options(arguments.config, arguments.set),
@@ -75,7 +79,7 @@ def main() -> None:
         SPARE_STEPS,
         pipeline_depth=2,
     )
-    operators = bench_operators(bench)
+    operators = bench_operators(bench, arguments.launches)
     print(f"started in {time.perf_counter() - started:.0f} s", flush=True)
     measured: Measured = defaultdict(list)
     for batch, num_input in cases:
@@ -106,6 +110,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_arguments(parser, batches=BATCHES)
     parser.add_argument("--inputs", type=int_list, default=INPUTS, help="tokens of a prompt")
+    parser.add_argument(
+        "--launches",
+        type=launch_list,
+        default=[],
+        help="more of decode attention to try, "
+        "warps of a block (0: clusters):most shares:least tokens of a share, ...",
+    )
     parser.add_argument("--write", type=Path, help="a file of moe_engine/ops/tuned/")
     return parser.parse_args(argv)
 
@@ -119,14 +130,18 @@ def command(arguments: argparse.Namespace) -> str:
     words += [word for assignment in arguments.set for word in ("--set", assignment)]
     for name in ("batches", "inputs"):
         words += [f"--{name}", ",".join(map(str, getattr(arguments, name)))]
+    if arguments.launches:
+        launches = (":".join(map(str, astuple(launch))) for launch in arguments.launches)
+        words += ["--launches", ",".join(launches)]
     return shlex.join(words)
 
 
-def bench_operators(bench: DecodeBench) -> list[Operator]:
-    """Those of the bench's model."""
+def bench_operators(bench: DecodeBench, launches: list[Launch]) -> list[Operator]:
+    """Those of the bench's model, with more launches of decode attention to try."""
     runtime = bench.runtime
     k_cache_BLGD, _ = runtime.runner._kv.layer(0)
-    return operators_of(runtime._model, k_cache_BLGD, runtime.model_config.num_experts_per_tok)
+    top_k = runtime.model_config.num_experts_per_tok
+    return operators_of(runtime._model, k_cache_BLGD, top_k, launches)
 
 
 def measure(
@@ -147,7 +162,7 @@ def measure(
     graphs = [bench.capture(batch)]
     expected_BV = bench.logits(plan, graphs[0])
     for op, kernel in variants:
-        with op.chosen_by(op.forced(kernel, batch)):
+        with op.with_kernel(kernel):
             graphs.append(bench.capture(batch))
         check_logits(f"{op.name}: {kernel}", bench.logits(plan, graphs[-1]), expected_BV)
     seconds: list[list[float]] = [[] for _ in graphs]

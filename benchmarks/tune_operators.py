@@ -1,32 +1,37 @@
 """The operators of a decode step that have a choice of kernels: which, and what follows from times.
 
-Each has a section in the files of `moe_engine.ops.tuning`. To tune a new choice, name its kernel
-in `kernels`, force it in `forced`, recognise it in `runs` and set its field in `derive`.
+Each has a section in the files of `moe_engine.ops.tuning`. To tune a new kernel, name it in
+`kernels`, force it in `forced` and recognise it in `runs`.
 
 Shape legend: R rows, H hidden size, E experts, K experts per row, J = 2 × intermediate size,
-I intermediate size, X input width, O output width.
+I intermediate size, X input width, O output width, B blocks, L tokens a block, G KV heads,
+D head dimension.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import astuple, replace
 from typing import ClassVar
 
 import torch
 
-from benchmarks.tune_limits import Timed, best_limits, renewed_tiles
+from benchmarks.forced_choices import forced_choices
+from benchmarks.tune_limits import Timed, best_kernel, by_batch, renewed
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.models.qwen3_moe import DecoderLayer, Qwen3MoeForCausalLM
-from moe_engine.ops import hopper, moe, tuning, warp_decode
+from moe_engine.ops import decode_attention, hopper, moe, tuning
 from moe_engine.ops.tuning import (
+    INF,
     Choices,
     DecodeChoices,
     ExpertChoices,
+    Launch,
     LinearChoices,
     NormRouterChoices,
+    pick,
 )
 
 
@@ -42,7 +47,7 @@ class Operator(ABC):
     shape: tuple[int, ...]
 
     def __init__(self, device: torch.device) -> None:
-        self._table = tuning.table(device)
+        self._device = device
 
     @property
     def kind(self) -> type[Choices]:
@@ -56,22 +61,16 @@ class Operator(ABC):
 
     @property
     def present(self) -> Choices:
-        """What it chooses by today."""
-        return self._table.get((self.kind, self.shape), tuning.DEFAULTS[self.kind])
+        """What it chooses by now."""
+        return tuning.choices(self.kind, self._device, *self.shape)
 
-    @contextmanager
-    def chosen_by(self, choices: Choices) -> Iterator[None]:
-        """Choose by these inside; what is captured there stays."""
-        present = self.present
-        self._table[self.kind, self.shape] = choices
-        try:
-            yield
-        finally:
-            self._table[self.kind, self.shape] = present
+    def with_kernel(self, kernel: str) -> AbstractContextManager[None]:
+        """A context in which it takes this kernel wherever that can run."""
+        return forced_choices(self._device, self.shape, self.forced(kernel))
 
     def takes(self, kernel: str, batch: int) -> bool:
-        """Whether this kernel would run if it were forced."""
-        with self.chosen_by(self.forced(kernel, batch)):
+        """Whether this kernel can run."""
+        with self.with_kernel(kernel):
             return self.runs(batch) == kernel
 
     @abstractmethod
@@ -79,8 +78,8 @@ class Operator(ABC):
         """The kernels worth trying; the operator need not take all of them."""
 
     @abstractmethod
-    def forced(self, kernel: str, batch: int) -> Choices:
-        """Choices by which this kernel runs, if it takes the batch at all."""
+    def forced(self, kernel: str) -> Choices:
+        """Choices by which this kernel runs if it can."""
 
     @abstractmethod
     def runs(self, batch: int) -> str:
@@ -89,6 +88,14 @@ class Operator(ABC):
     @abstractmethod
     def derive(self, timed: Sequence[Timed]) -> Choices:
         """Today's choices, but for those that were measured to be slower than others."""
+
+
+def best_points(timed: Sequence[Timed]) -> list[tuple[int, str]]:
+    """The best kernel of each batch size, among all that were timed."""
+    return [
+        (batch, best_kernel(steps, [steps[0].present, *steps[0].step_ms]))
+        for batch, steps in by_batch(timed).items()
+    ]
 
 
 class Experts(Operator):
@@ -105,50 +112,37 @@ class Experts(Operator):
     def kernels(self, batch: int) -> list[str]:
         """Streaming while few rows share an expert, and tiles that are not mostly empty."""
         mean_pairs = self._mean_pairs(batch)
-        tiles = [tile for tile in tuning.TILES if tile <= max(64, 8 * mean_pairs)]
+        tiles = [t for t in ExpertChoices.VALUES["tiles"] if t <= max(64, 8 * mean_pairs)]
         return ["streaming"] * (mean_pairs <= 0.5) + [_tile_name(tile) for tile in tiles]
 
-    def forced(self, kernel: str, batch: int) -> ExpertChoices:
+    def forced(self, kernel: str) -> ExpertChoices:
         """See `Operator`."""
         if kernel == "streaming":
-            return ExpertChoices(streaming_max_rows=batch)
+            return ExpertChoices(kernels=((INF, "streaming"),))
         tile = int(kernel.removeprefix("tile "))
-        return ExpertChoices(streaming_max_rows=0, tiles=((math.inf, tile),))
+        return ExpertChoices(((INF, "grouped"),), ((INF, tile),))
 
     def runs(self, batch: int) -> str:
         """See `Operator`."""
         gate_up_EJH, down_EHI = self._weights
-        hidden, _, num_experts, top_k = self.shape
-        x_RH = down_EHI.new_empty(batch, hidden)
-        ids_RK = torch.empty(batch, top_k, dtype=torch.int32, device=x_RH.device)
+        x_RH = down_EHI.new_empty(batch, self.shape[0])
+        ids_RK = torch.empty(batch, self.shape[3], dtype=torch.int32, device=x_RH.device)
         kernel = moe.choose_expert_ffn(x_RH, ids_RK, gate_up_EJH, down_EHI)
-        if kernel != "grouped":
-            return kernel
-        choices = moe.expert_choices(down_EHI, top_k)
-        return _tile_name(choices.tokens_per_tile(ids_RK.numel(), num_experts))
+        return _tile_name(moe.tokens_per_tile(ids_RK, down_EHI)) if kernel == "grouped" else kernel
 
     def derive(self, timed: Sequence[Timed]) -> ExpertChoices:
-        """See `Operator`; streaming is set against the best tile."""
+        """See `Operator`; the tiles also where streaming is better, but then today's."""
         present = self.present
         assert isinstance(present, ExpertChoices)
-        _, _, num_experts, top_k = self.shape
-        steps, tiles = [], []
-        for step in sorted(timed, key=lambda step: step.batch):
-            today = present.tokens_per_tile(step.batch * top_k, num_experts)
-            best = step.best([_tile_name(today), *map(_tile_name, tuning.TILES)])
-            step_ms = {"grouped": step.step_ms[best]}
-            if "streaming" in step.step_ms:
-                step_ms["streaming"] = step.step_ms["streaming"]
-            runs = "streaming" if step.present == "streaming" else "grouped"
-            steps.append(Timed(step.batch, step.input, runs, step_ms))
-            tiles.append((step.batch, int(best.removeprefix("tile ")), today))
-        order, limits = ("streaming", "grouped"), [present.streaming_max_rows]
-        [streaming], _ = best_limits(steps, order, limits)
-        points = [
-            (self._mean_pairs(batch), today if batch <= streaming else best)
-            for batch, best, today in tiles
-        ]
-        return ExpertChoices(streaming, renewed_tiles(points, present.tiles))
+        kernels, tiles = [], []
+        for batch, best in best_points(timed):
+            mean_pairs = self._mean_pairs(batch)
+            kernels.append((batch, "streaming" if best == "streaming" else "grouped"))
+            tile = pick(present.tiles, mean_pairs)
+            tiles.append(
+                (mean_pairs, tile if best == "streaming" else int(best.removeprefix("tile ")))
+            )
+        return ExpertChoices(renewed(present.kernels, kernels), renewed(present.tiles, tiles))
 
     def _mean_pairs(self, batch: int) -> float:
         """Average pairs of an expert."""
@@ -159,7 +153,6 @@ class Linear(Operator):
     """A linear layer whose sum may be left to the operator that follows."""
 
     section = "linear"
-    ORDER = ("streaming", "split", "library")
 
     def __init__(self, weight_OX: torch.Tensor) -> None:
         super().__init__(weight_OX.device)
@@ -167,41 +160,35 @@ class Linear(Operator):
         self.shape = (weight_OX.shape[1], weight_OX.shape[0])
 
     def kernels(self, batch: int) -> list[str]:
-        """All of them."""
-        return list(self.ORDER)
+        """Kernels for fewer rows, or for many more, are not worth it."""
+        first = {"streaming": 1, "split": 5, "library": 9, "cluster": 17}
+        return [kernel for kernel, least in first.items() if batch >= least]
 
-    def forced(self, kernel: str, batch: int) -> LinearChoices:
+    def forced(self, kernel: str) -> LinearChoices:
         """See `Operator`."""
-        if kernel == "streaming":
-            return LinearChoices(streaming_max_rows=batch)
-        return LinearChoices(0, split_max_rows=batch if kernel == "split" else 0)
+        return LinearChoices(((INF, kernel),))
 
     def runs(self, batch: int) -> str:
         """See `Operator`."""
         x_RX = self._weight.new_empty(batch, self.shape[0])
-        if hopper.takes_split_linear(x_RX, self._weight):
-            return "split"
-        return "streaming" if hopper.takes_linear(x_RX, self._weight) else "library"
+        takes = {
+            "split": hopper.takes_split_linear,
+            "streaming": hopper.takes_linear,
+            "cluster": hopper.takes_cluster_linear,
+        }
+        return next((name for name, does in takes.items() if does(x_RX, self._weight)), "library")
 
     def derive(self, timed: Sequence[Timed]) -> LinearChoices:
         """See `Operator`."""
         present = self.present
         assert isinstance(present, LinearChoices)
-        most = present.streaming_max_rows
-        split_rows = [row for row in range(hopper.SPLIT_LINEAR_MAX_ROWS + 1) if self._splits(row)]
-        today = [most, max(split_rows, default=most)]
-        limits, _ = best_limits(timed, self.ORDER, today)
-        return present if limits == today else LinearChoices(*limits)
-
-    def _splits(self, batch: int) -> bool:
-        return self.runs(batch) == "split"
+        return LinearChoices(renewed(present.kernels, best_points(timed)))
 
 
 class NormRouter(Operator):
     """A norm and the router behind it."""
 
     section = "norm_router"
-    ORDER = ("fused", "separate")
     MAX_ROWS = 64
 
     def __init__(self, gate_EH: torch.Tensor, top_k: int) -> None:
@@ -211,11 +198,11 @@ class NormRouter(Operator):
 
     def kernels(self, batch: int) -> list[str]:
         """One launch only for few rows."""
-        return list(self.ORDER if batch <= self.MAX_ROWS else self.ORDER[1:])
+        return ["fused"] * (batch <= self.MAX_ROWS) + ["separate"]
 
-    def forced(self, kernel: str, batch: int) -> NormRouterChoices:
+    def forced(self, kernel: str) -> NormRouterChoices:
         """See `Operator`."""
-        return NormRouterChoices(batch if kernel == "fused" else 0)
+        return NormRouterChoices(((INF, kernel),))
 
     def runs(self, batch: int) -> str:
         """See `Operator`."""
@@ -227,55 +214,55 @@ class NormRouter(Operator):
         """See `Operator`."""
         present = self.present
         assert isinstance(present, NormRouterChoices)
-        limits, _ = best_limits(timed, self.ORDER, [present.fused_max_rows])
-        return NormRouterChoices(*limits)
+        return NormRouterChoices(renewed(present.kernels, best_points(timed)))
 
 
 class DecodeAttention(Operator):
-    """Attention where every row decodes."""
+    """Attention where every row decodes.
+
+    Args:
+        more: launches to try beside those like today's.
+    """
 
     section = "decode_attention"
-    MAX_PAIRS = 32
-    SHARES = (1, 4, 8)
+    CLUSTERS = (Launch(0, 4, 2048), Launch(0, 8, 2048))
+    CLUSTERS_MAX_PAIRS = 32
 
-    def __init__(self, num_heads: int, k_cache_BLGD: torch.Tensor) -> None:
+    def __init__(
+        self, num_heads: int, k_cache_BLGD: torch.Tensor, more: Sequence[Launch] = ()
+    ) -> None:
         super().__init__(k_cache_BLGD.device)
         self._cache = k_cache_BLGD
+        self._more = more
         self.shape = (num_heads, k_cache_BLGD.shape[2])
 
     def kernels(self, batch: int) -> list[str]:
-        """Warps only for few rows, with today's shares and others."""
-        shares = sorted({*self.SHARES, self._choices().warp_max_shares})
-        has_few_rows = batch * self.shape[1] <= self.MAX_PAIRS
-        return [*(_warps_name(most) for most in shares if has_few_rows), "paged"]
+        """Those of today around the batch, blocks of the other size, clusters for few rows."""
+        num_pairs = batch * self.shape[1]
+        steps = self._choices().launches
+        here = next(number for number, (most, _) in enumerate(steps) if num_pairs <= most)
+        launches = [launch for _, launch in steps[max(0, here - 1) : here + 2]]
+        blocks = [launch for launch in launches if launch is not None and launch.block_warps]
+        launches += [replace(launch, block_warps=18 - launch.block_warps) for launch in blocks]
+        if num_pairs <= self.CLUSTERS_MAX_PAIRS:
+            launches += self.CLUSTERS
+        return list(dict.fromkeys(map(_launch_name, [*launches, *self._more, None])))
 
-    def forced(self, kernel: str, batch: int) -> DecodeChoices:
+    def forced(self, kernel: str) -> DecodeChoices:
         """See `Operator`."""
-        if kernel == "paged":
-            return DecodeChoices(warp_max_pairs=0)
-        return DecodeChoices(batch * self.shape[1], int(kernel.removeprefix("warps, shares ")))
+        return DecodeChoices(((INF, _launch(kernel)),))
 
     def runs(self, batch: int) -> str:
         """See `Operator`."""
         num_heads, num_kv_heads = self.shape
         width = (num_heads + 2 * num_kv_heads) * self._cache.shape[3]
         qkv_RX = self._cache.new_empty(batch, width)
-        if warp_decode.takes_warp_decode(qkv_RX, qkv_RX.dtype, num_heads, self._cache):
-            return _warps_name(self._choices().warp_max_shares)
-        return "paged"
+        return _launch_name(decode_attention.choose(qkv_RX, qkv_RX.dtype, num_heads, self._cache))
 
     def derive(self, timed: Sequence[Timed]) -> DecodeChoices:
-        """See `Operator`; all steps take the same shares, so those that are best in all."""
-        present, num_kv_heads = self._choices(), self.shape[1]
-        today = present.warp_max_pairs // num_kv_heads
-        others = sorted({*self.SHARES} - {present.warp_max_shares})
-        found = []
-        for shares in (present.warp_max_shares, *others):
-            limits, cost = best_limits(timed, (_warps_name(shares), "paged"), [today])
-            found.append((cost, shares, limits[0]))
-        _, shares, most = min(found, key=lambda candidate: candidate[0])
-        pairs = present.warp_max_pairs if most == today else most * num_kv_heads
-        return DecodeChoices(pairs, shares)
+        """See `Operator`."""
+        points = [(batch * self.shape[1], _launch(best)) for batch, best in best_points(timed)]
+        return DecodeChoices(renewed(self._choices().launches, points))
 
     def _choices(self) -> DecodeChoices:
         present = self.present
@@ -284,9 +271,16 @@ class DecodeAttention(Operator):
 
 
 def operators_of(
-    model: Qwen3MoeForCausalLM, k_cache_BLGD: torch.Tensor, top_k: int
+    model: Qwen3MoeForCausalLM,
+    k_cache_BLGD: torch.Tensor,
+    top_k: int,
+    launches: Sequence[Launch] = (),
 ) -> list[Operator]:
-    """Those of the model's first layer with experts, each shape once."""
+    """Those of the model's first layer with experts, each shape once.
+
+    Args:
+        launches: see `DecodeAttention`.
+    """
     attention, experts = next(
         (layer.self_attn, layer.mlp)
         for layer in model.layers
@@ -299,14 +293,19 @@ def operators_of(
         Linear(qkv_OX),
         Linear(attention.o_proj.weight),
         NormRouter(experts.router, top_k),
-        DecodeAttention(num_heads, k_cache_BLGD),
+        DecodeAttention(num_heads, k_cache_BLGD, launches),
     ]
-    return list({(op.section, op.shape): op for op in operators}.values())
+    return list({op.name: op for op in operators}.values())
 
 
 def _tile_name(tile: int) -> str:
     return f"tile {tile}"
 
 
-def _warps_name(shares: int) -> str:
-    return f"warps, shares {shares}"
+def _launch_name(launch: Launch | None) -> str:
+    """As `benchmarks.options.launch_list` reads it, or ``paged``."""
+    return "paged" if launch is None else ":".join(map(str, astuple(launch)))
+
+
+def _launch(name: str) -> Launch | None:
+    return None if name == "paged" else Launch(*map(int, name.split(":")))

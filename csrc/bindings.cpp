@@ -2,6 +2,8 @@
 // lifetimes are checked above, in moe_engine/ops; the types are in moe_engine/_C.pyi.
 #include <pybind11/pybind11.h>
 
+#include "block_decode.h"
+#include "cluster_linear.h"
 #include "device.h"
 #include "expert_counts.h"
 #include "grouped_experts.h"
@@ -42,12 +44,13 @@ void expert_token_counts(std::uintptr_t topk_ids, bool ids_are_int64, std::int64
   moe_engine::expert_token_counts(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void grouped_expert_ffn(std::uintptr_t offsets, std::uintptr_t pairs, std::uintptr_t x,
-                        std::int64_t x_stride, std::uintptr_t gate_up, std::uintptr_t down,
-                        std::uintptr_t h, std::uintptr_t y, std::int64_t num_pairs, int num_experts,
-                        int top_k, int hidden, int intermediate, int tokens_per_tile,
-                        std::uintptr_t stream) {
+void grouped_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t offsets, std::uintptr_t pairs,
+                        std::uintptr_t x, std::int64_t x_stride, std::uintptr_t gate_up,
+                        std::uintptr_t down, std::uintptr_t h, std::uintptr_t y,
+                        std::int64_t num_pairs, int num_experts, int top_k, int hidden,
+                        int intermediate, int tokens_per_tile, std::uintptr_t stream) {
   moe_engine::ExpertFfnArgs args;
+  args.expert_ids = reinterpret_cast<const std::int32_t*>(expert_ids);
   args.offsets = reinterpret_cast<const std::int32_t*>(offsets);
   args.pairs = reinterpret_cast<const std::int32_t*>(pairs);
   args.x = reinterpret_cast<const void*>(x);
@@ -77,6 +80,20 @@ void streaming_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t we
   args.in_features = in_features;
   args.out_features = out_features;
   moe_engine::streaming_linear(args, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void cluster_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weight,
+                    std::uintptr_t out, int num_tokens, int in_features, int out_features,
+                    std::uintptr_t stream) {
+  moe_engine::ClusterLinearArgs args;
+  args.x = reinterpret_cast<const void*>(x);
+  args.x_stride = x_stride;
+  args.weight = reinterpret_cast<const void*>(weight);
+  args.out = reinterpret_cast<void*>(out);
+  args.num_tokens = num_tokens;
+  args.in_features = in_features;
+  args.out_features = out_features;
+  moe_engine::cluster_linear(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
 void norm_router(std::uintptr_t x, int num_parts, std::uintptr_t residual,
@@ -140,16 +157,16 @@ void streaming_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t expert_weigh
   moe_engine::streaming_expert_ffn(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void warp_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_part_stride,
-                 int num_parts, std::uintptr_t q_weight, std::uintptr_t k_weight,
-                 std::uintptr_t cos, std::uintptr_t sin, std::uintptr_t positions,
-                 std::uintptr_t slots, std::uintptr_t k_cache, std::uintptr_t v_cache,
-                 std::uintptr_t block_tables, std::int64_t block_tables_stride,
-                 std::uintptr_t context_lens, std::uintptr_t out, float eps, float scale,
-                 int num_sequences, int num_heads, int num_kv_heads, int block_size, int max_shares,
-                 std::uintptr_t parts, std::uintptr_t stats, std::uintptr_t arrivals,
-                 std::uintptr_t stream) {
-  moe_engine::WarpDecodeArgs args;
+void decode_attention(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_part_stride,
+                      int num_parts, std::uintptr_t q_weight, std::uintptr_t k_weight,
+                      std::uintptr_t cos, std::uintptr_t sin, std::uintptr_t positions,
+                      std::uintptr_t slots, std::uintptr_t k_cache, std::uintptr_t v_cache,
+                      std::uintptr_t block_tables, std::int64_t block_tables_stride,
+                      std::uintptr_t context_lens, std::uintptr_t out, float eps, float scale,
+                      int num_sequences, int num_heads, int num_kv_heads, int block_size,
+                      int block_warps, int max_shares, int min_tokens, std::uintptr_t parts,
+                      std::uintptr_t stats, std::uintptr_t arrivals, std::uintptr_t stream) {
+  moe_engine::DecodeAttentionArgs args;
   args.qkv = reinterpret_cast<const void*>(qkv);
   args.qkv_stride = qkv_stride;
   args.qkv_part_stride = qkv_part_stride;
@@ -173,10 +190,15 @@ void warp_decode(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t qkv_p
   args.num_kv_heads = num_kv_heads;
   args.block_size = block_size;
   args.max_shares = max_shares;
+  args.min_tokens = min_tokens;
   args.parts = reinterpret_cast<float*>(parts);
   args.stats = reinterpret_cast<float*>(stats);
   args.arrivals = reinterpret_cast<std::int32_t*>(arrivals);
-  moe_engine::warp_decode(args, reinterpret_cast<cudaStream_t>(stream));
+  if (block_warps == 0) {
+    moe_engine::warp_decode(args, reinterpret_cast<cudaStream_t>(stream));
+  } else {
+    moe_engine::block_decode(args, block_warps, reinterpret_cast<cudaStream_t>(stream));
+  }
 }
 
 }  // namespace
@@ -188,13 +210,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_link", &device_link, "device"_a, "peer"_a);
   m.def("expert_token_counts", &expert_token_counts, py::kw_only(), "topk_ids"_a, "ids_are_int64"_a,
         "num_tokens"_a, "top_k"_a, "num_experts"_a, "counts"_a, "stream"_a);
-  m.def("grouped_expert_ffn", &grouped_expert_ffn, py::kw_only(), "offsets"_a, "pairs"_a, "x"_a,
-        "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "y"_a, "num_pairs"_a, "num_experts"_a,
-        "top_k"_a, "hidden"_a, "intermediate"_a, "tokens_per_tile"_a, "stream"_a);
+  m.def("grouped_experts_sort", &moe_engine::grouped_experts_sort, "num_pairs"_a, "num_experts"_a,
+        "tokens_per_tile"_a);
+  m.def("grouped_expert_ffn", &grouped_expert_ffn, py::kw_only(), "expert_ids"_a, "offsets"_a,
+        "pairs"_a, "x"_a, "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "y"_a, "num_pairs"_a,
+        "num_experts"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "tokens_per_tile"_a, "stream"_a);
   m.def("streaming_linear_fits", &moe_engine::streaming_linear_fits, "in_features"_a,
         "out_features"_a);
   m.def("streaming_linear", &streaming_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a,
         "out"_a, "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
+  m.def("cluster_linear_fits", &moe_engine::cluster_linear_fits, "in_features"_a, "out_features"_a);
+  m.def("cluster_linear", &cluster_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a, "out"_a,
+        "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
   m.def("norm_router_fits", &moe_engine::norm_router_fits, "num_experts"_a, "hidden"_a, "top_k"_a);
   m.def("norm_router", &norm_router, py::kw_only(), "x"_a, "num_parts"_a, "residual"_a,
         "norm_weight"_a, "gate"_a, "num_real_1"_a, "normed"_a, "new_residual"_a, "expert_ids"_a,
@@ -208,11 +235,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("streaming_expert_ffn", &streaming_expert_ffn, py::kw_only(), "expert_ids"_a,
         "expert_weights"_a, "x"_a, "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "out"_a,
         "counters"_a, "num_tokens"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "stream"_a);
-  m.def("warp_decode_fits", &moe_engine::warp_decode_fits, "num_heads"_a, "num_kv_heads"_a,
-        "head_dim"_a, "block_size"_a);
-  m.def("warp_decode", &warp_decode, py::kw_only(), "qkv"_a, "qkv_stride"_a, "qkv_part_stride"_a,
-        "num_parts"_a, "q_weight"_a, "k_weight"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a,
-        "k_cache"_a, "v_cache"_a, "block_tables"_a, "block_tables_stride"_a, "context_lens"_a,
-        "out"_a, "eps"_a, "scale"_a, "num_sequences"_a, "num_heads"_a, "num_kv_heads"_a,
-        "block_size"_a, "max_shares"_a, "parts"_a, "stats"_a, "arrivals"_a, "stream"_a);
+  m.def("decode_attention_fits", &moe_engine::decode_attention_fits, "num_heads"_a,
+        "num_kv_heads"_a, "head_dim"_a, "block_size"_a);
+  m.def("decode_attention", &decode_attention, py::kw_only(), "qkv"_a, "qkv_stride"_a,
+        "qkv_part_stride"_a, "num_parts"_a, "q_weight"_a, "k_weight"_a, "cos"_a, "sin"_a,
+        "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "block_tables"_a,
+        "block_tables_stride"_a, "context_lens"_a, "out"_a, "eps"_a, "scale"_a, "num_sequences"_a,
+        "num_heads"_a, "num_kv_heads"_a, "block_size"_a, "block_warps"_a, "max_shares"_a,
+        "min_tokens"_a, "parts"_a, "stats"_a, "arrivals"_a, "stream"_a);
 }

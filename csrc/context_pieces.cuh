@@ -10,13 +10,12 @@
 
 #include <cstdint>
 
+#include "decode_attention.h"
 #include "hopper.cuh"
 #include "mma.cuh"
 
 namespace moe_engine {
 
-constexpr int kPiece = 16;  // tokens
-constexpr int kDim = 128;
 constexpr int kVectors = kDim / 8;      // of 16 bytes, in a row of a cache
 constexpr int kQueryPitch = kDim + 32;  // elements: two rows' 64 bytes fill all banks
 
@@ -32,10 +31,50 @@ struct Piece {
   uint4 v[4][2];  // tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9; dimensions from 8 g and 64 + 8 g on
 };
 
-// Which tokens of the piece the rows of Piece::v are.
-__device__ __forceinline__ int value_token(int i, int lane) {
-  return 2 * (lane % 4) + i % 2 + i / 2 * 8;
+// Calls visit(i, j, token, vector) for each k[i][j] of a lane: which token of the piece, which of
+// its 16 vectors.
+template <typename Visit>
+__device__ __forceinline__ void for_keys(int lane, Visit visit) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) visit(i, j, lane / 4 + 8 * i, 4 * j + lane % 4);
+  }
 }
+
+// The same for each v[i][j].
+template <typename Visit>
+__device__ __forceinline__ void for_values(int lane, Visit visit) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      visit(i, j, 2 * (lane % 4) + i % 2 + i / 2 * 8, lane / 4 + 8 * j);
+    }
+  }
+}
+
+// A piece in shared memory. A lane copies what it reads back itself, so it need wait for no other.
+struct Slot {
+  uint4 k[2][4][32];
+  uint4 v[4][2][32];
+
+  __device__ __forceinline__ void load_keys(int lane, uint4 (&to)[2][4]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[i][j] = k[i][j][lane];
+    }
+  }
+
+  __device__ __forceinline__ void load_values(int lane, uint4 (&to)[4][2]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) to[i][j] = v[i][j][lane];
+    }
+  }
+};
 
 // Where one sequence and one KV head lie in the caches.
 struct Context {
@@ -57,52 +96,71 @@ struct Context {
            head_vector;
   }
 
+  // Whether the cache has the token of the piece.
+  __device__ __forceinline__ bool has(int number, int token) const {
+    return number * kPiece + token < num_cached;
+  }
+
+  __device__ __forceinline__ const uint4* address(const __nv_bfloat16* cache, std::int64_t first,
+                                                  int token, int vector) const {
+    return reinterpret_cast<const uint4*>(cache) + first + token * row_vectors + vector;
+  }
+
+  // Tokens that are not cached are zero.
   __device__ __forceinline__ uint4 load(const __nv_bfloat16* cache, std::int64_t first, int number,
                                         int token, int vector) const {
-    if (number * kPiece + token >= num_cached) return make_uint4(0, 0, 0, 0);
-    return __ldcg(reinterpret_cast<const uint4*>(cache) + first + token * row_vectors + vector);
+    if (!has(number, token)) return make_uint4(0, 0, 0, 0);
+    return __ldcg(address(cache, first, token, vector));
+  }
+
+  __device__ __forceinline__ void copy(const __nv_bfloat16* cache, std::int64_t first, int number,
+                                       int token, int vector, uint4* to_shared) const {
+    copy_16_bytes_or_zeros(shared_address(to_shared), address(cache, first, token, vector),
+                           has(number, token));
   }
 
   __device__ __forceinline__ void load_keys(const __nv_bfloat16* cache, std::int64_t first,
                                             int number, int lane, uint4 (&k)[2][4]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        k[i][j] = load(cache, first, number, lane / 4 + 8 * i, 4 * j + lane % 4);
-      }
-    }
+    for_keys(lane, [&](int i, int j, int token, int vector) {
+      k[i][j] = load(cache, first, number, token, vector);
+    });
   }
 
   __device__ __forceinline__ void load_values(const __nv_bfloat16* cache, std::int64_t first,
                                               int number, int lane, uint4 (&v)[4][2]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        v[i][j] = load(cache, first, number, value_token(i, lane), lane / 4 + 8 * j);
-      }
-    }
+    for_values(lane, [&](int i, int j, int token, int vector) {
+      v[i][j] = load(cache, first, number, token, vector);
+    });
+  }
+
+  __device__ __forceinline__ void copy_keys(const __nv_bfloat16* cache, std::int64_t first,
+                                            int number, int lane, Slot& slot) const {
+    for_keys(lane, [&](int i, int j, int token, int vector) {
+      copy(cache, first, number, token, vector, &slot.k[i][j][lane]);
+    });
+  }
+
+  __device__ __forceinline__ void copy_values(const __nv_bfloat16* cache, std::int64_t first,
+                                              int number, int lane, Slot& slot) const {
+    for_values(lane, [&](int i, int j, int token, int vector) {
+      copy(cache, first, number, token, vector, &slot.v[i][j][lane]);
+    });
   }
 };
 
 // Puts the new token, number `token` of the piece, where the cache had nothing yet.
-__device__ __forceinline__ void insert(Piece& piece, const __nv_bfloat16 (&fresh)[2][kDim],
-                                       int token, int lane) {
-  const auto* const key = reinterpret_cast<const uint4*>(fresh[0]);
-  const auto* const value = reinterpret_cast<const uint4*>(fresh[1]);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (lane / 4 + 8 * i != token) continue;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) piece.k[i][j] = key[4 * j + lane % 4];
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (value_token(i, lane) != token) continue;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) piece.v[i][j] = value[lane / 4 + 8 * j];
-  }
+__device__ __forceinline__ void insert_key(uint4 (&k)[2][4], const __nv_bfloat16 (&fresh)[kDim],
+                                           int token, int lane) {
+  for_keys(lane, [&](int i, int j, int row, int vector) {
+    if (row == token) k[i][j] = reinterpret_cast<const uint4*>(fresh)[vector];
+  });
+}
+
+__device__ __forceinline__ void insert_value(uint4 (&v)[4][2], const __nv_bfloat16 (&fresh)[kDim],
+                                             int token, int lane) {
+  for_values(lane, [&](int i, int j, int row, int vector) {
+    if (row == token) v[i][j] = reinterpret_cast<const uint4*>(fresh)[vector];
+  });
 }
 
 // What a warp has found so far: of head 8 i + 2 t + j the softmax in stats[i][j], its sum only over
@@ -112,6 +170,13 @@ template <int kHeadTiles>
 struct Found {
   Stats stats[kHeadTiles][2];
   float acc[kHeadTiles][8][4];
+
+  static __device__ __forceinline__ Found nothing() {
+    Found found{};
+#pragma unroll
+    for (int i = 0; i < kHeadTiles; ++i) found.stats[i][0].max = found.stats[i][1].max = -INFINITY;
+    return found;
+  }
 };
 
 // Adds a piece, of which the first num_tokens exist. The keys' registers are free once `then()` is

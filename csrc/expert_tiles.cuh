@@ -18,6 +18,16 @@ struct TileTable {
   std::int32_t groups[kMaxExperts + 1];   // groups before every expert, without foreseen ones
 };
 
+// The sum of the values of this lane and those below it.
+__device__ __forceinline__ int inclusive_sum(int value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(0xFFFFFFFF, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
 // Fills the table from `offsets` [num_experts + 1]; all threads of the block.
 __device__ inline void fill_tile_table(TileTable& table, const std::int32_t* offsets,
                                        int num_experts, int group_size, int num_foreseen_experts) {
@@ -31,10 +41,7 @@ __device__ inline void fill_tile_table(TileTable& table, const std::int32_t* off
       const int end = real ? offsets[expert + 1] : 0;
       int sum = (end - begin + group_size - 1) / group_size;
       if (expert < num_foreseen_experts && sum > 0) --sum;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(0xFFFFFFFF, sum, distance);
-        if (lane >= distance) sum += other;
-      }
+      sum = inclusive_sum(sum, lane);
       if (real) {
         table.offsets[expert] = begin;
         table.offsets[expert + 1] = end;

@@ -15,6 +15,7 @@
 #include "expert_store.cuh"
 #include "grouped_experts.h"
 #include "launch.cuh"
+#include "pair_sort.cuh"
 #include "ring.cuh"
 #include "tensor_map.h"
 
@@ -24,11 +25,14 @@
 namespace moe_engine {
 namespace {
 
+constexpr int kMaxSortedTile = 64;  // wider shapes have no shared memory to spare
+
 template <bool kGateUp_, int kWarpgroups_, int kBlocks_, int kTokens_, int kStepAtoms_,
           int kStages_, int kProducerWarps_, int kCluster_>
 struct Shape : RingShape<kWarpgroups_, kBlocks_, kTokens_, kStepAtoms_, kStages_, kCluster_,
                          /*kTokensByThreads_=*/kGateUp_> {
   static constexpr bool kGateUp = kGateUp_;
+  static constexpr bool kSorts = kTokens_ <= kMaxSortedTile;
   static constexpr int kProducerWarps = kProducerWarps_;
   static constexpr int kLoadedRows = Shape::kRows / kCluster_;  // of the weights, by one block
   static constexpr int kThreads = 32 * (Shape::kConsumerWarps + kProducerWarps_);
@@ -40,10 +44,13 @@ struct Shape : RingShape<kWarpgroups_, kBlocks_, kTokens_, kStepAtoms_, kStages_
       kTokens_ <= 64 ? kTokens_ : (kTokens_ % 64 == 0 ? 64 : 72);
 };
 
+struct Nothing {};
+
 template <typename S>
 struct SharedTail {
   RingBarriers<S::kStages> barriers;
   TileTable table;
+  std::conditional_t<S::kSorts, SortedPairs, Nothing> sorted;
 };
 
 template <typename S>
@@ -223,7 +230,7 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap weights,
-                        const __grid_constant__ CUtensorMap h, const GroupedProduct p) {
+                        const __grid_constant__ CUtensorMap h, GroupedProduct p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char shared[];
   char* const stages = align_stages(shared);
@@ -253,7 +260,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     let_next_kernel_start();
   }
   // down: gate_up let this kernel start when it could read the groups itself.
-  fill_tile_table(tail.table, p.offsets, p.num_experts, kGroup, p.num_foreseen / p.num_row_tiles);
+  const int num_foreseen_experts = p.num_foreseen / p.num_row_tiles;
+  const bool sorts = S::kSorts && p.expert_ids != nullptr;
+  if constexpr (S::kSorts) {
+    if (sorts) {
+      p.pairs = sort_pairs<S::kThreads>(tail.sorted, tail.table, p.expert_ids, p.num_pairs,
+                                        p.num_experts, kGroup, num_foreseen_experts);
+    }
+  }
+  if (!sorts) {
+    fill_tile_table(tail.table, p.offsets, p.num_experts, kGroup, num_foreseen_experts);
+  }
   if constexpr (S::kCluster > 1) cluster_sync();  // nobody writes to barriers that are not ready
   walk.num_tiles = p.num_foreseen + tail.table.groups[p.num_experts] * p.num_row_tiles;
 
@@ -283,17 +300,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
 template <typename S>
 void launch(const CUtensorMap& weights, const CUtensorMap& h, GroupedProduct p,
-            std::int64_t num_pairs, cudaStream_t stream) {
+            cudaStream_t stream) {
   CHECK_CUDA(cudaFuncSetAttribute(grouped_gemm_kernel<S>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<S>()));
-  const std::int64_t most_tiles =
-      (num_pairs / (S::kTokens * S::kCluster) + std::min<std::int64_t>(num_pairs, p.num_experts)) *
-      p.num_row_tiles;
+  const std::int64_t most_tiles = (p.num_pairs / (S::kTokens * S::kCluster) +
+                                   std::min<std::int64_t>(p.num_pairs, p.num_experts)) *
+                                  p.num_row_tiles;
   const int clusters =
       static_cast<int>(std::min<std::int64_t>(most_tiles, num_multiprocessors() / S::kCluster));
   // Every block foresees a tile if most experts have pairs and the weights take most of the time.
   if (S::kGateUp && S::kCluster == 1 && clusters == num_multiprocessors() &&
-      num_pairs >= p.num_experts) {
+      p.num_pairs >= p.num_experts) {
     p.num_foreseen = std::min(clusters / p.num_row_tiles, p.num_experts) * p.num_row_tiles;
   }
   launch_dependent("grouped_gemm_kernel", grouped_gemm_kernel<S>, dim3(clusters * S::kCluster),
@@ -314,7 +331,7 @@ void launch_gate_up(const ExpertFfnArgs& args, GroupedProduct p, cudaStream_t st
   p.depth = args.hidden;
   p.out_width = args.intermediate;
   p.num_row_tiles = (2 * args.intermediate + S::kRows - 1) / S::kRows;
-  launch<S>(weights, weights, p, args.num_pairs, stream);
+  launch<S>(weights, weights, p, stream);
 }
 
 template <typename S>
@@ -332,7 +349,7 @@ void launch_down(const ExpertFfnArgs& args, GroupedProduct p, cudaStream_t strea
   p.depth = args.intermediate;
   p.out_width = args.hidden;
   p.num_row_tiles = (args.hidden + S::kRows - 1) / S::kRows;
-  launch<S>(weights, h, p, args.num_pairs, stream);
+  launch<S>(weights, h, p, stream);
 }
 
 // kStages is the number of stages of 128 elements of K; narrower ones are used where K needs it.
@@ -358,17 +375,30 @@ void launch_wide(const ExpertFfnArgs& args, const GroupedProduct& p, cudaStream_
 
 }  // namespace
 
+bool grouped_experts_sort(std::int64_t num_pairs, int num_experts, int tokens_per_tile) {
+  return num_pairs <= kMaxSortedPairs && num_experts <= kMaxSortedExperts &&
+         tokens_per_tile <= kMaxSortedTile;
+}
+
 void grouped_expert_ffn(const ExpertFfnArgs& args, cudaStream_t stream) {
   if (args.num_experts > kMaxExperts) {
     throw std::invalid_argument("num_experts is " + std::to_string(args.num_experts) +
                                 "; the limit is " + std::to_string(kMaxExperts));
   }
+  if (args.expert_ids != nullptr &&
+      !grouped_experts_sort(args.num_pairs, args.num_experts, args.tokens_per_tile)) {
+    throw std::invalid_argument(std::to_string(args.num_pairs) + " pairs of " +
+                                std::to_string(args.num_experts) + " experts in tiles of " +
+                                std::to_string(args.tokens_per_tile) + " must be sorted before");
+  }
   if (args.num_pairs == 0) return;
   GroupedProduct p{};
+  p.expert_ids = args.expert_ids;
   p.offsets = args.offsets;
   p.pairs = args.pairs;
   p.x = static_cast<const __nv_bfloat16*>(args.x);
   p.x_stride = args.x_stride;
+  p.num_pairs = args.num_pairs;
   p.num_experts = args.num_experts;
   p.top_k = args.top_k;
   switch (args.tokens_per_tile) {

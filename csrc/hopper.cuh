@@ -90,6 +90,19 @@ __device__ __forceinline__ void barrier_arrive_in_block(std::uint64_t* barrier, 
       : "memory");
 }
 
+// Waits for what other blocks of the cluster have done before they arrived.
+__device__ __forceinline__ void barrier_wait_in_cluster(std::uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
 __device__ __forceinline__ int block_in_cluster() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -139,10 +152,55 @@ __device__ __forceinline__ void store_to_block(const float* to, int block, float
       : "memory");
 }
 
+// The same without waiting; the barrier of that block at the place of `barrier` counts the bytes as
+// they land. barrier_wait_in_cluster() on it makes them visible.
+__device__ __forceinline__ void send_to_block(std::uint32_t to, std::uint64_t* barrier, int block,
+                                              float4 values) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, told;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 told, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
+      " [there], {%3, %4, %5, %6}, [told];\n"
+      "}\n" ::"r"(to),
+      "r"(shared_address(barrier)), "r"(block), "r"(__float_as_uint(values.x)),
+      "r"(__float_as_uint(values.y)), "r"(__float_as_uint(values.z)), "r"(__float_as_uint(values.w))
+      : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared(std::uint32_t from) {
+  float4 values;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values.x), "=f"(values.y), "=f"(values.z), "=f"(values.w)
+               : "r"(from)
+               : "memory");
+  return values;
+}
+
 // --- copies into shared memory -------------------------------------------------------------------
 
 __device__ __forceinline__ void copy_16_bytes(std::uint32_t to_shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
+}
+
+// Zeros if the source is not there; its address is valid all the same.
+__device__ __forceinline__ void copy_16_bytes_or_zeros(std::uint32_t to_shared, const void* from,
+                                                       bool is_there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
+               "r"(is_there ? 16 : 0)
+               : "memory");
+}
+
+// Ends a group of this thread's cp.async copies.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until, of this thread's groups, all but the last kNum have landed, for itself to see.
+template <int kNum>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNum) : "memory");
 }
 
 // One row of a multiple of 16 bytes, at addresses that are multiples of 16, by the copy engine.

@@ -31,6 +31,22 @@ def device_properties(device: int) -> DeviceProperties:
 def device_link(device: int, peer: int) -> DeviceLink:
     """How ``device`` reaches the memory of ``peer``; ``performance_rank`` 0 is the fastest link."""
 
+def cluster_linear_fits(in_features: int, out_features: int) -> bool:
+    """Whether `cluster_linear` takes a layer of this size on the current device."""
+
+def cluster_linear(
+    *,
+    x: int,
+    x_stride: int,
+    weight: int,
+    out: int,
+    num_tokens: int,
+    in_features: int,
+    out_features: int,
+    stream: int,
+) -> None:
+    """Enqueue a linear layer of up to 256 tokens; see ``csrc/cluster_linear.h``."""
+
 def expert_token_counts(
     *,
     topk_ids: int,
@@ -46,8 +62,12 @@ def expert_token_counts(
     Ids below 0 are padding. The current device must be the one that owns the pointers.
     """
 
+def grouped_experts_sort(num_pairs: int, num_experts: int, tokens_per_tile: int) -> bool:
+    """Whether `grouped_expert_ffn` sorts so many pairs itself."""
+
 def grouped_expert_ffn(
     *,
+    expert_ids: int,
     offsets: int,
     pairs: int,
     x: int,
@@ -64,7 +84,7 @@ def grouped_expert_ffn(
     tokens_per_tile: int,
     stream: int,
 ) -> None:
-    """Enqueue the experts' products over grouped pairs; see ``csrc/grouped_experts.h``."""
+    """Enqueue the experts' products over the pairs of each; see ``csrc/grouped_experts.h``."""
 
 def norm_router_fits(num_experts: int, hidden: int, top_k: int) -> bool:
     """Whether `norm_router` takes these sizes."""
@@ -145,10 +165,12 @@ def streaming_linear(
 ) -> None:
     """Enqueue a linear layer of at most 16 tokens; see ``csrc/streaming_linear.h``."""
 
-def warp_decode_fits(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> bool:
-    """Whether `warp_decode` takes these sizes."""
+def decode_attention_fits(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> bool:
+    """Whether `decode_attention` takes these sizes."""
 
-def warp_decode(
+def decode_attention(
     *,
     qkv: int,
     qkv_stride: int,
@@ -172,10 +194,15 @@ def warp_decode(
     num_heads: int,
     num_kv_heads: int,
     block_size: int,
+    block_warps: int,
     max_shares: int,
+    min_tokens: int,
     parts: int,
     stats: int,
     arrivals: int,
     stream: int,
 ) -> None:
-    """Enqueue decode attention; see ``csrc/warp_decode.h``."""
+    """Enqueue decode attention; see ``csrc/decode_attention.h``.
+
+    Warps of a block: 0 for ``csrc/warp_decode.h``, else those of ``csrc/block_decode.h``.
+    """

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from moe_engine.ops import cudnn_prefill, native, warp_decode
+from moe_engine.ops import cudnn_prefill, decode_attention, native
 from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, plan_prefills
 from moe_engine.ops.reference import attention as reference
@@ -190,8 +190,10 @@ def attend(
     assert parts.stride(-1) == 1, parts.stride()
     assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
-    if warp_decode.takes_warp_decode(parts, qkv.dtype, num_heads, k_cache_BLGD):
-        return warp_decode.warp_decode(
+    launch = decode_attention.choose(parts, qkv.dtype, num_heads, k_cache_BLGD)
+    if launch is not None:
+        return decode_attention.decode_attention(
+            launch,
             parts,
             (norms.q_weight_D, norms.k_weight_D),
             norms.eps,

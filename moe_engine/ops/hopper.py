@@ -1,7 +1,8 @@
-"""The CUDA kernels for Hopper: experts, linear layers of few rows, the norm with the router.
+"""The CUDA kernels for Hopper: experts, linear layers, the norm with the router.
 
 Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
-which have checked that shapes and dtypes fit together. Decode attention is in `ops.warp_decode`.
+which have checked that shapes and dtypes fit together. Decode attention is in
+`ops.decode_attention`.
 
 Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
 I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X.
@@ -20,9 +21,8 @@ LINEAR_MAX_ROWS = 16
 """Rows that the streaming linear layer takes."""
 SPLIT_LINEAR_MAX_ROWS = 64
 """Rows that the split linear layer takes."""
-SPLIT_LINEAR_MAX_SUMS = 256
-"""Parts times rows up to which it is used where `tuning` has no limit for a shape: the operator
-that adds them up takes longer the more there are."""
+CLUSTER_LINEAR_MAX_ROWS = 256
+"""Rows that the linear layer of clusters takes."""
 
 
 @functools.cache
@@ -62,11 +62,7 @@ def takes_streaming_experts(top_k: int, down_EHI: torch.Tensor, num_rows: int) -
 
 def takes_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     """Whether the streaming linear kernel is best for these rows and takes this weight."""
-    if x_RX.shape[0] > LINEAR_MAX_ROWS or x_RX.dtype != torch.bfloat16:
-        return False
-    if not (rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
-        return False
-    if x_RX.shape[0] > linear_choices(weight_OX).streaming_max_rows:
+    if not (len(x_RX) <= LINEAR_MAX_ROWS and _is_best("streaming", x_RX, weight_OX)):
         return False
     library = extension(x_RX.device)
     return library is not None and library.streaming_linear_fits(
@@ -76,27 +72,35 @@ def takes_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
 
 def takes_split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     """Whether the split linear kernel is best for these rows and takes this weight."""
-    num_rows = x_RX.shape[0]
-    if num_rows > SPLIT_LINEAR_MAX_ROWS or x_RX.dtype != torch.bfloat16:
+    if not (len(x_RX) <= SPLIT_LINEAR_MAX_ROWS and _is_best("split", x_RX, weight_OX)):
+        return False
+    library = extension(x_RX.device)
+    return library is not None and _num_splits(library, weight_OX) > 0
+
+
+def takes_cluster_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
+    """Whether the linear kernel of clusters is best for these rows and takes this weight."""
+    if not (len(x_RX) <= CLUSTER_LINEAR_MAX_ROWS and _is_best("cluster", x_RX, weight_OX)):
+        return False
+    library = extension(x_RX.device)
+    if library is None:
+        return False
+    with torch.cuda.device(x_RX.device):
+        fits: bool = library.cluster_linear_fits(
+            in_features=weight_OX.shape[1], out_features=weight_OX.shape[0]
+        )
+    return fits
+
+
+def _is_best(kernel: str, x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
+    """Whether this linear kernel is best, if rows and weight are as each of ours needs them."""
+    if x_RX.dtype != torch.bfloat16:
         return False
     if not (rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
         return False
-    chosen = linear_choices(weight_OX)
-    if num_rows <= chosen.streaming_max_rows:
-        return False
-    library = extension(x_RX.device)
-    num_splits = 0 if library is None else _num_splits(library, weight_OX)
-    if num_splits == 0:
-        return False
-    if chosen.split_max_rows is None:
-        return num_splits * num_rows <= SPLIT_LINEAR_MAX_SUMS
-    return num_rows <= chosen.split_max_rows
-
-
-def linear_choices(weight_OX: torch.Tensor) -> tuning.LinearChoices:
-    """What is best for a layer of this shape on its GPU."""
     out_features, in_features = weight_OX.shape
-    return tuning.choices(tuning.LinearChoices, weight_OX.device, in_features, out_features)
+    chosen = tuning.choices(tuning.LinearChoices, weight_OX.device, in_features, out_features)
+    return tuning.pick(chosen.kernels, len(x_RX)) == kernel
 
 
 def _num_splits(library: ModuleType, weight_OX: torch.Tensor) -> int:
@@ -111,7 +115,8 @@ def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: i
     """Whether the kernel of norm and router is best for these rows and takes this gate."""
     num_experts, hidden = gate_EH.shape
     chosen = tuning.choices(tuning.NormRouterChoices, gate_EH.device, hidden, num_experts)
-    if residual_RH.shape[0] > chosen.fused_max_rows or residual_RH.dtype != torch.bfloat16:
+    is_best = tuning.pick(chosen.kernels, len(residual_RH)) == "fused"
+    if not is_best or residual_RH.dtype != torch.bfloat16:
         return False
     if not (residual_RH.is_contiguous() and gate_EH.is_contiguous()):
         return False
@@ -121,11 +126,20 @@ def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: i
     )
 
 
+def sorts_pairs(slot_ids_RK: torch.Tensor, num_experts: int, tokens_per_tile: int) -> bool:
+    """Whether the grouped kernels sort so few pairs themselves; `takes_experts` has said yes."""
+    library = extension(slot_ids_RK.device)
+    assert library is not None
+    sorts: bool = library.grouped_experts_sort(
+        num_pairs=slot_ids_RK.numel(), num_experts=num_experts, tokens_per_tile=tokens_per_tile
+    )
+    return sorts
+
+
 def grouped_expert_ffn(
     x_RH: torch.Tensor,
-    offsets_E1: torch.Tensor,
-    pairs_P: torch.Tensor,
-    top_k: int,
+    slot_ids_RK: torch.Tensor,
+    groups: tuple[torch.Tensor, torch.Tensor] | None,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
     tokens_per_tile: int,
@@ -133,32 +147,36 @@ def grouped_expert_ffn(
     """Each pair's expert output, bfloat16 [P, H]; rows of pairs without an expert are undefined.
 
     Args:
-        offsets_E1, pairs_P: see `ops.moe.ExpertGroups`.
+        slot_ids_RK: contiguous int32, below 0 for no expert.
+        groups: offsets int32 [E + 1] and pairs int32 [P], see `ops.moe.ExpertGroups`; None: the
+            kernels sort the pairs, of which `sorts_pairs` must say yes.
         tokens_per_tile: 16, 32, 64, 128 or 256; how many pairs of an expert share a read of its
             weights.
     """
     from moe_engine.kernels.launch import compiles_only
 
     num_experts, hidden, intermediate = down_EHI.shape
-    h_PI = x_RH.new_empty(pairs_P.shape[0], intermediate)
-    y_PH = x_RH.new_empty(pairs_P.shape[0], hidden)
+    num_pairs = slot_ids_RK.numel()
+    h_PI = x_RH.new_empty(num_pairs, intermediate)
+    y_PH = x_RH.new_empty(num_pairs, hidden)
     if compiles_only():
-        return y_PH  # nobody has written the offsets
+        return y_PH  # nobody has written the ids
     library = extension(x_RH.device)
     assert library is not None
     with torch.cuda.device(x_RH.device):
         library.grouped_expert_ffn(
-            offsets=offsets_E1.data_ptr(),
-            pairs=pairs_P.data_ptr(),
+            expert_ids=slot_ids_RK.data_ptr() if groups is None else 0,
+            offsets=0 if groups is None else groups[0].data_ptr(),
+            pairs=0 if groups is None else groups[1].data_ptr(),
             x=x_RH.data_ptr(),
             x_stride=x_RH.stride(0),
             gate_up=gate_up_EJH.data_ptr(),
             down=down_EHI.data_ptr(),
             h=h_PI.data_ptr(),
             y=y_PH.data_ptr(),
-            num_pairs=pairs_P.shape[0],
+            num_pairs=num_pairs,
             num_experts=num_experts,
-            top_k=top_k,
+            top_k=slot_ids_RK.shape[1],
             hidden=hidden,
             intermediate=intermediate,
             tokens_per_tile=tokens_per_tile,
@@ -244,6 +262,26 @@ def split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return parts_SRO
+
+
+def cluster_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
+    """``x weight^T`` of at most 256 rows, bfloat16 [R, O]."""
+    num_rows, in_features = x_RX.shape
+    out_RO = x_RX.new_empty(num_rows, weight_OX.shape[0])
+    library = extension(x_RX.device)
+    assert library is not None
+    with torch.cuda.device(x_RX.device):
+        library.cluster_linear(
+            x=x_RX.data_ptr(),
+            x_stride=x_RX.stride(0),
+            weight=weight_OX.data_ptr(),
+            out=out_RO.data_ptr(),
+            num_tokens=num_rows,
+            in_features=in_features,
+            out_features=weight_OX.shape[0],
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out_RO
 
 
 def norm_router(

@@ -228,10 +228,10 @@ def choose_expert_ffn(
     if not hopper.takes_experts(x_RH, gate_up_EJH):
         return "triton"
     num_rows, top_k = slot_ids_RK.shape
-    most = expert_choices(down_EHI, top_k).streaming_max_rows
-    if num_rows <= most and hopper.takes_streaming_experts(top_k, down_EHI, num_rows):
-        return "streaming"
-    return "grouped"
+    kernel = tuning.pick(_choices(down_EHI, top_k).kernels, num_rows)
+    if kernel == "streaming" and not hopper.takes_streaming_experts(top_k, down_EHI, num_rows):
+        return "grouped"
+    return kernel
 
 
 def _triton_expert_ffn(
@@ -258,12 +258,16 @@ def _triton_expert_ffn(
     return ExpertOutputs(y_PH, slot_ids_RK, weights_RK)
 
 
-def expert_choices(down_EHI: torch.Tensor, top_k: int) -> tuning.ExpertChoices:
-    """What is best for experts of this shape on their GPU."""
+def tokens_per_tile(slot_ids_RK: torch.Tensor, down_EHI: torch.Tensor) -> int:
+    """The tile of `hopper.grouped_expert_ffn` that is best for these arguments."""
+    mean_pairs = slot_ids_RK.numel() / down_EHI.shape[0]
+    return tuning.pick(_choices(down_EHI, slot_ids_RK.shape[1]).tiles, mean_pairs)
+
+
+def _choices(down_EHI: torch.Tensor, top_k: int) -> tuning.ExpertChoices:
     num_experts, hidden, intermediate = down_EHI.shape
-    return tuning.choices(
-        tuning.ExpertChoices, down_EHI.device, hidden, intermediate, num_experts, top_k
-    )
+    shape = (hidden, intermediate, num_experts, top_k)
+    return tuning.choices(tuning.ExpertChoices, down_EHI.device, *shape)
 
 
 def _grouped_expert_ffn(
@@ -273,18 +277,15 @@ def _grouped_expert_ffn(
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
 ) -> ExpertOutputs:
-    """Grouping, and the two products on Hopper's tensor cores."""
-    num_experts, top_k = gate_up_EJH.shape[0], slot_ids_RK.shape[1]
-    groups = group_by_expert(slot_ids_RK, num_experts)
-    y_PH = hopper.grouped_expert_ffn(
-        x_RH,
-        groups.offsets_E1,
-        groups.pairs_P,
-        top_k,
-        gate_up_EJH,
-        down_EHI,
-        expert_choices(down_EHI, top_k).tokens_per_tile(slot_ids_RK.numel(), num_experts),
-    )
+    """Grouping, and the two products on Hopper's tensor cores, which group few pairs themselves."""
+    num_experts = gate_up_EJH.shape[0]
+    slot_ids_RK = _int32_ids(slot_ids_RK)
+    tile = tokens_per_tile(slot_ids_RK, down_EHI)
+    groups = None
+    if not hopper.sorts_pairs(slot_ids_RK, num_experts, tile):
+        sorted_pairs = group_by_expert(slot_ids_RK, num_experts)
+        groups = sorted_pairs.offsets_E1, sorted_pairs.pairs_P
+    y_PH = hopper.grouped_expert_ffn(x_RH, slot_ids_RK, groups, gate_up_EJH, down_EHI, tile)
     return ExpertOutputs(y_PH, slot_ids_RK, weights_RK)
 
 

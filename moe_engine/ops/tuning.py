@@ -1,20 +1,19 @@
-"""Which kernel runs up to how many rows: the choices for a GPU and the shape that an operator has.
+"""Which kernel runs for how many rows: the choices for a GPU and the shape that an operator has.
 
 They are in files ``tuned/<gpu>.json``, which `benchmarks.tune` writes with the step times that they
 follow from; nothing is measured when an engine starts. A file is for the GPUs that CUDA gives the
 name in its ``device``. An entry is for one shape, as a rank sees it. A GPU without a file and a
-shape without an entry get the defaults below, and so does a choice that an entry leaves out.
+shape without an entry get defaults, and so does a choice that an entry leaves out.
 
-Example, the experts of one model:
+Every choice is a list of limits and what runs up to them, in the file as in `Steps`; the last has
+no limit, null in the file. Example, the norm and router of one model, in one launch for up to 16
+rows and in two beyond:
 
     {"device": "NVIDIA H200",
      "runs": {"qwen3-30b-a3b": {"date": "2026-11-25", "torch": "2.11.0", ...}},
-     "experts": [{"shape": {"hidden": 2048, "intermediate": 768, "num_experts": 128, "top_k": 8},
-                  "choices": {"streaming_max_rows": 4, "tiles": [[0.25, 16], [null, 64]]},
-                  "measured": {"run": "qwen3-30b-a3b", "steps": [...]}}]}
-
-A new choice is a field here with a default that does what was done before, which is what the
-files get that do not know it.
+     "norm_router": [{"shape": {"hidden": 2048, "num_experts": 128},
+                      "choices": {"kernels": [[16, "fused"], [null, "separate"]]},
+                      "measured": {"run": "qwen3-30b-a3b", "steps": [...]}}]}
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -32,49 +32,68 @@ from moe_engine.config.flat import suggest
 from moe_engine.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "tuned"
-TILES = (16, 32, 64, 128, 256)
+INF = math.inf
 
-Tiles = tuple[tuple[float, int], ...]
-"""(average pairs of an expert up to which, tokens of a tile), ascending; the last has no limit."""
+V = TypeVar("V", bound=Hashable)
+Steps = tuple[tuple[float, V], ...]
+"""(limit, what is best up to it), limits ascending, the last one infinite."""
 
 
-def _check_tiles(tiles: Any) -> None:
-    try:
-        limits = [float(most) for most, _ in tiles]
-        is_right = (
-            limits == sorted(set(limits))
-            and limits[-1:] == [math.inf]
-            and all(tile in TILES for _, tile in tiles)
+def pick(steps: Steps[V], amount: float) -> V:
+    """What is best for an amount.
+
+    Example: ``pick(((16, "a"), (INF, "b")), 16) == "a"``.
+    """
+    return next(value for limit, value in steps if amount <= limit)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of decode attention, and how a row and KV head's context is shared out.
+
+    The bits of a row depend on it.
+
+    Attributes:
+        block_warps: 0: ``csrc/warp_decode.cu``, clusters of 64 warps; else ``block_decode.cu``, and
+            the warps of a thread block: 12, which has a multiprocessor for itself, or 6.
+        max_shares: that a context is cut into, each with a cluster or block of its own, at most.
+        min_tokens: of a share.
+    """
+
+    block_warps: int
+    max_shares: int
+    min_tokens: int
+
+    def __post_init__(self) -> None:
+        """`ValueError` if no kernel can be launched so."""
+        is_right = all(
+            type(value) is int and value > 0 for value in (self.max_shares, self.min_tokens)
         )
-    except (TypeError, ValueError):
-        is_right = False
-    if not is_right:
-        raise ValueError(
-            "tiles must be pairs of an ascending limit (null for the last) and one of "
-            f"{', '.join(map(str, TILES))}, not {tiles!r:.120}"
-        )
+        if self.block_warps not in (0, 6, 12) or not is_right:
+            raise ValueError(f"no kernel can be launched by {self}")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What is chosen for an operator; each field is a limit or a size, 0 or more.
+    """What is chosen for an operator; each field is `Steps`.
 
     Attributes:
-        SHAPE: names of the sizes that a choice holds for.
+        SHAPE: names of the sizes that the choices hold for.
+        VALUES: by field, what its steps may have; without a name here `Launch` or None.
     """
 
     SHAPE: ClassVar[tuple[str, ...]] = ()
+    VALUES: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     def __post_init__(self) -> None:
         """`ValueError` naming the field that cannot be."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "tiles":
-                _check_tiles(value)
-            elif value is None and field.default is None:
-                pass
-            elif type(value) is not int or value < 0:
-                raise ValueError(f"{field.name} must be an integer of at least 0, not {value!r}")
+        for choice in fields(self):
+            _check_steps(choice.name, getattr(self, choice.name), self.VALUES.get(choice.name, ()))
+
+    @classmethod
+    def default(cls, *shape: int) -> Choices:
+        """For a shape that nobody has measured."""
+        return cls()
 
 
 @dataclass(frozen=True)
@@ -82,35 +101,47 @@ class ExpertChoices(Choices):
     """Of `ops.moe.expert_ffn` on Hopper.
 
     Attributes:
-        streaming_max_rows: rows up to which `hopper.streaming_expert_ffn` runs; beyond,
+        kernels: by rows: ``streaming``, `hopper.streaming_expert_ffn`, or ``grouped``,
             `hopper.grouped_expert_ffn`.
-        tiles: its tokens of a tile.
+        tiles: by the average pairs of an expert: how many pairs share a read of its weights.
     """
 
     SHAPE = ("hidden", "intermediate", "num_experts", "top_k")
 
-    streaming_max_rows: int = 4
-    tiles: Tiles = ((0.25, 16), (40, 64), (128, 128), (math.inf, 256))
+    VALUES: ClassVar = {"kernels": ("streaming", "grouped"), "tiles": (16, 32, 64, 128, 256)}
 
-    def tokens_per_tile(self, num_pairs: int, num_experts: int) -> int:
-        """The tile for a batch of so many pairs."""
-        return next(tile for most, tile in self.tiles if num_pairs <= most * num_experts)
+    kernels: Steps[str] = ((4, "streaming"), (INF, "grouped"))
+    tiles: Steps[int] = ((0.25, 16), (40, 64), (128, 128), (INF, 256))
 
 
 @dataclass(frozen=True)
 class LinearChoices(Choices):
-    """Of `ops.linear` on Hopper; beyond the limits the vendor's library runs.
+    """Of `ops.linear` on Hopper.
 
     Attributes:
-        streaming_max_rows: rows up to which `hopper.linear` runs.
-        split_max_rows: rows up to which, beyond those, `hopper.split_linear` runs where the sum
-            can be left to the operator that follows. None: see `hopper.SPLIT_LINEAR_MAX_SUMS`.
+        kernels: by rows: ``streaming``, `hopper.linear`; ``split``, `hopper.split_linear`, where
+            the sum can be left to the operator that follows; ``cluster``, `hopper.cluster_linear`;
+            or ``library``, the vendor's, which also runs where one of the others has no room.
     """
 
     SHAPE = ("in_features", "out_features")
 
-    streaming_max_rows: int = 16
-    split_max_rows: int | None = None
+    VALUES: ClassVar = {"kernels": ("streaming", "split", "cluster", "library")}
+
+    kernels: Steps[str] = ((16, "streaming"), (64, "split"), (256, "cluster"), (INF, "library"))
+
+    @classmethod
+    def default(cls, *shape: int) -> LinearChoices:
+        """The more parts of 512 the depth is split into, the longer it takes to add them up.
+
+        Example: of a depth of 4096 up to 32 rows are split, and 33 to 64 are the library's.
+        """
+        num_parts = max(1, shape[0] // 512)
+        most_split = min(64, 256 // num_parts)
+        steps = [(16, "streaming"), (most_split, "split"), (64, "library"), (256, "cluster")]
+        limits = [0, *(limit for limit, _ in steps)]
+        kept = [step for step, last in zip(steps, limits, strict=False) if step[0] > last]
+        return cls((*kept, (INF, "library")))
 
 
 @dataclass(frozen=True)
@@ -118,33 +149,40 @@ class NormRouterChoices(Choices):
     """Of `ops.moe.norm_and_route` on Hopper.
 
     Attributes:
-        fused_max_rows: rows up to which `hopper.norm_router` runs; beyond, two kernels.
+        kernels: by rows: ``fused``, `hopper.norm_router`, or ``separate``, two kernels.
     """
 
     SHAPE = ("hidden", "num_experts")
 
-    fused_max_rows: int = 16
+    VALUES: ClassVar = {"kernels": ("fused", "separate")}
+
+    kernels: Steps[str] = ((16, "fused"), (INF, "separate"))
 
 
 @dataclass(frozen=True)
 class DecodeChoices(Choices):
-    """Of attention on Hopper where every row decodes; beyond the limit `kernels.paged_decode` runs.
+    """Of attention on Hopper where every row decodes.
 
     Attributes:
-        warp_max_pairs: rows times KV heads up to which `ops.warp_decode` runs.
-        warp_max_shares: that it cuts a long context into, 1 or more.
+        launches: by rows times KV heads; None: `kernels.paged_decode`.
     """
 
     SHAPE = ("num_heads", "num_kv_heads")
 
-    warp_max_pairs: int = 8
-    warp_max_shares: int = 8
-
-    def __post_init__(self) -> None:
-        """See `Choices`."""
-        super().__post_init__()
-        if self.warp_max_shares < 1:
-            raise ValueError(f"warp_max_shares must be at least 1, not {self.warp_max_shares}")
+    # From 16 on not measured yet: so many shares that contexts of 640 tokens fill 132
+    # multiprocessors, and that a long context among them does not outlast the rest. A block without
+    # a share costs a little.
+    launches: Steps[Launch | None] = (
+        (8, Launch(block_warps=0, max_shares=8, min_tokens=2048)),
+        (16, Launch(block_warps=6, max_shares=8, min_tokens=80)),
+        (32, Launch(block_warps=12, max_shares=8, min_tokens=160)),
+        (64, Launch(block_warps=12, max_shares=8, min_tokens=320)),
+        (132, Launch(block_warps=12, max_shares=4, min_tokens=1024)),
+        (264, Launch(block_warps=6, max_shares=4, min_tokens=1024)),
+        (512, Launch(block_warps=6, max_shares=2, min_tokens=2048)),
+        (1024, Launch(block_warps=6, max_shares=1, min_tokens=1)),
+        (INF, None),
+    )
 
 
 SECTIONS: dict[str, type[Choices]] = {
@@ -155,9 +193,6 @@ SECTIONS: dict[str, type[Choices]] = {
 }
 """What the lists of a file are called."""
 
-DEFAULTS: dict[type[Choices], Choices] = {kind: kind() for kind in SECTIONS.values()}
-"""What an unknown GPU or shape gets."""
-
 Table = dict[tuple[type[Choices], tuple[int, ...]], Choices]
 """Choices by kind and shape."""
 
@@ -166,12 +201,16 @@ C = TypeVar("C", bound=Choices)
 
 def choices(kind: type[C], device: torch.device, *shape: int) -> C:
     """The choices of a kind for a GPU and a shape, whose sizes are those of ``kind.SHAPE``."""
-    return cast(C, table(device).get((kind, shape), DEFAULTS[kind]))
+    known = table(device)
+    found = known.get((kind, shape))
+    if found is None:
+        found = known[kind, shape] = kind.default(*shape)
+    return cast(C, found)
 
 
 @functools.cache
 def table(device: torch.device) -> Table:
-    """The choices for a device, empty if no file is for it; operators see what is changed in it.
+    """The choices for a device, which operators look up; defaults are added as they are needed.
 
     Raises:
         ConfigError: a file is malformed; the message names it and the place.
@@ -212,6 +251,7 @@ def parse_document(document: dict[str, Any], path: Path) -> Table:
         ConfigError: naming the file, the entry and the field.
     """
     _check_keys(document, {"device", "runs", *SECTIONS}, str(path))
+    runs = _of_type(dict, document, "runs", path) or {}
     parsed: Table = {}
     for section, kind in SECTIONS.items():
         for number, entry in enumerate(_of_type(list, document, section, path) or ()):
@@ -221,19 +261,20 @@ def parse_document(document: dict[str, Any], path: Path) -> Table:
             shape, chosen = _parse_entry(kind, entry, place)
             if (kind, shape) in parsed:
                 raise ConfigError(f"{place}.shape has an entry already")
-            _check_measured(entry, _of_type(dict, document, "runs", path) or {}, place)
+            measured = _of_type(dict, entry, "measured", place)
+            if measured is not None and measured.get("run") not in runs:
+                run = measured.get("run")
+                raise ConfigError(f"{place}.measured.run is {run!r}, which is not in runs")
             parsed[kind, shape] = chosen
     return parsed
 
 
 def to_json(chosen: Choices) -> dict[str, Any]:
-    """The ``choices`` of an entry; what is None or without a limit is left to the reader."""
-    values = {name: value for name, value in asdict(chosen).items() if value is not None}
-    if "tiles" in values:
-        values["tiles"] = [
-            [None if math.isinf(most) else most, tile] for most, tile in values["tiles"]
-        ]
-    return values
+    """The ``choices`` of an entry."""
+    return {
+        name: [[None if limit == INF else limit, value] for limit, value in steps]
+        for name, steps in asdict(chosen).items()
+    }
 
 
 def _parse_entry(
@@ -246,21 +287,43 @@ def _parse_entry(
     for name in kind.SHAPE:
         if type(sizes.get(name)) is not int:
             raise ConfigError(f"{place}.shape.{name} must be an integer, not {sizes.get(name)!r}")
-    values = dict(_of_type(dict, entry, "choices", place) or {})
-    _check_keys(values, {field.name for field in fields(kind)}, f"{place}.choices")
+    shape = tuple(sizes[name] for name in kind.SHAPE)
+    values = _of_type(dict, entry, "choices", place) or {}
+    default = kind.default(*shape)
+    known = [choice.name for choice in fields(kind)]
+    _check_keys(values, set(known), f"{place}.choices")
     try:
-        if "tiles" in values:
-            values["tiles"] = _read_tiles(values["tiles"])
-        return tuple(sizes[name] for name in kind.SHAPE), kind(**values)
-    except ValueError as error:
-        raise ConfigError(f"{place}.choices.{error}") from error
+        steps = {n: _read_steps(values[n]) if n in values else getattr(default, n) for n in known}
+        return shape, kind(**steps)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}.choices: {error}") from error
 
 
-def _check_measured(entry: dict[str, Any], runs: dict[str, Any], place: str) -> None:
-    """That the run is there which an entry says it was measured in."""
-    measured = _of_type(dict, entry, "measured", place)
-    if measured is not None and measured.get("run") not in runs:
-        raise ConfigError(f"{place}.measured.run is {measured.get('run')!r}, which is not in runs")
+def _read_steps(value: Any) -> Any:
+    """JSON's lists as tuples, its null as no limit, its objects as launches."""
+    if not (isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)):
+        return value  # which is no steps, so it will be refused
+    return tuple(
+        (INF if limit is None else limit, Launch(**best) if isinstance(best, dict) else best)
+        for limit, best in value
+    )
+
+
+def _check_steps(name: str, steps: Any, values: tuple[Any, ...]) -> None:
+    """`ValueError` if it is no `Steps` or has other values, which are launches if none is named."""
+    wanted = " or ".join(map(repr, values)) or "a launch or null"
+    try:
+        limits = [float(limit) for limit, _ in steps]
+        is_right = limits == sorted(set(limits)) and limits[-1:] == [INF]
+        for _, best in steps:
+            is_right &= best in values if values else best is None or isinstance(best, Launch)
+    except (TypeError, ValueError):
+        is_right = False
+    if not is_right:
+        raise ValueError(
+            f"{name} must be pairs of an ascending limit, null for the last, and {wanted}; "
+            f"not {steps!r:.120}"
+        )
 
 
 def _of_type(kind: type, owner: dict[str, Any], name: str, place: str | Path) -> Any:
@@ -276,10 +339,3 @@ def _check_keys(values: dict[str, Any], known: set[str], place: str) -> None:
     for name in values:
         if name not in known:
             raise ConfigError(f"{place}: unknown field {name!r}{suggest(name, sorted(known))}")
-
-
-def _read_tiles(value: Any) -> Any:
-    """JSON's lists as tuples, and no limit for null; what is no list of pairs stays as it is."""
-    if not (isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)):
-        return value
-    return tuple((math.inf if most is None else most, tile) for most, tile in value)

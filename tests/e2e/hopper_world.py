@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_engine.ops import cudnn_prefill, hopper, warp_decode
+from moe_engine.ops import cudnn_prefill, decode_attention, hopper
 from tests.unit.runner_world import ALL_KINDS, RunnerWorld, mixed_requests
 
 HOPPER_MODEL = {
@@ -33,13 +33,23 @@ HOPPER_LIMITS = {
 # has a context before it.
 LONG_PROMPTS = {0: 1100, 9: 1300}
 
+# (module, function, which of its calls).
 LAUNCHES = {
     "streaming linear": (hopper, "linear"),
     "split linear": (hopper, "split_linear"),
     "norm and router": (hopper, "norm_router"),
     "streaming experts": (hopper, "streaming_expert_ffn"),
     "grouped experts": (hopper, "grouped_expert_ffn"),
-    "warp decode": (warp_decode, "warp_decode"),
+    "warp decode": (
+        decode_attention,
+        "decode_attention",
+        lambda launch, *_: launch.block_warps == 0,
+    ),
+    "block decode": (
+        decode_attention,
+        "decode_attention",
+        lambda launch, *_: launch.block_warps > 0,
+    ),
     "cuDNN": (cudnn_prefill, "attend"),
 }
 DECODE_KERNELS = LAUNCHES.keys() - {"cuDNN"}
@@ -52,10 +62,11 @@ class KernelRecord:
     captured: set = field(default_factory=set)
     launched: set = field(default_factory=set)
 
-    def recorded(self, name, launch):
+    def recorded(self, name, launch, conditions):
         def launch_and_record(*args, **kwargs):
-            is_captured = torch.cuda.is_current_stream_capturing()
-            (self.captured if is_captured else self.launched).add(name)
+            if all(is_met(*args) for is_met in conditions):
+                is_captured = torch.cuda.is_current_stream_capturing()
+                (self.captured if is_captured else self.launched).add(name)
             return launch(*args, **kwargs)
 
         return launch_and_record
@@ -64,8 +75,9 @@ class KernelRecord:
 def record_kernels(monkeypatch):
     """A record of what runs from now on; the start of a world runs everything once."""
     record = KernelRecord()
-    for name, (module, function) in LAUNCHES.items():
-        monkeypatch.setattr(module, function, record.recorded(name, getattr(module, function)))
+    for name, (module, function, *conditions) in LAUNCHES.items():
+        launch = record.recorded(name, getattr(module, function), conditions)
+        monkeypatch.setattr(module, function, launch)
     return record
 
 

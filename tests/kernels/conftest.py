@@ -1,5 +1,5 @@
-"""Repairs Triton's interpreter (loop bounds under NumPy 2.4, products of bfloat16 tensors), and
-memory that is not what it happens to be."""
+"""Repairs Triton's interpreter (loop bounds under NumPy 2.4, products of bfloat16 tensors), memory
+that is not what it happens to be, and choices that no GPU's table changes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from moe_engine.ops import tuning
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     import numpy as np
@@ -36,6 +38,13 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
     interpreter._patch_lang_tensor = patch_lang_tensor_and_index
     interpreter.InterpreterBuilder.create_dot = create_dot_of_values
+
+
+@pytest.fixture(autouse=True)
+def default_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for Hopper are chosen by the defaults, whatever has been measured on this GPU."""
+    table: tuning.Table = {}
+    monkeypatch.setattr(tuning, "table", lambda device: table)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Cases of `ops.warp_decode`, each run once and compared with float32 on the CPU.
+"""Cases of `ops.decode_attention`, each run once and compared with float32 on the CPU.
 
 Legend: S sequences, N query heads, G KV heads, D head dimension, L tokens a block, P positions,
 F = D / 2, X = (N + 2 * G) * D.
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from moe_engine.ops import warp_decode
+from moe_engine.ops import decode_attention
+from moe_engine.ops.decode_attention import Launch
 from moe_engine.ops.reference import rope as rope_reference
 from tests.kernels.close import check_rows
 from tests.kernels.paged import Case, make_case
@@ -22,7 +23,7 @@ BF16 = torch.bfloat16
 # (contexts, N, G, L, parts of the projection): padding and the new token alone; around the ends of
 # pieces of 16; one piece for every warp and one more; as few as make two shares and one token less;
 # more than 32 for each warp of one share; the fewest and the most query heads. No row at all.
-DECODE_CASES = [
+CLUSTER_CASES = [
     ([], 8, 2, 16, 0),
     ([], 8, 2, 16, 3),
     ([576], 32, 4, 16, 0),
@@ -34,7 +35,34 @@ DECODE_CASES = [
     ([4095, 4096], 4, 2, 16, 0),
     ([34000], 2, 1, 16, 0),
 ]
-MAX_SHARES = (1, 2, 8)
+CLUSTERS = tuple(Launch(0, max_shares, 2048) for max_shares in (1, 2, 8))
+# As above: the warps of a block of 6 or 12 have no, one, two and three pieces, and a ring of two.
+# Rows from 1 to 257, equal, mixed and padded; more than 32 pieces for each warp of one share.
+BLOCK_CASES = [
+    ([], 8, 2, 16, 0),
+    ([], 8, 2, 16, 3),
+    ([640], 32, 4, 16, 0),
+    ([0, 1, 2, 15, 16, 17, 0, 31, 33], 8, 1, 16, 0),
+    ([95, 96, 97, 191, 192, 193, 287, 289], 6, 2, 32, 1),
+    ([383, 385, 400, 577, 1153, 5, 0, 112], 2, 2, 64, 0),
+    ([5000, 100, 640, 1, 0, 33, 16], 16, 1, 16, 5),
+    ([700, 33, 0, 193], 18, 2, 16, 0),
+    ([1249], 64, 4, 16, 4),
+    ([640 - row % 7 for row in range(33)], 32, 4, 16, 4),
+    ([13 * (row % 23) for row in range(130)], 8, 1, 16, 0),
+    ([(0, 1, 15, 16, 17, 100, 330)[row % 7] for row in range(257)], 4, 1, 16, 2),
+    ([13_000], 2, 1, 16, 0),
+]
+# Shares of as few tokens as a piece has, and of one more than two pieces.
+BLOCKS = (
+    Launch(6, 1, 1),
+    Launch(12, 1, 1),
+    Launch(6, 8, 16),
+    Launch(12, 2, 16),
+    Launch(6, 3, 33),
+    Launch(12, 8, 160),
+)
+LAUNCHES = CLUSTERS + BLOCKS
 
 
 @dataclass(frozen=True)
@@ -112,13 +140,13 @@ def on_gpu(cache: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torc
     return cache[0].cuda(), cache[1].cuda()
 
 
-def run_warp_decode(
+def run_decode(
+    launch: Launch,
     contexts: list[int],
     num_heads: int,
     num_kv_heads: int,
     block_size: int,
     num_parts: int,
-    max_shares: int,
 ) -> None:
     """Output and cache, from rows of the projection that lie apart or from parts of it."""
     decode = Decode.random(contexts, num_heads, num_kv_heads, block_size)
@@ -129,7 +157,8 @@ def run_warp_decode(
         qkv = torch.randn(len(contexts), decode.width + 16).to(BF16)
         qkv_SX, given = qkv[:, : decode.width], qkv.cuda()[:, : decode.width]
     cache = on_gpu(decode.case.cache)
-    out_SND = warp_decode.warp_decode(given, **decode.arguments(cache), max_shares=max_shares).cpu()
+    arguments = decode.arguments(cache)
+    out_SND = decode_attention.decode_attention(launch, given, **arguments).cpu()
     expected_SND = decode.expected(qkv_SX)
     check_rows(out_SND.flatten(0, 1), expected_SND.flatten(0, 1))
     for ours, theirs in zip(cache, decode.case.cache, strict=True):

@@ -21,7 +21,13 @@ from moe_engine.ops.reference import expert_counts as counts_reference
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 from tests.kernels.close import check_rows
-from tests.kernels.decode_cases import DECODE_CASES, MAX_SHARES, run_warp_decode
+from tests.kernels.decode_cases import (
+    BLOCK_CASES,
+    BLOCKS,
+    CLUSTER_CASES,
+    CLUSTERS,
+    run_decode,
+)
 
 TILES = (16, 32, 64, 128, 256)
 BF16 = torch.bfloat16
@@ -94,6 +100,24 @@ def grouped_cases(tile: int) -> list[Experts]:
     ]
 
 
+def sorting_cases() -> list[Experts]:
+    """None, one, chunks of 32 that are full or not, the most pairs, the most experts."""
+    return [
+        no_rows(3),
+        Experts("no expert at all", torch.full((7, 3), -1, dtype=torch.int32), 4),
+        *(one_expert_takes_all(n) for n in (1, 31, 32, 33, 256)),
+        scattered(8, 8, 128),
+        scattered(13, 5, 7, hidden=320, intermediate=192),
+        scattered(32, 8, 256, hidden=64, intermediate=64),
+        scattered(17, 15, 131, hidden=64, intermediate=64),
+        # As many pairs as experts: weights are foreseen.
+        Experts(
+            "weights foreseen", torch.arange(0, 512, 2, dtype=torch.int32)[:, None] % 254, 254,
+            hidden=1088, intermediate=64,
+        ),
+    ]  # fmt: skip
+
+
 STREAMING_CASES = [
     no_rows(8),
     Experts("no expert at all", torch.full((1, 8), -1, dtype=torch.int32), 4),
@@ -133,17 +157,43 @@ SPLIT_LINEAR_CASES = [
 ]
 
 
-def run_grouped(case: Experts, tile: int) -> None:
-    """Every pair's output by the grouped kernel, from rows of x that lie apart."""
+# (rows, X, O): around full tiles of one warpgroup and of both, of 4 and of 8 blocks in a cluster, a
+# last cluster that is not full; every width of a cluster of 1, 2, 4 and 8 blocks on 132
+# multiprocessors, of which the last leaves two blocks of a cluster no columns to sum; no row.
+CLUSTER_LINEAR_CASES = [
+    *((rows, 2048, 1000) for rows in (1, 17, 64, 65, 127, 128, 129, 200, 255, 256)),
+    *((rows, 4096, 2048) for rows in (1, 17, 64, 65, 127, 128, 129, 200, 255, 256)),
+    (130, 512, 8),
+    (256, 512, 1000),
+    (193, 512, 10_000),
+    (128, 1024, 1536),
+    (256, 1024, 5000),
+    (256, 2048, 2048),
+    (129, 2048, 3000),
+    (192, 2048, 4096),
+    (128, 2048, 5120),
+    (256, 2048, 5120),
+    (256, 4096, 1000),
+    (256, 4096, 2304),
+    (70, 4096, 2200),
+    (0, 1024, 40),
+]
+
+
+def run_grouped(case: Experts, tile: int, *, sorts: bool = False) -> None:
+    """Every pair's output by the grouped kernel, from rows of x that lie apart.
+
+    Args:
+        sorts: whether the kernel sorts the pairs.
+    """
     num_rows, top_k = case.ids_RK.shape
     x_RH = torch.randn(num_rows, case.hidden + 16).to(BF16)
     gate_up_EJH, down_EHI = case.weights()
     offsets_E1, pairs_P = reference.group_by_expert(case.ids_RK, case.num_experts)
     y_PH = hopper.grouped_expert_ffn(
         x_RH.cuda()[:, : case.hidden],
-        offsets_E1.cuda(),
-        pairs_P.cuda(),
-        top_k,
+        case.ids_RK.cuda(),
+        None if sorts else (offsets_E1.cuda(), pairs_P.cuda()),
         gate_up_EJH.cuda(),
         down_EHI.cuda(),
         tile,
@@ -200,6 +250,14 @@ def run_split_linear(num_rows: int, in_features: int, out_features: int) -> None
     parts_SRO = hopper.split_linear(x_RX.cuda()[:, :in_features], weight_OX.cuda()).cpu()
     assert parts_SRO.shape[0] == in_features // 512
     check_rows(parts_SRO.sum(0).to(BF16), x_RX[:, :in_features].float() @ weight_OX.float().t())
+
+
+def run_cluster_linear(num_rows: int, in_features: int, out_features: int) -> None:
+    """A linear layer of clusters, of rows of x that lie apart."""
+    x_RX = torch.randn(num_rows, in_features + 16).to(BF16)
+    weight_OX = (torch.randn(out_features, in_features) / in_features**0.5).to(BF16)
+    out_RO = hopper.cluster_linear(x_RX.cuda()[:, :in_features], weight_OX.cuda()).cpu()
+    check_rows(out_RO, x_RX[:, :in_features].float() @ weight_OX.float().t())
 
 
 @dataclass(frozen=True)
@@ -287,6 +345,8 @@ def run_device_functions() -> None:
         assert library.device_link(0, 1)["performance_rank"] >= 0
     assert library.streaming_linear_fits(in_features=256, out_features=8)
     assert not library.streaming_linear_fits(in_features=264, out_features=8)
+    assert library.cluster_linear_fits(in_features=512, out_features=8)
+    assert not library.cluster_linear_fits(in_features=256, out_features=8)
 
 
 NamedRun = tuple[str, Callable[[], None]]
@@ -299,6 +359,11 @@ def all_cases() -> dict[str, list[NamedRun]]:
         cases[f"grouped, tile {tile}"] = [
             (case.name, partial(run_grouped, case, tile)) for case in grouped_cases(tile)
         ]
+    cases["grouped, sorting"] = [
+        (f"tile {tile}, {case.name}", partial(run_grouped, case, tile, sorts=True))
+        for tile in (16, 32, 64)
+        for case in sorting_cases()
+    ]
     cases["streaming experts"] = [
         (case.name, partial(run_streaming, case)) for case in STREAMING_CASES
     ]
@@ -310,17 +375,26 @@ def all_cases() -> dict[str, list[NamedRun]]:
         (f"{rows} rows, {width} to {out}", partial(run_split_linear, rows, width, out))
         for rows, width, out in [*((rows, 512, 40) for rows in (7, 8, 9)), *SPLIT_LINEAR_CASES]
     ]
+    cases["cluster linear"] = [
+        (f"{rows} rows, {width} to {out}", partial(run_cluster_linear, rows, width, out))
+        for rows, width, out in CLUSTER_LINEAR_CASES
+    ]
     cases["norm and router"] = [
         (str(case), partial(run_norm_router, case)) for case in ROUTER_CASES
     ]
-    cases["warp decode"] = [
-        (
-            f"{shares} shares for contexts {contexts}, {heads} heads to {kv_heads}, {parts} parts",
-            partial(run_warp_decode, contexts, heads, kv_heads, block_size, parts, shares),
-        )
-        for shares in MAX_SHARES
-        for contexts, heads, kv_heads, block_size, parts in DECODE_CASES
-    ]
+    for kernel, launches, decodes in (
+        ("warp decode", CLUSTERS, CLUSTER_CASES),
+        ("block decode", BLOCKS, BLOCK_CASES),
+    ):
+        cases[kernel] = [
+            (
+                f"{launch} for {len(contexts)} contexts {contexts[:9]}, {heads} heads to "
+                f"{kv_heads}, {parts} parts",
+                partial(run_decode, launch, contexts, heads, kv_heads, block_size, parts),
+            )
+            for launch in launches
+            for contexts, heads, kv_heads, block_size, parts in decodes
+        ]
     cases["expert counts"] = [
         (
             f"{ids_TK.dtype} {list(ids_TK.shape)}, {num_experts} experts",

@@ -10,9 +10,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moe_engine.ops import hopper, moe, tuning, warp_decode
+from moe_engine.ops import decode_attention, hopper, moe
+from moe_engine.ops.decode_attention import Launch
+from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.reference import moe as reference
-from tests.kernels.decode_cases import MAX_SHARES, Decode, on_gpu
+from moe_engine.ops.rope import RopeTable, norm_rope_write
+from moe_engine.ops.tuning import DecodeChoices
+from tests.kernels.decode_cases import LAUNCHES, Decode, on_gpu
 from tests.kernels.hopper_cases import (
     STREAMING_CASES,
     TILES,
@@ -55,7 +59,12 @@ def test_a_pair_gets_the_same_bits_whoever_shares_its_tile(tile: int) -> None:
     def run(rows: slice) -> torch.Tensor:
         groups = moe.group_by_expert(ids_RK[rows], 6)
         return hopper.grouped_expert_ffn(
-            x_RH[rows], groups.offsets_E1, groups.pairs_P, 4, gate_up_EJH, down_EHI, tile
+            x_RH[rows],
+            ids_RK[rows],
+            (groups.offsets_E1, groups.pairs_P),
+            gate_up_EJH,
+            down_EHI,
+            tile,
         )
 
     together_PH = run(slice(0, 90))
@@ -76,8 +85,8 @@ def test_a_row_gets_the_same_bits_however_many_blocks_stream_its_experts() -> No
         assert torch.equal(alone_RH, together_RH[one])
 
 
-@pytest.mark.parametrize("max_shares", MAX_SHARES)
-def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(max_shares: int) -> None:
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(launch: Launch) -> None:
     from moe_engine.kernels.launch import arrival_counters
 
     contexts = [700, 1, 33, 4500, 0, 16]
@@ -87,7 +96,7 @@ def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(max_s
 
     def run(rows: slice) -> torch.Tensor:
         arguments = decode.arguments(cache, rows)
-        return warp_decode.warp_decode(qkv_SX[rows], **arguments, max_shares=max_shares)
+        return decode_attention.decode_attention(launch, qkv_SX[rows], **arguments)
 
     together_SND = run(slice(None))
     assert not together_SND[4].any()
@@ -96,8 +105,35 @@ def test_a_sequence_is_attended_to_with_the_same_bits_whoever_is_beside_it(max_s
     assert not arrival_counters(qkv_SX.device).any()
 
 
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+@pytest.mark.parametrize("num_parts", [0, 3])
+def test_decode_attention_caches_the_bits_of_the_operator_that_prepares(
+    launch: Launch, num_parts: int
+) -> None:
+    """And nothing where there is no slot, or anywhere else."""
+    decode = Decode.random([700, 1, 33, 0, 16, 97, 0, 5000, 640], 32, 4)
+    shape = (num_parts, 9, decode.width) if num_parts else (9, decode.width)
+    qkv = torch.randn(shape, device="cuda")
+    qkv = qkv if num_parts else qkv.to(BF16)
+    cache, expected = on_gpu(decode.case.cache), on_gpu(decode.case.cache)
+    arguments = decode.arguments(cache)
+    decode_attention.decode_attention(launch, qkv, **arguments)
+    norm_rope_write(
+        SplitSums(qkv, BF16) if num_parts else qkv,
+        *arguments["norm_weights"],
+        arguments["eps"],
+        RopeTable(*arguments["cos_sin_PF"]),
+        arguments["positions_R"],
+        expected,
+        arguments["slots_R"],
+    )
+    for ours, theirs in zip(cache, expected, strict=True):
+        assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
 @pytest.mark.parametrize("num_rows", [4, 20])
-def test_decode_attention_waits_for_the_projection(num_rows: int) -> None:
+def test_decode_attention_waits_for_the_projection(num_rows: int, launch: Launch) -> None:
     """It begins before the projection has ended; its rows change from call to call."""
     decode = Decode.random([40 * row for row in range(num_rows)], 32, 4)
     weight_OX = (torch.randn(decode.width, 2048, device="cuda") / 45).to(BF16)
@@ -111,7 +147,7 @@ def test_decode_attention_waits_for_the_projection(num_rows: int) -> None:
             qkv = project(x_SX, weight_OX)
             if wait:
                 torch.cuda.synchronize()
-            outputs.append(warp_decode.warp_decode(qkv, **arguments))
+            outputs.append(decode_attention.decode_attention(launch, qkv, **arguments))
         return outputs
 
     for mine, theirs in zip(run(wait=False), run(wait=True), strict=True):
@@ -119,28 +155,31 @@ def test_decode_attention_waits_for_the_projection(num_rows: int) -> None:
 
 
 def test_decode_attention_is_not_taken_where_it_does_not_fit() -> None:
-    def takes(
+    def choose(
         num_rows: int = 1,
         num_heads: int = 8,
         block_size: int = 16,
         head_dim: int = 128,
         dtype: torch.dtype = BF16,
         cache_dtype: torch.dtype = BF16,
-    ) -> bool:
+    ) -> Launch | None:
         qkv_RX = torch.empty(num_rows, (num_heads + 2) * head_dim, dtype=dtype, device="cuda")
         shape = (4, block_size, 1, head_dim)
         k_cache_BLGD = torch.empty(shape, dtype=cache_dtype, device="cuda")
-        return warp_decode.takes_warp_decode(qkv_RX, dtype, num_heads, k_cache_BLGD)
+        return decode_attention.choose(qkv_RX, dtype, num_heads, k_cache_BLGD)
 
-    most = tuning.DecodeChoices().warp_max_pairs
-    assert takes(most)
-    assert not takes(most + 1)
-    assert takes(num_heads=16)
-    assert not takes(num_heads=17)
-    assert not takes(block_size=8)
-    assert not takes(head_dim=64)
-    assert not takes(dtype=torch.float16, cache_dtype=torch.float16)
-    assert not takes(cache_dtype=torch.float8_e4m3fn)
+    first = 0
+    *steps, (_, beyond) = DecodeChoices.default().launches
+    for most, launch in steps:
+        assert choose(first + 1) == choose(int(most)) == launch
+        first = int(most)
+    assert choose(first + 1) is beyond is None
+    assert choose(num_heads=16) is not None
+    assert choose(num_heads=17) is None
+    assert choose(block_size=8) is None
+    assert choose(head_dim=64) is None
+    assert choose(dtype=torch.float16, cache_dtype=torch.float16) is None
+    assert choose(cache_dtype=torch.float8_e4m3fn) is None
 
 
 def test_norm_and_router_are_not_one_launch_where_they_do_not_fit() -> None:
@@ -156,9 +195,8 @@ def test_norm_and_router_are_not_one_launch_where_they_do_not_fit() -> None:
         return hopper.takes_norm_router(residual_RH, gate_EH, top_k)
 
     assert takes(0)
-    most = tuning.NormRouterChoices().fused_max_rows
-    assert takes(most)
-    assert not takes(most + 1)
+    assert takes(16)
+    assert not takes(17)
     assert not takes(dtype=torch.float16)
     assert takes(hidden=4096)
     assert not takes(hidden=4096 + 256)
@@ -198,18 +236,16 @@ def test_a_linear_layer_is_not_split_where_that_is_not_best_or_does_not_fit() ->
         weight_OX = torch.empty(out_features, in_features, dtype=dtype, device="cuda")
         return hopper.takes_split_linear(wide[:, first : first + in_features], weight_OX)
 
-    rows = range(hopper.LINEAR_MAX_ROWS + 1, hopper.SPLIT_LINEAR_MAX_ROWS + 1)
-    assert takes(rows[0])
-    assert takes(rows[-1])
-    for num_rows in (0, rows[0] - 1, rows[-1] + 1):
+    assert takes(17)
+    assert takes(64)
+    for num_rows in (0, 16, 65):
         assert not takes(num_rows)
     assert not takes(dtype=torch.float16)
     assert not takes(in_features=1024 + 256)
     assert not takes(out_features=60)
     # Five parts: so many rows that adding them up takes longer than splitting saves.
-    most = hopper.SPLIT_LINEAR_MAX_SUMS // 5
-    assert takes(most, in_features=5 * 512)
-    assert not takes(most + 1, in_features=5 * 512)
+    assert takes(51, in_features=5 * 512)
+    assert not takes(52, in_features=5 * 512)
     # As many columns as one round of blocks covers, and more.
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     assert takes(in_features=512, out_features=160 * num_sms)
@@ -237,12 +273,18 @@ def test_a_layer_that_the_split_kernel_has_no_room_for_is_refused(
         hopper.split_linear(x_RX, weight_OX)
 
 
-def test_what_decode_attention_cannot_do_is_refused() -> None:
-    decode = Decode.random([5], 34, 2)
+@pytest.mark.parametrize(
+    ("num_heads", "block_warps", "message"),
+    [(34, 0, "34 query heads to 2 KV"), (34, 6, "34 query heads to 2 KV"), (8, 7, "warps, not 7")],
+)
+def test_what_decode_attention_cannot_do_is_refused(
+    num_heads: int, block_warps: int, message: str
+) -> None:
+    decode = Decode.random([5], num_heads, 2)
     qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)
     arguments = decode.arguments(on_gpu(decode.case.cache))
-    with pytest.raises(ValueError, match="34 query heads to 2 KV heads"):
-        warp_decode.warp_decode(qkv_SX, **arguments)
+    with pytest.raises(ValueError, match=message):
+        decode_attention.decode_attention(Launch(block_warps, 1, 1), qkv_SX, **arguments)
 
 
 def test_a_row_of_a_linear_layer_gets_the_same_bits_in_any_batch_of_up_to_8_and_to_16() -> None:
@@ -281,11 +323,27 @@ def test_what_the_grouped_kernel_cannot_do_is_refused(
     num_experts: int, tile: int, message: str
 ) -> None:
     case = scattered(2, 2, num_experts, hidden=64, intermediate=64)
-    groups = [t.cuda() for t in reference.group_by_expert(case.ids_RK, num_experts)]
+    offsets_E1, pairs_P = reference.group_by_expert(case.ids_RK, num_experts)
+    groups = offsets_E1.cuda(), pairs_P.cuda()
     weights = [w.cuda() for w in case.weights()]
     x_RH = torch.randn(2, 64, device="cuda").to(BF16)
     with pytest.raises(ValueError, match=message):
-        hopper.grouped_expert_ffn(x_RH, *groups, 2, *weights, tile)
+        hopper.grouped_expert_ffn(x_RH, case.ids_RK.cuda(), groups, *weights, tile)
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "num_experts", "tile"), [(257, 4, 16), (256, 257, 16), (8, 4, 128)]
+)
+def test_what_the_grouped_kernel_cannot_sort_is_refused(
+    num_pairs: int, num_experts: int, tile: int
+) -> None:
+    weights = [w.cuda() for w in scattered(1, 1, num_experts, hidden=64, intermediate=64).weights()]
+    x_RH = torch.randn(num_pairs, 64, device="cuda").to(BF16)
+    ids_RK = torch.zeros(num_pairs, 1, dtype=torch.int32, device="cuda")
+    assert not hopper.sorts_pairs(ids_RK, num_experts, tile)
+    assert hopper.sorts_pairs(ids_RK[:256], min(num_experts, 256), min(tile, 64))
+    with pytest.raises(ValueError, match="must be sorted before"):
+        hopper.grouped_expert_ffn(x_RH, ids_RK, None, *weights, tile)
 
 
 def test_sizes_that_the_streaming_kernel_has_no_room_for_are_refused() -> None:

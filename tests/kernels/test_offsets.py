@@ -16,14 +16,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_engine.ops import attention, hopper, moe, norm, rope, warp_decode
+from moe_engine.ops import attention, decode_attention, hopper, moe, norm, rope
 from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
 from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import norm as norm_reference
 from moe_engine.ops.reference import rope as rope_reference
 from moe_engine.ops.sampling import greedy_tokens
 from tests.kernels.close import check_rows
-from tests.kernels.decode_cases import Decode
+from tests.kernels.decode_cases import LAUNCHES, Decode
 from tests.kernels.hopper_cases import TILES
 from tests.kernels.paged import expected, make_case
 from tests.kernels.test_expert_ffn import Case, check
@@ -107,7 +107,9 @@ class TestExperts:
         x_RH = torch.randn(2, self.HIDDEN, device="cuda").to(BF16)
         ids_RK = torch.tensor([[self.NUM_EXPERTS - 1], [129]], dtype=torch.int32, device="cuda")
         groups = moe.group_by_expert(ids_RK, self.NUM_EXPERTS)
-        y_PH = hopper.grouped_expert_ffn(x_RH, groups.offsets_E1, groups.pairs_P, 1, *weights, tile)
+        y_PH = hopper.grouped_expert_ffn(
+            x_RH, ids_RK, (groups.offsets_E1, groups.pairs_P), *weights, tile
+        )
         case = Case(x_RH, ids_RK, torch.ones(2, 1, device="cuda"), *weights)
         check_rows(y_PH, case.expected())
 
@@ -144,7 +146,7 @@ class TestExperts:
 
     def test_rows_of_a_split_linear_layer_far_apart(self) -> None:
         needs_hopper()
-        x_RX = torch.randn(hopper.LINEAR_MAX_ROWS + 1, 1024, device="cuda").to(BF16)
+        x_RX = torch.randn(17, 1024, device="cuda").to(BF16)
         weight_OX = (torch.randn(104, 1024, device="cuda") / 32).to(BF16)
         apart = far_apart(x_RX, stride=2**27)
         assert apart[-1].storage_offset() >= LIMIT
@@ -152,6 +154,17 @@ class TestExperts:
         parts_SRO = hopper.split_linear(apart, weight_OX)
         assert torch.equal(parts_SRO, hopper.split_linear(x_RX, weight_OX))
         check_rows(parts_SRO.sum(0).to(BF16), x_RX.float() @ weight_OX.float().t())
+
+    def test_rows_of_a_linear_layer_of_clusters_far_apart(self) -> None:
+        needs_hopper()
+        x_RX = torch.randn(65, 1024, device="cuda").to(BF16)
+        weight_OX = (torch.randn(104, 1024, device="cuda") / 32).to(BF16)
+        apart = far_apart(x_RX, stride=2**26)
+        assert apart[-1].storage_offset() >= LIMIT
+        assert hopper.takes_cluster_linear(apart, weight_OX)
+        out_RO = hopper.cluster_linear(apart, weight_OX)
+        assert torch.equal(out_RO, hopper.cluster_linear(x_RX, weight_OX))
+        check_rows(out_RO, x_RX.float() @ weight_OX.float().t())
 
 
 class TestRows:
@@ -238,7 +251,7 @@ def test_projected_heads_far_apart() -> None:
 
 
 @pytest.mark.parametrize("contexts", [[0, 1, 3000], [262_144, 5]])
-def test_far_blocks_and_the_longest_context_by_warps(contexts: list[int]) -> None:
+def test_far_blocks_and_the_longest_context_by_the_cuda_kernels(contexts: list[int]) -> None:
     """Past 2^31 elements in the projection, past 2^31 bytes in the cache."""
     needs_hopper()
     decode = Decode.random(contexts, 32, 4)
@@ -251,8 +264,8 @@ def test_far_blocks_and_the_longest_context_by_warps(contexts: list[int]) -> Non
         tensor[-near:] = original.cuda()
     arguments = decode.arguments((far[0], far[1]), block_shift=num_blocks - near)
     outputs = [
-        warp_decode.warp_decode(far_apart(qkv_SX), **arguments, max_shares=max_shares).cpu()
-        for max_shares in (None, 1)
+        decode_attention.decode_attention(launch, far_apart(qkv_SX), **arguments).cpu()
+        for launch in LAUNCHES
     ]
     expected_SND = decode.expected(qkv_SX)
     for out_SND in outputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ def choose_as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> tuning.Table:
     table = use_empty_table(monkeypatch)
     monkeypatch.setattr(hopper, "extension", lambda device: FakeLibrary())
     monkeypatch.setattr(hopper, "_num_splits", lambda library, weight: weight.shape[1] // 512)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(hopper, "takes_streaming_experts", lambda *arguments: True)
     monkeypatch.setattr(moe, "_runs_triton", lambda x: True)
     return table

@@ -19,16 +19,10 @@ from benchmarks.tune_operators import DecodeAttention, Experts, Linear, NormRout
 from moe_engine.engine.decode import DecodeStep
 from moe_engine.engine.runner import ModelRunner
 from moe_engine.ops import tuning
-from moe_engine.ops.tuning import (
-    DecodeChoices,
-    ExpertChoices,
-    LinearChoices,
-    NormRouterChoices,
-)
+from moe_engine.ops.tuning import INF, DecodeChoices, Launch, NormRouterChoices, pick
 from tests.unit.hopper_on_cpu import choose_as_on_hopper, use_empty_table, zeros
 from tests.unit.runner_world import MODEL, UncapturedGraphs
 
-INF = math.inf
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -49,38 +43,45 @@ def operators() -> list[Operator]:
 
 @pytest.mark.usefixtures("hopper_kernels")
 def test_today_each_operator_runs_by_the_defaults() -> None:
-    found = [[op.runs(batch) for batch in (1, 4, 5, 16, 17, 64, 65, 4096)] for op in operators()]
-    assert found == [
-        ["streaming"] * 2 + ["tile 64"] * 5 + ["tile 256"],
-        ["streaming"] * 4 + ["split"] * 2 + ["library"] * 2,
-        ["fused"] * 4 + ["separate"] * 4,
-        ["warps, shares 8"] * 2 + ["paged"] * 6,
-    ]
+    batches = (1, 4, 5, 16, 17, 64, 65, 4096)
+    found = [[op.runs(batch) for batch in batches] for op in operators()]
+    assert found[0] == ["streaming"] * 2 + ["tile 64"] * 5 + ["tile 256"]
+    assert found[1] == ["streaming"] * 4 + ["split"] * 2 + ["cluster", "library"]
+    assert found[2] == ["fused"] * 4 + ["separate"] * 4
+    assert found[3][:3] == ["0:8:2048"] * 2 + ["6:8:80"]
+    assert found[3][-1] == "paged"
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16, 40, 64, 300])
 @pytest.mark.usefixtures("hopper_kernels")
+@pytest.mark.parametrize("batch", [1, 3, 16, 40, 64, 300])
 def test_every_kernel_worth_trying_runs_when_it_is_forced(batch: int) -> None:
     for op in operators():
-        before = op.runs(batch)
-        taken = [kernel for kernel in op.kernels(batch) if op.takes(kernel, batch)]
-        refused = set(op.kernels(batch)) - set(taken)
-        assert before in taken
-        assert refused <= ({"streaming", "split"} if batch > 16 else set()), op.name
+        before, present = op.runs(batch), op.present
+        kernels = op.kernels(batch)
+        refused = {kernel for kernel in kernels if not op.takes(kernel, batch)}
+        assert len(set(kernels)) == len(kernels)
+        assert before in kernels
+        assert refused <= ({"streaming", "split", "cluster"} if batch > 16 else set()), op.name
         assert op.runs(batch) == before, "what was chosen before is chosen again"
-        assert op.present == tuning.DEFAULTS[op.kind]
+        assert op.present == present
 
 
 @pytest.mark.usefixtures("hopper_kernels")
 def test_what_is_hopeless_is_not_tried() -> None:
-    experts, _, router, attention = operators()
+    experts, linear, router, attention = operators()
     assert "streaming" in experts.kernels(4)
     assert "streaming" not in experts.kernels(5)
     assert "tile 128" not in experts.kernels(64)
     assert "tile 128" in experts.kernels(128)
+    assert linear.kernels(4) == ["streaming"]
     assert router.kernels(65) == ["separate"]
-    assert len(attention.kernels(16)) == 4
-    assert attention.kernels(17) == ["paged"]
+    # Today's, the ones beside it, those of the other size, clusters; 2 KV heads.
+    assert attention.kernels(10) == [
+        "6:8:80", "12:8:160", "12:8:320", "12:8:80", "6:8:160", "6:8:320",
+        "0:4:2048", "0:8:2048", "paged",
+    ]  # fmt: skip
+    assert attention.kernels(17)[-1] == "paged"
+    assert not any(kernel.startswith("0:") for kernel in attention.kernels(17))
 
 
 def time_all(op: Operator, ms: Callable[[str, int], float]) -> list[Timed]:
@@ -90,11 +91,7 @@ def time_all(op: Operator, ms: Callable[[str, int], float]) -> list[Timed]:
             batch,
             512,
             op.runs(batch),
-            {
-                kernel: ms(kernel, batch)
-                for kernel in dict.fromkeys([op.runs(batch), *op.kernels(batch)])
-                if op.takes(kernel, batch)
-            },
+            {kernel: ms(kernel, batch) for kernel in op.kernels(batch) if op.takes(kernel, batch)},
         )
         for batch in BATCHES
     ]
@@ -107,40 +104,57 @@ def test_nothing_changes_where_all_are_as_fast() -> None:
 
 
 @pytest.mark.usefixtures("hopper_kernels")
-def test_streaming_is_set_against_the_best_tile() -> None:
+def test_tiles_change_where_another_is_faster_and_streaming_is_not() -> None:
     experts = operators()[0]
 
     def ms(kernel: str, batch: int) -> float:
         return {"streaming": batch, "tile 32": 2.5}.get(kernel, 9.0 if batch <= 32 else 2.0)
 
-    # 2 pairs of a row and 16 experts: batch 4 is 0.5 pairs of an expert, batch 32 is 4.
-    assert experts.derive(time_all(experts, ms)) == ExpertChoices(
-        2, ((0.25, 16), (4.0, 32), (40, 64), (128, 128), (INF, 256))
-    )
+    derived = experts.derive(time_all(experts, ms))
+    assert derived.kernels == ((2, "streaming"), (INF, "grouped"))
+    # 2 pairs of a row and 16 experts: batch 4 is 0.5 pairs of an expert, batch 32 is 4. Up to batch
+    # 2 nothing is known of tiles.
+    tiles = ((0.25, 16), (4.0, 32), (40, 64), (128, 128), (INF, 256))
+    assert derived.tiles == tiles
 
 
 @pytest.mark.usefixtures("hopper_kernels")
-def test_a_linear_layer_splits_from_the_end_of_streaming_on() -> None:
+def test_a_linear_layer_may_skip_a_kernel() -> None:
     linear = operators()[1]
-    ms = {"streaming": lambda batch: batch / 4, "split": lambda _: 1.8, "library": lambda _: 2.0}
-    assert linear.derive(time_all(linear, lambda k, batch: ms[k](batch))) == LinearChoices(4, 64)
-    slow = ms | {"split": lambda batch: batch / 12}
-    assert linear.derive(time_all(linear, lambda k, batch: slow[k](batch))) == LinearChoices(0, 16)
+    ms = {"streaming": 3.0, "split": 2.0, "library": 4.0, "cluster": 1.0}
+    derived = linear.derive(time_all(linear, lambda kernel, _: ms[kernel]))
+    # Splitting is tried from 5 rows on, clusters from 17 on.
+    assert derived.kernels == ((4, "streaming"), (16, "split"), (256, "cluster"), (INF, "library"))
 
 
 @pytest.mark.usefixtures("hopper_kernels")
 def test_the_router_is_fused_as_long_as_that_is_faster() -> None:
     router = operators()[2]
     timed = time_all(router, lambda kernel, batch: batch if kernel == "fused" else 40.0)
-    assert router.derive(timed) == NormRouterChoices(32)
+    assert router.derive(timed).kernels == ((32, "fused"), (INF, "separate"))
 
 
 @pytest.mark.usefixtures("hopper_kernels")
-def test_decode_attention_takes_the_shares_that_are_best_in_all_its_steps() -> None:
+def test_decode_attention_takes_other_launches_by_rows_times_kv_heads() -> None:
     attention = operators()[3]
-    ms = {"warps, shares 4": 0.9, "warps, shares 8": 0.95, "warps, shares 1": 2.0, "paged": 1.0}
-    # 2 KV heads, and warps are tried up to 32 pairs.
-    assert attention.derive(time_all(attention, lambda k, _: ms[k])) == DecodeChoices(32, 4)
+    timed = time_all(attention, lambda kernel, batch: 1.0 if kernel == "paged" else 2.0)
+    assert attention.derive(timed).launches == (
+        (132, None),
+        *((most, launch) for most, launch in DecodeChoices().launches if most > 132),
+    )
+    timed = time_all(attention, lambda kernel, batch: 1.0 if kernel == "0:4:2048" else 2.0)
+    launches = attention.derive(timed).launches
+    # Clusters are tried up to 32 pairs, 16 rows.
+    assert launches[0] == (32, Launch(0, 4, 2048))
+    assert launches[1:] == tuple(step for step in DecodeChoices().launches if step[0] > 32)
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_more_launches_can_be_tried() -> None:
+    more = [Launch(6, 1, 1), Launch(12, 2, 99)]
+    attention = DecodeAttention(4, zeros(1, 16, 2, 128), more)
+    assert {"6:1:1", "12:2:99"} <= set(attention.kernels(64))
+    assert attention.takes("12:2:99", 64)
 
 
 def test_logits_that_have_nothing_to_do_with_todays_are_refused() -> None:
@@ -173,7 +187,7 @@ class FakeRouter(NormRouter):
 
     def runs(self, batch: int) -> str:
         assert isinstance(self.present, NormRouterChoices)
-        return "fused" if batch <= self.present.fused_max_rows else "separate"
+        return pick(self.present.kernels, batch)
 
 
 class TimedGraphs(UncapturedGraphs):
@@ -194,7 +208,7 @@ def router(monkeypatch: pytest.MonkeyPatch) -> FakeRouter:
     """The only operator that is tuned."""
     use_empty_table(monkeypatch)
     router = FakeRouter(torch.zeros(8, 32), 2)
-    monkeypatch.setattr(tune, "bench_operators", lambda bench: [router])
+    monkeypatch.setattr(tune, "bench_operators", lambda bench, launches: [router])
     return router
 
 
@@ -233,7 +247,7 @@ def test_the_tuner_writes_what_it_measured_and_what_follows(
 ) -> None:
     [entry] = run_tuner()["norm_router"]
     assert entry["shape"] == {"hidden": 32, "num_experts": 8}
-    assert entry["choices"] == {"fused_max_rows": 2}
+    assert entry["choices"] == {"kernels": [[2, "fused"], [None, "separate"]]}
     assert entry["measured"] == {
         "run": "small",
         # The longer prompts are for attention alone.
@@ -248,19 +262,21 @@ def test_the_tuner_writes_what_it_measured_and_what_follows(
         ],
     }
     written = tuning.table_for("Some GPU", tmp_path)
-    assert written == {(NormRouterChoices, (32, 8)): NormRouterChoices(2)}
+    expected = NormRouterChoices(((2, "fused"), (INF, "separate")))
+    assert written == {(NormRouterChoices, (32, 8)): expected}
 
 
 def test_a_file_keeps_its_other_entries_and_says_how_it_was_measured(
     run_tuner: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    other = {"shape": {"hidden": 64, "num_experts": 8}, "choices": {"fused_max_rows": 1}}
-    stale = {"shape": {"hidden": 32, "num_experts": 8}, "choices": {"fused_max_rows": 1}}
+    choices = {"kernels": [[None, "fused"]]}
+    other = {"shape": {"hidden": 64, "num_experts": 8}, "choices": choices}
+    stale = {"shape": {"hidden": 32, "num_experts": 8}, "choices": choices}
     old = {"device": "Some GPU", "runs": {"other": {}}, "norm_router": [stale, other]}
     (tmp_path / "some.json").write_text(json.dumps(old))
     document = run_tuner()
     assert document["norm_router"][0] == other
-    assert [e["choices"]["fused_max_rows"] for e in document["norm_router"]] == [1, 2]
+    assert [e["choices"] == choices for e in document["norm_router"]] == [True, False]
     assert document["runs"].keys() == {"other", "small"}
     run = document["runs"]["small"]
     assert run["driver"] == "1.2"

@@ -1,115 +1,101 @@
-"""Limits and tiles from measured step times."""
+"""What becomes of a table's limits by measured step times."""
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
-from benchmarks.tune_limits import Timed, best_limits, renewed_tiles
-from moe_engine.ops.tuning import ExpertChoices
+from benchmarks.tune_limits import Timed, best_kernel, by_batch, renewed
+from moe_engine.ops.tuning import INF, Steps, pick
 
-INF = math.inf
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+TODAY: Steps[str] = ((16, "a"), (INF, "b"))
 
 
-def steps(
-    present: Callable[[int], str], times: Callable[[int], dict[str, float]], *, input: int = 512
-) -> list[Timed]:
-    """Steps of all `BATCHES`."""
-    return [Timed(batch, input, present(batch), times(batch)) for batch in BATCHES]
-
-
-def fused_up_to(most: int) -> Callable[[int], str]:
-    return lambda batch: "fused" if batch <= most else "separate"
-
-
-def test_a_difference_within_the_margin_costs_as_much_as_today() -> None:
+def test_a_kernel_replaces_todays_only_if_it_is_faster_by_more_than_noise() -> None:
     step = Timed(1, 512, "a", {"a": 1.0, "b": 0.996, "c": 0.99, "d": 1.01})
-    assert [step.cost(kernel) for kernel in "abcd"] == [1.0, 1.0, 0.99, 1.01]
-    assert step.cost("not timed") == INF
-    assert step.best(["a", "b"]) == "a"
-    assert step.best(["not timed", "b", "a", "d"]) == "b"
-    assert step.best(["a", "b", "c"]) == "c"
+    assert best_kernel([step], ["a", "b"]) == "a"
+    assert best_kernel([step], ["a", "b", "c", "d"]) == "c"
+    assert best_kernel([step], ["d", "a", "b"]) == "b"
+    assert best_kernel([step], ["not timed", "a", "d"]) == "a"
 
 
-def test_a_limit_moves_to_the_last_batch_at_which_its_kernel_is_best() -> None:
-    timed = steps(fused_up_to(16), lambda batch: {"fused": 1 + batch / 8, "separate": 2.0})
-    assert best_limits(timed, ("fused", "separate"), [16])[0] == [8]
-    timed = steps(fused_up_to(16), lambda batch: {"fused": 1 + batch / 40, "separate": 2.0})
-    assert best_limits(timed, ("fused", "separate"), [16])[0] == [32]
+def test_the_best_kernel_is_that_of_all_prompts_together() -> None:
+    short = Timed(4, 512, "a", {"a": 1.0, "b": 0.97, "c": 0.5})
+    long = Timed(4, 8192, "a", {"a": 10.0, "b": 10.5})
+    assert best_kernel([short], ["a", "b"]) == "b"
+    assert best_kernel([short, long], ["a", "b", "c"]) == "a", "b loses more than it wins"
+    faster = Timed(4, 8192, "a", {"a": 10.0, "b": 10.1})
+    assert best_kernel([short, faster], ["a", "b", "c"]) == "b"
 
 
-@pytest.mark.parametrize(("fused", "limit"), [(0.5, 64), (3.0, 0)])
-def test_a_kernel_may_be_best_always_or_never(fused: float, limit: int) -> None:
-    timed = steps(fused_up_to(16), lambda batch: {"fused": fused, "separate": 2.0})
-    assert best_limits(timed, ("fused", "separate"), [16])[0] == [limit]
+def test_steps_are_sorted_by_batch() -> None:
+    steps = [Timed(batch, input, "a", {"a": 1.0}) for input in (5, 6) for batch in (8, 1)]
+    found = by_batch(steps)
+    assert list(found) == [1, 8]
+    assert [step.input for step in found[8]] == [5, 6]
 
 
-@pytest.mark.parametrize("present", [1, 5, 16, 21, 64, 500])
-def test_noise_changes_no_limit(present: int) -> None:
-    choose = random.Random(present)
+@pytest.mark.parametrize("limit", [1, 5, 16, 21, 64, 500])
+def test_noise_changes_no_limit(limit: float) -> None:
+    choose = random.Random(int(limit))
+    today: Steps[str] = ((limit, "a"), (INF, "b"))
     for _ in range(20):
-        timed = steps(
-            fused_up_to(present),
-            lambda batch: {
-                "fused": batch * choose.uniform(0.9975, 1.002),
-                "separate": batch * choose.uniform(0.9975, 1.002),
-            },
-        )
-        limits, cost = best_limits(timed, ("fused", "separate"), [present])
-        assert limits == [present]
-        assert cost == len(BATCHES)
+        points = []
+        for batch in BATCHES:
+            step_ms = {kernel: batch * choose.uniform(0.9975, 1.002) for kernel in "ab"}
+            step = Timed(batch, 512, pick(today, batch), step_ms)
+            points.append((batch, best_kernel([step], [step.present, "a", "b"])))
+        assert renewed(today, points) == today
 
 
-def test_one_step_that_is_slower_by_noise_does_not_end_a_kernels_reign() -> None:
-    timed = steps(
-        fused_up_to(16),
-        lambda batch: {"fused": 2.02 if batch == 2 else 1.8, "separate": 2.0},
-    )
-    assert best_limits(timed, ("fused", "separate"), [16])[0] == [64]
+@pytest.mark.parametrize(("best_up_to", "limit"), [(8, 8), (32, 32), (16, 16)])
+def test_a_limit_moves_to_the_last_batch_at_which_its_kernel_is_best(
+    best_up_to: int, limit: int
+) -> None:
+    points = [(batch, "a" if batch <= best_up_to else "b") for batch in BATCHES]
+    assert renewed(TODAY, points) == ((limit, "a"), (INF, "b"))
 
 
-def test_three_kernels_have_two_limits_and_one_may_lack_some_steps() -> None:
-    def present(batch: int) -> str:
-        return "a" if batch <= 16 else "b" if batch <= 32 else "c"
-
-    def times(batch: int) -> dict[str, float]:
-        found = {"a": 1 + batch / 10, "b": 2.0, "c": 0.9 + batch / 8}
-        return {k: ms for k, ms in found.items() if k != "a" or batch <= 16}
-
-    # a is best up to 8 (at 1 and 2 c is, which is not told from b's end), then b, and c never.
-    assert best_limits(steps(present, times), ("a", "b", "c"), [16, 32])[0] == [8, 64]
-    # Today's limit holds where it lies between the same batch sizes.
-    assert best_limits(steps(present, times), ("a", "b", "c"), [11, 64])[0] == [11, 64]
+def test_a_limit_between_the_same_batches_stays() -> None:
+    points = [(batch, "a" if batch <= 16 else "b") for batch in BATCHES]
+    for limit in (16, 23, 31):
+        today: Steps[str] = ((limit, "a"), (INF, "b"))
+        assert renewed(today, points) == today
 
 
-def test_steps_of_all_inputs_decide_together() -> None:
-    def present(batch: int) -> str:
-        return "a" if batch <= 2 else "b"
-
-    short = steps(present, lambda batch: {"a": 0.98, "b": 1.0})
-    long = steps(present, lambda batch: {"a": 0.9 if batch <= 2 else 1.1, "b": 1.0}, input=8192)
-    assert best_limits(short, ("a", "b"), [2])[0] == [64]
-    assert best_limits([*short, *long], ("a", "b"), [2])[0] == [2]
+def test_beyond_the_last_batch_everything_stays() -> None:
+    assert renewed(TODAY, [(1, "a"), (8, "a")]) == TODAY
+    assert renewed(TODAY, [(1, "a"), (8, "c")]) == ((1, "a"), (16, "c"), (INF, "b"))
+    assert renewed(TODAY, [(1, "a"), (64, "a")]) == ((64, "a"), (INF, "b"))
+    assert renewed(TODAY, [(16, "b")]) == ((INF, "b"),), "below the first batch as at it"
 
 
-def test_tiles_stay_where_they_are_best_and_change_at_a_point_where_not() -> None:
-    present = ((0.25, 16), (40.0, 64), (INF, 256))
-    same = [(0.0625, 16), (0.25, 16), (0.5, 64), (16.0, 64)]
-    assert renewed_tiles(same, present) == present
-    smaller = [(0.25, 16), (0.5, 32), (4.0, 32), (8.0, 64), (16.0, 64)]
-    assert renewed_tiles(smaller, present) == ((0.25, 16), (4.0, 32), (40.0, 64), (INF, 256))
-    to_the_end = [(0.25, 16), (0.5, 64), (16.0, 128)]
-    assert renewed_tiles(to_the_end, present) == (
-        (0.25, 16),
-        (0.5, 64),
-        (16.0, 128),
-        (40.0, 64),
-        (INF, 256),
-    )
-    for tiles in (smaller, to_the_end):
-        ExpertChoices(tiles=renewed_tiles(tiles, present))  # which checks them
-    assert renewed_tiles([(1.0, 16)], ((INF, 64),)) == ((1.0, 16), (INF, 64))
+def test_a_kernel_may_be_best_always_and_another_in_between() -> None:
+    assert renewed(TODAY, [(batch, "b") for batch in BATCHES]) == ((INF, "b"),)
+    found = renewed(TODAY, [(batch, "c" if batch in (4, 8) else "a") for batch in BATCHES])
+    assert found == ((2, "a"), (8, "c"), (64, "a"), (INF, "b"))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_what_was_best_at_a_point_is_chosen_there_and_the_rest_stays(seed: int) -> None:
+    choose = random.Random(seed)
+
+    def random_steps() -> Steps[str]:
+        limits = sorted(choose.sample(range(1, 80), choose.randrange(5)))
+        return tuple((limit, choose.choice("abc")) for limit in [*limits, INF])
+
+    today = random_steps()
+    amounts = sorted(choose.sample(range(60), choose.randrange(1, 8)))
+    points = [(amount, choose.choice("abc")) for amount in amounts]
+    found = renewed(today, points)
+    limits = [limit for limit, _ in found]
+    assert limits == sorted(set(limits))
+    assert limits[-1] == INF
+    assert all(one != other for (_, one), (_, other) in pairwise(found))
+    assert [pick(found, amount) for amount in amounts] == [best for _, best in points]
+    limit = next(limit for limit, _ in today if limit >= amounts[-1])
+    beyond = range(int(amounts[-1] if limit == INF else limit) + 1, 100)
+    assert [pick(found, amount) for amount in beyond] == [pick(today, a) for a in beyond]

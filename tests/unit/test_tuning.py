@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -15,12 +14,15 @@ import torch
 
 from benchmarks.tune import to_text
 from moe_engine.errors import ConfigError
-from moe_engine.ops import hopper, moe, tuning, warp_decode
+from moe_engine.ops import decode_attention, hopper, moe, tuning
 from moe_engine.ops.tuning import (
+    INF,
     DecodeChoices,
     ExpertChoices,
+    Launch,
     LinearChoices,
     NormRouterChoices,
+    pick,
 )
 from tests.unit.hopper_on_cpu import choose_as_on_hopper, zeros
 
@@ -32,34 +34,46 @@ COMMITTED = sorted(tuning.FOLDER.glob("*.json"))
 
 
 def document() -> dict[str, Any]:
-    """Entries whose every choice differs from the default."""
+    """Entries whose every choice differs from the default, but for the one that is left out."""
     return {
         "device": "Some GPU",
         "runs": {"model": {"date": "2026-01-01"}},
         "experts": [
             {
                 "shape": {"hidden": 64, "intermediate": 32, "num_experts": 8, "top_k": 2},
-                "choices": {"streaming_max_rows": 3, "tiles": [[1.5, 32], [None, 128]]},
+                "choices": {
+                    "kernels": [[3, "streaming"], [None, "grouped"]],
+                    "tiles": [[1.5, 32], [None, 128]],
+                },
                 "measured": {"run": "model", "steps": []},
-            }
+            },
+            {
+                "shape": {"hidden": 64, "intermediate": 32, "num_experts": 4, "top_k": 2},
+                "choices": {"tiles": [[None, 16]]},
+            },
         ],
         "linear": [
             {
                 "shape": {"in_features": 64, "out_features": 96},
-                "choices": {"streaming_max_rows": 2, "split_max_rows": 5},
-            },
-            {
-                "shape": {"in_features": 96, "out_features": 64},
-                "choices": {"streaming_max_rows": 1},
-            },
+                "choices": {"kernels": [[2, "streaming"], [5, "cluster"], [None, "library"]]},
+            }
         ],
         "norm_router": [
-            {"shape": {"hidden": 64, "num_experts": 8}, "choices": {"fused_max_rows": 7}}
+            {
+                "shape": {"hidden": 64, "num_experts": 8},
+                "choices": {"kernels": [[None, "separate"]]},
+                "measured": None,
+            }
         ],
         "decode_attention": [
             {
                 "shape": {"num_heads": 4, "num_kv_heads": 2},
-                "choices": {"warp_max_pairs": 6, "warp_max_shares": 2},
+                "choices": {
+                    "launches": [
+                        [6, {"block_warps": 6, "max_shares": 2, "min_tokens": 64}],
+                        [None, None],
+                    ]
+                },
             }
         ],
     }
@@ -85,37 +99,60 @@ def gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("gpu")
 def test_a_known_shape_of_a_known_gpu_gets_its_entry() -> None:
     experts = tuning.choices(ExpertChoices, GPU, 64, 32, 8, 2)
-    assert experts == ExpertChoices(3, ((1.5, 32), (math.inf, 128)))
-    assert tuning.choices(LinearChoices, GPU, 64, 96) == LinearChoices(2, 5)
-    assert tuning.choices(NormRouterChoices, GPU, 64, 8) == NormRouterChoices(7)
-    assert tuning.choices(DecodeChoices, GPU, 4, 2) == DecodeChoices(6, 2)
+    assert experts.kernels == ((3, "streaming"), (INF, "grouped"))
+    assert experts.tiles == ((1.5, 32), (INF, 128))
+    linear = tuning.choices(LinearChoices, GPU, 64, 96)
+    assert linear.kernels == ((2, "streaming"), (5, "cluster"), (INF, "library"))
+    assert tuning.choices(NormRouterChoices, GPU, 64, 8).kernels == ((INF, "separate"),)
+    launches = tuning.choices(DecodeChoices, GPU, 4, 2).launches
+    assert launches == ((6, Launch(6, 2, 64)), (INF, None))
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_choice_that_an_entry_leaves_out_is_the_default() -> None:
-    assert tuning.choices(LinearChoices, GPU, 96, 64) == LinearChoices(1, None)
+    experts = tuning.choices(ExpertChoices, GPU, 64, 32, 4, 2)
+    assert experts == ExpertChoices(tiles=((INF, 16),))
 
 
 @pytest.mark.usefixtures("gpu")
 def test_an_unknown_shape_gets_the_defaults() -> None:
     assert tuning.choices(ExpertChoices, GPU, 64, 32, 8, 3) == ExpertChoices()
-    assert tuning.choices(LinearChoices, GPU, 96, 96) == LinearChoices()
+    assert tuning.choices(LinearChoices, GPU, 4096, 96) == LinearChoices.default(4096, 96)
+    assert tuning.choices(DecodeChoices, GPU, 8, 2) == DecodeChoices()
 
 
 def test_an_unknown_gpu_and_a_cpu_get_the_defaults(folder: Path) -> None:
     assert tuning.table_for("Some GPU 2", folder) == {}
     assert tuning.table_for("Another GPU", folder) == {}
-    assert tuning.choices(ExpertChoices, CPU, *EXPERTS_SHAPE) is tuning.DEFAULTS[ExpertChoices]
+    assert tuning.choices(ExpertChoices, CPU, *EXPERTS_SHAPE) == ExpertChoices()
+
+
+def test_a_limit_belongs_to_what_is_best_up_to_it() -> None:
+    steps = ((4, "a"), (9, "b"), (INF, "c"))
+    assert [pick(steps, amount) for amount in (0, 4, 4.5, 9, 10, 10**9)] == list("aabbcc")
 
 
 def test_the_defaults_are_what_was_found_on_the_first_gpu() -> None:
-    experts = ExpertChoices()
     # 128 experts, so 32 pairs are 0.25 for each.
-    tiles = [experts.tokens_per_tile(n, 128) for n in (1, 32, 33, 5120, 5121, 16384, 16385, 10**6)]
+    pairs = (1, 32, 33, 5120, 5121, 16384, 16385, 10**6)
+    tiles = [pick(ExpertChoices.default().tiles, number / 128) for number in pairs]
     assert tiles == [16, 16, 64, 64, 128, 128, 256, 256]
-    assert experts.streaming_max_rows == 4
-    assert (LinearChoices().streaming_max_rows, NormRouterChoices().fused_max_rows) == (16, 16)
-    assert DecodeChoices() == DecodeChoices(8, 8)
+    assert pick(ExpertChoices.default().kernels, 4) == "streaming"
+    assert pick(ExpertChoices.default().kernels, 5) == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("in_features", "most_split"), [(512, 64), (2048, 64), (2560, 51), (4096, 32), (8192, None)]
+)
+def test_a_deep_layer_is_split_for_fewer_rows(in_features: int, most_split: int | None) -> None:
+    kernels = LinearChoices.default(in_features, 100).kernels
+    found = [pick(kernels, rows) for rows in range(300)]
+    assert found[:17] == ["streaming"] * 17
+    split = [rows for rows, kernel in enumerate(found) if kernel == "split"]
+    assert split == (list(range(17, most_split + 1)) if most_split else [])
+    assert found[17 + len(split) : 65] == ["library"] * (48 - len(split))
+    assert found[65:257] == ["cluster"] * 192
+    assert set(found[257:]) == {"library"}
 
 
 def set_at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -130,6 +167,8 @@ def set_at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 EXPERT_CHOICES = ("experts", 0, "choices")
+LAUNCHES = ("decode_attention", 0, "choices", "launches")
+ROUTER = {"hidden": 64, "num_experts": 8}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +177,9 @@ EXPERT_CHOICES = ("experts", 0, "choices")
         (set_at("device", value=None), "device must be the name"),
         (set_at("expert", value=[]), r"unknown field 'expert'; did you mean experts"),
         (set_at("linear", value={}), "linear must be a list, not {}"),
-        (set_at("linear", 1, value=3), r"linear\[1\] must be an object, not 3"),
-        (set_at("experts", 0, "note", value=""), r"experts\[0\]: unknown field 'note'"),
+        (set_at("runs", value=[1]), r"runs must be an object, not \[1\]"),
+        (set_at("linear", 0, value=3), r"linear\[0\] must be an object, not 3"),
+        (set_at("experts", 1, "note", value=""), r"experts\[1\]: unknown field 'note'"),
         (set_at("experts", 0, "shape", value=[64]), r"experts\[0\]: shape must be an object"),
         (
             set_at("experts", 0, "shape", "topk", value=2),
@@ -150,38 +190,42 @@ EXPERT_CHOICES = ("experts", 0, "choices")
             r"norm_router\[0\].shape.num_experts must be an integer, not None",
         ),
         (
-            set_at("linear", 1, "shape", value={"in_features": 64, "out_features": 96}),
-            r"linear\[1\].shape has an entry already",
+            set_at("norm_router", value=[{"shape": ROUTER}, {"shape": ROUTER}]),
+            r"norm_router\[1\].shape has an entry already",
         ),
         (
             set_at(*EXPERT_CHOICES, "max_rows", value=2),
             r"experts\[0\].choices: unknown field 'max_rows'",
         ),
         (
-            set_at(*EXPERT_CHOICES, "streaming_max_rows", value=4.0),
-            r"experts\[0\].choices.streaming_max_rows must be an integer of at least 0, not 4.0",
+            set_at(*EXPERT_CHOICES, "tiles", value=16),
+            r"experts\[0\].choices: tiles must be pairs of .* not 16",
         ),
-        (
-            set_at(*EXPERT_CHOICES, "streaming_max_rows", value=None),
-            "streaming_max_rows must be an integer of at least 0, not None",
-        ),
-        (
-            set_at("linear", 0, "choices", "split_max_rows", value=-1),
-            r"linear\[0\].choices.split_max_rows must be an integer of at least 0, not -1",
-        ),
-        (
-            set_at("decode_attention", 0, "choices", "warp_max_shares", value=0),
-            r"decode_attention\[0\].choices.warp_max_shares must be at least 1, not 0",
-        ),
-        (set_at(*EXPERT_CHOICES, "tiles", value=16), r"choices.tiles must be pairs of .* not 16"),
         (set_at(*EXPERT_CHOICES, "tiles", value=[]), "tiles must be pairs"),
+        (set_at(*EXPERT_CHOICES, "tiles", value=None), "tiles must be pairs"),
         (set_at(*EXPERT_CHOICES, "tiles", value=[[None]]), "tiles must be pairs"),
-        (set_at(*EXPERT_CHOICES, "tiles", value=[[4, 16]]), "null for the last"),
-        (set_at(*EXPERT_CHOICES, "tiles", value=[[None, 48]]), "one of 16, 32, 64, 128, 256"),
+        (set_at(*EXPERT_CHOICES, "tiles", value=[["many", 16]]), "tiles must be pairs"),
+        (
+            set_at(*EXPERT_CHOICES, "tiles", value=[[4, 16]]),
+            "an ascending limit, null for the last",
+        ),
+        (set_at(*EXPERT_CHOICES, "tiles", value=[[None, 48]]), "16 or 32 or 64 or 128 or 256"),
         (
             set_at(*EXPERT_CHOICES, "tiles", value=[[4, 16], [2, 32], [None, 64]]),
             "tiles must be pairs of an ascending limit",
         ),
+        (
+            set_at(*EXPERT_CHOICES, "kernels", value=[[None, "fused"]]),
+            "kernels must be pairs of .* and 'streaming' or 'grouped'",
+        ),
+        (set_at(*LAUNCHES, value=[[None, "paged"]]), "launches must be .* a launch or null"),
+        (
+            set_at(*LAUNCHES, 0, 1, "block_warps", value=8),
+            r"decode_attention\[0\].choices: no kernel can be launched by Launch\(block_warps=8",
+        ),
+        (set_at(*LAUNCHES, 0, 1, "max_shares", value=0), "no kernel can be launched"),
+        (set_at(*LAUNCHES, 0, 1, "min_tokens", value=1.5), "no kernel can be launched"),
+        (set_at(*LAUNCHES, 0, 1, "shares", value=1), r"choices: .*argument 'shares'"),
         (
             set_at("experts", 0, "measured", "run", value="yesterday"),
             r"experts\[0\].measured.run is 'yesterday', which is not in runs",
@@ -250,28 +294,41 @@ def table(monkeypatch: pytest.MonkeyPatch) -> tuning.Table:
 
 
 def rows_taken(takes: Callable[[int], bool]) -> list[int]:
-    """Which of 0 to 70 rows a kernel takes, as (first, last)."""
-    taken = [rows for rows in range(71) if takes(rows)]
+    """Which of 0 to 299 rows a kernel takes, as (first, last)."""
+    taken = [rows for rows in range(300) if takes(rows)]
     assert taken == list(range(taken[0], taken[-1] + 1))
     return [taken[0], taken[-1]]
 
 
-@pytest.mark.parametrize(("in_features", "last"), [(2048, 64), (2560, 51), (4096, 32)])
-def test_linear_layers_follow_their_table(table: tuning.Table, in_features: int, last: int) -> None:
-    weight_OX = zeros(8, in_features)
+def test_linear_layers_follow_their_table(table: tuning.Table) -> None:
+    weight_OX = zeros(8, 4096)
 
     def rows(takes: Callable[[torch.Tensor, torch.Tensor], bool]) -> list[int]:
-        return rows_taken(lambda num_rows: takes(zeros(num_rows, in_features), weight_OX))
+        return rows_taken(lambda num_rows: takes(zeros(num_rows, 4096), weight_OX))
 
     assert rows(hopper.takes_linear) == [0, 16]
-    assert rows(hopper.takes_split_linear) == [17, last]
-    table[LinearChoices, (in_features, 8)] = LinearChoices(5, 40)
+    assert rows(hopper.takes_split_linear) == [17, 32]
+    assert rows(hopper.takes_cluster_linear) == [65, 256]
+    steps = ((5, "streaming"), (40, "split"), (100, "cluster"), (INF, "library"))
+    table[LinearChoices, (4096, 8)] = LinearChoices(steps)
     assert rows(hopper.takes_linear) == [0, 5]
     assert rows(hopper.takes_split_linear) == [6, 40]
-    table[LinearChoices, (in_features, 8)] = LinearChoices(100, 100)
-    assert rows(hopper.takes_linear) == [0, 16], "the kernel takes no more"
-    table[LinearChoices, (in_features, 8)] = LinearChoices(0, 100)
-    assert rows(hopper.takes_split_linear) == [1, 64], "the kernel takes no more"
+    assert rows(hopper.takes_cluster_linear) == [41, 100]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "takes", "most"),
+    [
+        ("streaming", hopper.takes_linear, 16),
+        ("split", hopper.takes_split_linear, 64),
+        ("cluster", hopper.takes_cluster_linear, 256),
+    ],
+)
+def test_a_kernel_is_not_taken_for_more_rows_than_it_takes(
+    table: tuning.Table, kernel: str, takes: Callable[..., bool], most: int
+) -> None:
+    table[LinearChoices, (2048, 8)] = LinearChoices(((INF, kernel),))
+    assert rows_taken(lambda num_rows: takes(zeros(num_rows, 2048), zeros(8, 2048))) == [0, most]
 
 
 def test_norm_and_router_follow_their_table(table: tuning.Table) -> None:
@@ -281,16 +338,21 @@ def test_norm_and_router_follow_their_table(table: tuning.Table) -> None:
         return rows_taken(lambda num: hopper.takes_norm_router(zeros(num, 256), gate_EH, 2))
 
     assert rows() == [0, 16]
-    table[NormRouterChoices, (256, 8)] = NormRouterChoices(33)
+    steps = ((33, "fused"), (INF, "separate"))
+    table[NormRouterChoices, (256, 8)] = NormRouterChoices(steps)
     assert rows() == [0, 33]
 
 
 def test_experts_follow_their_table(table: tuning.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     gate_up_EJH, down_EHI = zeros(8, 128, 64), zeros(8, 64, 64)
-    tiles = []
-    monkeypatch.setattr(
-        hopper, "grouped_expert_ffn", lambda *arguments: tiles.append(arguments[-1]) or zeros(0)
-    )
+    tiles: list[int] = []
+
+    def grouped(*arguments: Any) -> torch.Tensor:
+        tiles.append(arguments[-1])
+        return zeros(0)
+
+    monkeypatch.setattr(hopper, "sorts_pairs", lambda *arguments: True)
+    monkeypatch.setattr(hopper, "grouped_expert_ffn", grouped)
     monkeypatch.setattr(hopper, "streaming_expert_ffn", lambda *arguments: tiles.append(0))
 
     def run(num_rows: int) -> int:
@@ -299,22 +361,21 @@ def test_experts_follow_their_table(table: tuning.Table, monkeypatch: pytest.Mon
         return tiles[-1]
 
     assert [run(rows) for rows in (4, 5, 160, 161)] == [0, 64, 64, 128]
-    entry = ExpertChoices(6, ((2, 32), (math.inf, 16)))
-    table[ExpertChoices, (64, 64, 8, 2)] = entry
+    steps = ((6, "streaming"), (INF, "grouped"))
+    table[ExpertChoices, (64, 64, 8, 2)] = ExpertChoices(steps, ((2, 32), (INF, 16)))
     assert [run(rows) for rows in (6, 7, 8, 9)] == [0, 32, 32, 16]
 
 
 def test_decode_attention_follows_its_table(table: tuning.Table) -> None:
     k_cache_BLGD = zeros(1, 16, 2, 128)
 
-    def rows() -> list[int]:
-        return rows_taken(
-            lambda num: warp_decode.takes_warp_decode(
-                zeros(num, 8 * 128), torch.bfloat16, 4, k_cache_BLGD
-            )
-        )
+    def launch(num_rows: int) -> Launch | None:
+        qkv_RX = zeros(num_rows, 8 * 128)
+        return decode_attention.choose(qkv_RX, torch.bfloat16, 4, k_cache_BLGD)
 
-    assert rows() == [0, 4]
-    table[DecodeChoices, (4, 2)] = DecodeChoices(7, 2)
-    assert rows() == [0, 3]
-    assert warp_decode.decode_choices(CPU, 4, 2).warp_max_shares == 2
+    defaults = [launch for _, launch in DecodeChoices().launches]
+    assert [launch(rows) for rows in (4, 5, 8, 9)] == [*defaults[:2], *defaults[1:3]]
+    assert launch(513) is None
+    mine = Launch(12, 3, 7)
+    table[DecodeChoices, (4, 2)] = DecodeChoices(((6, mine), (8, None), (INF, defaults[0])))
+    assert [launch(rows) for rows in (3, 4, 5)] == [mine, None, defaults[0]]

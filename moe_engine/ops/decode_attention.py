@@ -1,4 +1,5 @@
-"""Decode attention by warps, a CUDA kernel for Hopper: what it takes, and its launch.
+"""Decode attention from the fused projection on, two CUDA kernels for Hopper: which is best for
+which rows, what they take, and their launch.
 
 Shape legend: R rows, S parts, N query heads, G KV heads, D head dimension, B blocks, L tokens a
 block, P positions, F = D / 2, X = (N + 2 × G) × D.
@@ -9,35 +10,35 @@ from __future__ import annotations
 import torch
 
 from moe_engine.ops import hopper, tuning
+from moe_engine.ops.tuning import Launch
 
 
-def takes_warp_decode(
+def choose(
     qkv: torch.Tensor, dtype: torch.dtype, num_heads: int, k_cache_BLGD: torch.Tensor
-) -> bool:
-    """Whether the decode attention kernel is best for these rows and takes this cache.
+) -> Launch | None:
+    """The launch that is best for these rows; None: neither kernel takes them or is best.
 
     Args:
         qkv: [R, X], or float32 parts [S, R, X].
         dtype: of the attention.
     """
     block_size, num_kv_heads, head_dim = k_cache_BLGD.shape[1:]
-    chosen = decode_choices(qkv.device, num_heads, num_kv_heads)
-    if qkv.shape[-2] * num_kv_heads > chosen.warp_max_pairs:
-        return False
+    num_pairs = qkv.shape[-2] * num_kv_heads
+    chosen = tuning.choices(tuning.DecodeChoices, qkv.device, num_heads, num_kv_heads)
+    launch = tuning.pick(chosen.launches, num_pairs)
+    if launch is None:
+        return None
     if not (dtype == k_cache_BLGD.dtype == torch.bfloat16 and hopper.rows_are_aligned(qkv)):
-        return False
+        return None
     library = hopper.extension(qkv.device)
-    return library is not None and library.warp_decode_fits(
+    takes = library is not None and library.decode_attention_fits(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size
     )
+    return launch if takes else None
 
 
-def decode_choices(device: torch.device, num_heads: int, num_kv_heads: int) -> tuning.DecodeChoices:
-    """What is best for so many heads on this GPU."""
-    return tuning.choices(tuning.DecodeChoices, device, num_heads, num_kv_heads)
-
-
-def warp_decode(
+def decode_attention(
+    launch: Launch,
     qkv: torch.Tensor,
     norm_weights: tuple[torch.Tensor, torch.Tensor],
     eps: float,
@@ -48,7 +49,6 @@ def warp_decode(
     block_tables_RB: torch.Tensor,
     context_lens_R: torch.Tensor,
     scale: float,
-    max_shares: int | None = None,
 ) -> torch.Tensor:
     """`ops.attention.attend` where every row decodes; bfloat16 [R, N, D]. Checks its arguments.
 
@@ -57,8 +57,6 @@ def warp_decode(
         norm_weights: [D] each, of the norms of queries and keys.
         cos_sin_PF: float32 each.
         cache: keys and values, each [B, L, G, D], contiguous.
-        max_shares: that a context is cut into; None: as many as are best for these heads. A
-            row's bits depend on it, but not on the other rows.
     """
     from moe_engine.kernels.launch import arrival_counters, compiles_only
 
@@ -90,10 +88,8 @@ def warp_decode(
     out_RND = k_cache_BLGD.new_empty(num_rows, num_heads, head_dim)
     if compiles_only():
         return out_RND  # nobody has written the contexts
-    if max_shares is None:
-        max_shares = decode_choices(qkv.device, num_heads, num_kv_heads).warp_max_shares
     # What the shares of every row and head found, and which of them have arrived.
-    num_shares = num_rows * num_heads * max_shares
+    num_shares = num_rows * num_heads * launch.max_shares
     parts = out_RND.new_empty(num_shares, head_dim, dtype=torch.float32)
     stats = out_RND.new_empty(num_shares, 2, dtype=torch.float32)
     arrivals = arrival_counters(qkv.device)
@@ -101,7 +97,7 @@ def warp_decode(
     library = hopper.extension(qkv.device)
     assert library is not None
     with torch.cuda.device(qkv.device):
-        library.warp_decode(
+        library.decode_attention(
             qkv=qkv.data_ptr(),
             qkv_stride=qkv.stride(-2),
             qkv_part_stride=qkv.stride(0),
@@ -124,7 +120,9 @@ def warp_decode(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             block_size=block_size,
-            max_shares=max_shares,
+            block_warps=launch.block_warps,
+            max_shares=launch.max_shares,
+            min_tokens=launch.min_tokens,
             parts=parts.data_ptr(),
             stats=stats.data_ptr(),
             arrivals=arrivals.data_ptr(),

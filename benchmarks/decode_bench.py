@@ -33,12 +33,11 @@ Graphs = tuple[DecodeStep | None, DecodeGraphs | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser, batches: list[int]) -> None:
-    """What every script around a `DecodeBench` takes: engine, batch sizes, where results go."""
+    """What every script around a `DecodeBench` takes: engine and batch sizes."""
     parser.add_argument("--config", type=Path, help="YAML file of the engine's options")
     parser.add_argument("--model", help="checkpoint directory, or a name in benchmarks/models")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--batches", type=int_list, default=batches)
-    parser.add_argument("--json", type=Path)
 
 
 class DecodeBench:

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_arguments(parser, batches=[1, 8, 64])
     parser.add_argument("--input", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
 
 

@@ -11,8 +11,9 @@ variants of a step compute the same tokens at the same positions, drawn at tempe
 timed in turn, forwards and backwards. A choice stays unless another is faster by more than
 `tune_limits.MARGIN`. Attention is also measured for the longer ``--inputs``.
 
-Before a variant is timed its logits are compared with today's. That finds a kernel that is wrong
-altogether; whether values are right is for the tests.
+Before a variant is timed its logits are compared with today's, and if they are nothing like them it
+is left out, and the status is 1 in the end. That finds a kernel that is wrong altogether; whether
+values are right is for the tests.
 
 ``--write`` renews the entries of the model's shapes in a file, whose others stay as they are.
 """
@@ -64,6 +65,7 @@ def main() -> None:
     arguments = parse_arguments()
     started = time.perf_counter()
     device_name = torch.cuda.get_device_name()
+    driver = gpu_state()["driver_version"]
     document = read_or_begin(arguments.write, device_name)
     short = arguments.inputs[0]
     cases = [
@@ -82,9 +84,10 @@ def main() -> None:
     operators = bench_operators(bench, arguments.launches)
     print(f"started in {time.perf_counter() - started:.0f} s", flush=True)
     measured: Measured = defaultdict(list)
+    wrong: list[str] = []
     for batch, num_input in cases:
         some = [op for op in operators if num_input == short or isinstance(op, DecodeAttention)]
-        for name, timed in measure(bench, some, batch, num_input).items():
+        for name, timed in measure(bench, some, batch, num_input, wrong).items():
             measured[name].append(timed)
         print(f"  after {time.perf_counter() - started:.0f} s", flush=True)
     if not measured:
@@ -93,7 +96,7 @@ def main() -> None:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": command(arguments),
         "torch": torch.__version__,
-        "driver": gpu_state()["driver_version"],
+        "driver": driver,
         "num_layers": bench.num_layers,
         "temperature": TEMPERATURE,
     }
@@ -103,6 +106,8 @@ def main() -> None:
         tuning.parse_document(json.loads(text), arguments.write)
         arguments.write.write_text(text)
         print(f"written to {arguments.write}")
+    if wrong:
+        raise SystemExit(f"left out, because they are wrong: {'; '.join(wrong)}")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -145,26 +150,39 @@ def bench_operators(bench: DecodeBench, launches: list[Launch]) -> list[Operator
 
 
 def measure(
-    bench: DecodeBench, operators: list[Operator], batch: int, num_input: int
+    bench: DecodeBench, operators: list[Operator], batch: int, num_input: int, wrong: list[str]
 ) -> dict[str, Timed]:
-    """Steps of one batch with each kernel of each operator that has more than one to take."""
+    """Steps of one batch with each kernel of each operator that has more than one to take.
+
+    Args:
+        wrong: gets a line for every kernel whose logits are.
+
+    Returns:
+        The times by the operator's name.
+    """
     present = {op.name: op.runs(batch) for op in operators}
-    variants = [
+    candidates = [
         (op, kernel)
         for op in operators
         for kernel in op.kernels(batch)
         if kernel != present[op.name] and op.takes(kernel, batch)
     ]
-    if not variants:
+    if not candidates:
         return {}
     bench.prepare(batch, num_input, TEMPERATURE)
     plan = bench.repeatable_step()
     graphs = [bench.capture(batch)]
     expected_BV = bench.logits(plan, graphs[0])
-    for op, kernel in variants:
+    variants = []
+    for op, kernel in candidates:
         with op.with_kernel(kernel):
-            graphs.append(bench.capture(batch))
-        check_logits(f"{op.name}: {kernel}", bench.logits(plan, graphs[-1]), expected_BV)
+            captured = bench.capture(batch)
+        off = logits_error(bench.logits(plan, captured), expected_BV)
+        if off <= MAX_ERROR:
+            variants.append((op, kernel))
+            graphs.append(captured)
+        else:
+            wrong.append(f"{op.name} by {kernel} at batch {batch}: logits off by {off:.2f}")
     seconds: list[list[float]] = [[] for _ in graphs]
     for turn in range(NUM_TURNS):
         order = range(len(graphs))
@@ -175,17 +193,16 @@ def measure(
     step_ms = {op.name: {present[op.name]: today_ms} for op, _ in variants}
     for (op, kernel), ms in zip(variants, others_ms, strict=True):
         step_ms[op.name][kernel] = ms
-    print(f"batch {batch}, prompts of {num_input} tokens: {today_ms:.3f} ms")
+    print(f"batch {batch}, prompts of {num_input} tokens: {today_ms:.3f} ms today")
     for name, times in step_ms.items():
         print(f"  {name}: {', '.join(f'{kernel} {ms:.3f}' for kernel, ms in times.items())}")
     return {name: Timed(batch, num_input, present[name], ms) for name, ms in step_ms.items()}
 
 
-def check_logits(name: str, logits_BV: torch.Tensor, expected_BV: torch.Tensor) -> None:
-    """`SystemExit` if they are nothing like those of today's kernels."""
-    error = (logits_BV - expected_BV).norm(dim=1) / expected_BV.norm(dim=1)
-    if not error.median() <= MAX_ERROR:
-        raise SystemExit(f"{name} is wrong: the logits are off by {error.median():.2f}")
+def logits_error(logits_BV: torch.Tensor, expected_BV: torch.Tensor) -> float:
+    """By how much of its norm a row is off, the median of the rows."""
+    error_B = (logits_BV - expected_BV).norm(dim=1) / expected_BV.norm(dim=1)
+    return float(error_B.median())
 
 
 def read_or_begin(path: Path | None, device_name: str) -> dict[str, Any]:

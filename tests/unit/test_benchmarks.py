@@ -47,6 +47,14 @@ def test_the_committed_model_has_the_published_size():
     assert weight_bytes(QWEN3_30B, EngineConfig(), torch.bfloat16) == 61_064_245_248
 
 
+def test_a_ranks_share_of_the_large_model_fits_a_gpu_and_has_a_quarter_of_its_heads():
+    share = ModelConfig.from_directory(find_model("qwen3-235b-a22b-tp4"))
+    whole = {"num_attention_heads": 64, "num_key_value_heads": 4, "vocab_size": 151936}
+    assert {name: 4 * getattr(share, name) for name in whole} == whole
+    assert (share.hidden_size, share.moe_intermediate_size, share.num_experts) == (4096, 1536, 128)
+    assert 35e9 < weight_bytes(share, EngineConfig(), torch.bfloat16) < 45e9
+
+
 def test_every_expert_is_hit_once_the_batch_is_large():
     assert expected_experts_hit(EVEN, 1) == pytest.approx(8)
     assert expected_experts_hit(EVEN, 64) == pytest.approx(128 * (1 - (15 / 16) ** 64))

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.decode_bench import DecodeBench
-from benchmarks.tune import check_logits, parse_arguments
+from benchmarks.tune import MAX_ERROR, logits_error, parse_arguments
 from benchmarks.tune_limits import Timed
 from benchmarks.tune_operators import DecodeAttention, Experts, Linear, NormRouter, Operator
 from moe_engine.engine.decode import DecodeStep
@@ -157,12 +157,13 @@ def test_more_launches_can_be_tried() -> None:
     assert attention.takes("12:2:99", 64)
 
 
-def test_logits_that_have_nothing_to_do_with_todays_are_refused() -> None:
+def test_logits_that_have_nothing_to_do_with_todays_are_far_off() -> None:
     expected_BV = torch.randn(4, 1000)
-    check_logits("right", expected_BV + 0.1 * torch.randn(4, 1000), expected_BV)
-    for wrong in (torch.randn(4, 1000), expected_BV * math.nan):
-        with pytest.raises(SystemExit, match="wrong kernel is wrong: the logits are off by"):
-            check_logits("wrong kernel", wrong, expected_BV)
+    near_BV = expected_BV + 0.1 * torch.randn(4, 1000)
+    near_BV[0] = torch.randn(1000)  # a single row may differ, by its experts
+    assert 0.05 < logits_error(near_BV, expected_BV) < 0.2 < MAX_ERROR
+    assert logits_error(torch.randn(4, 1000), expected_BV) > 2 * MAX_ERROR
+    assert not logits_error(expected_BV * math.nan, expected_BV) <= MAX_ERROR
 
 
 class Clock:
@@ -291,6 +292,19 @@ def test_a_file_for_another_gpu_is_refused(
     (tmp_path / "some.json").write_text(json.dumps({"device": "Another GPU"}))
     with pytest.raises(SystemExit, match="is for Another GPU, and this is Some GPU"):
         run_tuner()
+
+
+def test_a_kernel_with_wrong_logits_is_left_out_and_told_in_the_end(
+    run_tuner: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([0.01, 1.4, math.nan, 0.01])
+    monkeypatch.setattr(tune, "logits_error", lambda logits, expected: next(errors))
+    with pytest.raises(SystemExit) as raised:
+        run_tuner()
+    assert "norm_router 32x8 by separate at batch 2: logits off by 1.40" in str(raised.value)
+    assert "at batch 3: logits off by nan" in str(raised.value)
+    [entry] = tuning.read_document(tmp_path / "some.json")["norm_router"]
+    assert [step["batch"] for step in entry["measured"]["steps"]] == [1, 8]
 
 
 def test_a_gpu_without_a_choice_writes_nothing(

@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(32 * kWarps, kSmWarps / kWarps)
     wait_for_copies<kPendingGroups>();
     slot.load_keys(lane, piece.k);
     if (num_tokens <= kPiece) insert_key(piece.k, shared.fresh[0], num_tokens - 1, lane);
+    // What a product has taken has left the slot, which the next keys or values may fill.
     attend(found, piece, shared.queries, num_tokens, p.scale_log2, lane, [&] {
       if (next < num_pieces) context.copy_keys(p.k_cache, vector, next, lane, slot);
       commit_copies();

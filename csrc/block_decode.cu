@@ -31,8 +31,9 @@ struct Shared {
   __nv_bfloat16 fresh[2][kDim];  // the new token's key and value
 };
 
-// Grid: (num_kv_heads, num_sequences, most shares). A context is cut into shares, one for each
-// block, piece by piece in turn; blocks without a share end at once.
+// Grid: (num_kv_heads, most shares, num_sequences). A context is cut into shares, one for each
+// block, piece by piece in turn; blocks without a share end at once, while others, started before
+// and after them, keep the memory busy.
 //
 // Example: a context of 100 tokens is 7 pieces, of which the first of 6 warps takes pieces 0 and 6,
 // the last piece's 4 tokens being 3 from the cache and the new one, from the block's shared memory.
@@ -49,8 +50,8 @@ __global__ void __launch_bounds__(32 * kWarps, kSmWarps / kWarps)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int kv_head = blockIdx.x;
-  const int sequence = blockIdx.y;
-  const int share = blockIdx.z;
+  const int share = blockIdx.y;
+  const int sequence = blockIdx.z;
   const int group = p.num_heads / p.num_kv_heads;
 
   const int context_len = p.context_lens[sequence];
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(32 * kWarps, kSmWarps / kWarps)
     wait_for_copies<kPendingGroups>();
     slot.load_keys(lane, piece.k);
     if (num_tokens <= kPiece) insert_key(piece.k, shared.fresh[0], num_tokens - 1, lane);
+    // What a product has taken has left the slot, which the next keys or values may fill.
     attend(found, piece, shared.queries, num_tokens, p.scale_log2, lane, [&] {
       if (next < num_pieces) context.copy_keys(p.k_cache, vector, next, lane, slot);
       commit_copies();
@@ -133,7 +135,7 @@ void launch(const Problem& p, int num_sequences, cudaStream_t stream) {
   CHECK_CUDA(cudaFuncSetAttribute(block_decode_kernel<kHeadTiles, kWarps>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   launch_dependent("block_decode_kernel", block_decode_kernel<kHeadTiles, kWarps>,
-                   dim3(p.num_kv_heads, num_sequences, p.max_shares), 32 * kWarps, kSharedBytes,
+                   dim3(p.num_kv_heads, p.max_shares, num_sequences), 32 * kWarps, kSharedBytes,
                    stream, 1, p);
 }
 

@@ -179,8 +179,8 @@ class DecodeChoices(Choices):
         (64, Launch(block_warps=12, max_shares=8, min_tokens=320)),
         (132, Launch(block_warps=12, max_shares=4, min_tokens=1024)),
         (264, Launch(block_warps=6, max_shares=4, min_tokens=1024)),
-        (512, Launch(block_warps=6, max_shares=2, min_tokens=2048)),
-        (1024, Launch(block_warps=6, max_shares=1, min_tokens=1)),
+        (512, Launch(block_warps=6, max_shares=4, min_tokens=2048)),
+        (1024, Launch(block_warps=6, max_shares=2, min_tokens=4096)),
         (INF, None),
     )
 

@@ -388,8 +388,8 @@ def all_cases() -> dict[str, list[NamedRun]]:
     ):
         cases[kernel] = [
             (
-                f"{launch} for {len(contexts)} contexts {contexts[:9]}, {heads} heads to "
-                f"{kv_heads}, {parts} parts",
+                f"{launch} for {len(contexts)} contexts {contexts[:9]}, "
+                f"{heads} heads to {kv_heads}, {parts} parts",
                 partial(run_decode, launch, contexts, heads, kv_heads, block_size, parts),
             )
             for launch in launches

@@ -19,7 +19,7 @@ from benchmarks.bench_engine import (
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
-from benchmarks.options import MODELS, find_model
+from benchmarks.options import MODELS, find_model, launch_list
 from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
     Kernel,
@@ -35,6 +35,7 @@ from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.flat import build_config
 from moe_engine.engine import launcher
 from moe_engine.engine.memory import weight_bytes
+from moe_engine.ops.tuning import Launch
 from moe_engine.text.tokenizer import Tokenizer
 from moe_engine.types.messages import MemoryLedger
 
@@ -53,6 +54,15 @@ def test_a_ranks_share_of_the_large_model_fits_a_gpu_and_has_a_quarter_of_its_he
     assert {name: 4 * getattr(share, name) for name in whole} == whole
     assert (share.hidden_size, share.moe_intermediate_size, share.num_experts) == (4096, 1536, 128)
     assert 35e9 < weight_bytes(share, EngineConfig(), torch.bfloat16) < 45e9
+
+
+def test_launches_of_decode_attention_are_read_from_the_command_line():
+    assert launch_list("0:8:2048,12:1:32") == [
+        Launch(block_warps=0, max_shares=8, min_tokens=2048),
+        Launch(block_warps=12, max_shares=1, min_tokens=32),
+    ]
+    with pytest.raises(ValueError, match="invalid literal"):
+        launch_list("12:one:32")
 
 
 def test_every_expert_is_hit_once_the_batch_is_large():

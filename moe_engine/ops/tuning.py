@@ -169,7 +169,7 @@ class DecodeChoices(Choices):
 
     SHAPE = ("num_heads", "num_kv_heads")
 
-    # From 16 on not measured yet: so many shares that contexts of 640 tokens fill 132
+    # Beyond 8 not measured yet: so many shares that contexts of 640 tokens fill 132
     # multiprocessors, and that a long context among them does not outlast the rest. A block without
     # a share costs a little.
     launches: Steps[Launch | None] = (

@@ -25,9 +25,18 @@ def test_every_operator_is_measured_with_each_of_its_kernels(monkeypatch, tmp_pa
     command = f"tune --model {tmp_path}/small --set dtype=bfloat16 --set device=cuda"
     command += f" --batches 1,2,16,64 --inputs 48,700 --write {path}"
     monkeypatch.setattr(sys, "argv", command.split())
+    tiles_run = set()
+    grouped_expert_ffn = hopper.grouped_expert_ffn
+
+    def record_tile(*arguments):
+        tiles_run.add(arguments[-1])
+        return grouped_expert_ffn(*arguments)
+
+    monkeypatch.setattr(hopper, "grouped_expert_ffn", record_tile)
     before = dict(tuning.table(torch.device("cuda", 0)))
     tune.main()
 
+    assert tiles_run >= {16, 32, 64, 128}, "what was forced ran"
     document = tuning.read_document(path)
     assert document["device"] == torch.cuda.get_device_name()
     assert document["runs"]["small"]["torch"] == torch.__version__

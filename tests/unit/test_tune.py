@@ -294,6 +294,21 @@ def test_a_file_for_another_gpu_is_refused(
         run_tuner()
 
 
+def test_the_operators_are_those_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    bench = DecodeBench({"device": "cpu"}, str(tmp_path), [(3, 6)], 8)
+    found = tune.bench_operators(bench, [])
+    assert [(op.section, op.shape) for op in found] == [
+        ("experts", (32, 16, 8, 2)),
+        ("linear", (32, (4 + 2 * 2) * 16)),
+        ("linear", (4 * 16, 32)),
+        ("norm_router", (32, 8)),
+        ("decode_attention", (4, 2)),
+    ]
+    assert [op.runs(3) for op in found] == ["reference", "library", "library", "separate", "paged"]
+    assert tune.measure(bench, found, 3, 6, []) == {}, "a CPU has no choice"
+
+
 def test_a_kernel_with_wrong_logits_is_left_out_and_told_in_the_end(
     run_tuner: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

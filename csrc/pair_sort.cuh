@@ -7,7 +7,7 @@
 
 namespace moe_engine {
 
-constexpr int kMaxSortedPairs = 256;
+constexpr int kMaxSortedPairs = 512;
 constexpr int kMaxSortedExperts = 256;
 constexpr int kSortChunk = 32;  // pairs that a warp looks at together
 constexpr int kSortChunks = kMaxSortedPairs / kSortChunk;
@@ -15,7 +15,7 @@ constexpr int kSortChunks = kMaxSortedPairs / kSortChunk;
 struct SortedPairs {
   std::int32_t pairs[kMaxSortedPairs];
   // Pairs of each expert in a chunk; then in the chunks before it.
-  std::uint8_t counts[kSortChunks][kMaxSortedExperts];
+  std::uint16_t counts[kSortChunks][kMaxSortedExperts];
 };
 
 // Sorts the pairs 0 .. num_pairs - 1 by `ids`, below 0 for no expert, in increasing order within an
@@ -41,7 +41,7 @@ __device__ __forceinline__ const std::int32_t* sort_pairs(SortedPairs& sorted, T
     expert[i] = pair < num_pairs ? ids[pair] : -1;
   }
   auto* const words = reinterpret_cast<std::uint32_t*>(sorted.counts);
-  for (int i = threadIdx.x; i < num_chunks * kMaxSortedExperts / 4; i += kThreads) words[i] = 0;
+  for (int i = threadIdx.x; i < num_chunks * kMaxSortedExperts / 2; i += kThreads) words[i] = 0;
   __syncthreads();
 
   int rank[kRounds];  // among the pairs of its expert in the chunk
@@ -52,7 +52,7 @@ __device__ __forceinline__ const std::int32_t* sort_pairs(SortedPairs& sorted, T
     const std::uint32_t equal = __match_any_sync(0xFFFFFFFF, expert[i]);
     rank[i] = __popc(equal & ((1u << lane) - 1));
     if (expert[i] >= 0 && rank[i] == 0) {
-      sorted.counts[chunk][expert[i]] = static_cast<std::uint8_t>(__popc(equal));
+      sorted.counts[chunk][expert[i]] = static_cast<std::uint16_t>(__popc(equal));
     }
   }
   __syncthreads();
@@ -70,7 +70,7 @@ __device__ __forceinline__ const std::int32_t* sort_pairs(SortedPairs& sorted, T
         }
 #pragma unroll
         for (int chunk = 0; chunk < kSortChunks; ++chunk) {
-          if (chunk < num_chunks) sorted.counts[chunk][number] = static_cast<std::uint8_t>(count);
+          if (chunk < num_chunks) sorted.counts[chunk][number] = static_cast<std::uint16_t>(count);
           count += here[chunk];
         }
       }

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import moe_workload
 from benchmarks.gpu_timing import ROTATED_BYTES
@@ -31,7 +30,6 @@ EPS = 1e-6
 LINEAR_LAYERS = {2048: ((2048, 5120), (4096, 2048)), 4096: ((4096, 9216), (8192, 4096))}
 LINEAR_ROWS = (1, 4, 8, 16)
 SPLIT_LINEAR_ROWS = (17, 32, 64)
-CLUSTER_LINEAR_ROWS = (96, 128, 256)
 ROUTER_ROWS = (1, 4, 8, 16)
 
 Timed = dict[str, float]
@@ -120,14 +118,10 @@ def check_small(
 
 
 def bench_linear(reading: float) -> list[dict[str, Any]]:
-    """Times of the linear layers, by kernel and shape, where a kernel is used.
-
-    ``library_us`` is the time of the vendor's library, for the same calls.
-    """
+    """Times of the linear layers of few rows, by kernel and shape, where a kernel is used."""
     kernels = (
         ("streaming_linear", LINEAR_ROWS, hopper.takes_linear, hopper.linear),
         ("split_linear", SPLIT_LINEAR_ROWS, hopper.takes_split_linear, hopper.split_linear),
-        ("cluster_linear", CLUSTER_LINEAR_ROWS, hopper.takes_cluster_linear, hopper.cluster_linear),
     )
     timed = []
     for hidden, layers in LINEAR_LAYERS.items():
@@ -146,11 +140,8 @@ def bench_linear(reading: float) -> list[dict[str, Any]]:
                 out_RO = out.sum(0) if out.dim() == 3 else out  # parts of it
                 check_rows(f"{name}, {shape},", out_RO, x_RX.float() @ weights[0].float().t())
                 num_bytes = x_RX.nbytes + weights[0].nbytes + out.nbytes
-                case: dict[str, float] = {"hidden": hidden, "rows": num_rows}
-                case |= {"in": num_in, "out": num_out}
+                case = {"hidden": hidden, "rows": num_rows, "in": num_in, "out": num_out}
                 calls = [partial(call, x_RX, weight_OX) for weight_OX in weights]
-                library = [partial(F.linear, x_RX, weight_OX) for weight_OX in weights]
-                case["library_us"] = microseconds(library)
                 timed.append(_time(name, case, calls, num_bytes, reading))
     return timed
 
@@ -172,7 +163,7 @@ def bench_norm_router(num_experts: int, top_k: int, reading: float) -> list[dict
             read = x_RH.nbytes + residual_RH.nbytes + weight_H.nbytes + gates[0].nbytes
             num_bytes = read + sum(tensor.nbytes for tensor in found)
             calls = [partial(call, gate_EH) for gate_EH in gates]
-            case: dict[str, float] = {"hidden": hidden, "rows": num_rows, "experts": num_experts}
+            case = {"hidden": hidden, "rows": num_rows, "experts": num_experts}
             timed.append(_time("norm_router", case, calls, num_bytes, reading))
     return timed
 
@@ -220,7 +211,7 @@ def _random(*shape: int) -> torch.Tensor:
 
 def _time(
     name: str,
-    case: dict[str, float],
+    case: dict[str, int],
     calls: Sequence[Callable[[], object]],
     num_bytes: int,
     reading: float,

@@ -161,7 +161,7 @@ class Linear(Operator):
 
     def kernels(self, batch: int) -> list[str]:
         """Kernels for fewer rows, or for many more, are not worth it."""
-        first = {"streaming": 1, "split": 5, "library": 9, "cluster": 17}
+        first = {"streaming": 1, "split": 5, "library": 9}
         return [kernel for kernel, least in first.items() if batch >= least]
 
     def forced(self, kernel: str) -> LinearChoices:
@@ -174,7 +174,6 @@ class Linear(Operator):
         takes = {
             "split": hopper.takes_split_linear,
             "streaming": hopper.takes_linear,
-            "cluster": hopper.takes_cluster_linear,
         }
         return next((name for name, does in takes.items() if does(x_RX, self._weight)), "library")
 

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include "block_decode.h"
-#include "cluster_linear.h"
 #include "device.h"
 #include "expert_counts.h"
 #include "grouped_experts.h"
@@ -80,20 +79,6 @@ void streaming_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t we
   args.in_features = in_features;
   args.out_features = out_features;
   moe_engine::streaming_linear(args, reinterpret_cast<cudaStream_t>(stream));
-}
-
-void cluster_linear(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weight,
-                    std::uintptr_t out, int num_tokens, int in_features, int out_features,
-                    std::uintptr_t stream) {
-  moe_engine::ClusterLinearArgs args;
-  args.x = reinterpret_cast<const void*>(x);
-  args.x_stride = x_stride;
-  args.weight = reinterpret_cast<const void*>(weight);
-  args.out = reinterpret_cast<void*>(out);
-  args.num_tokens = num_tokens;
-  args.in_features = in_features;
-  args.out_features = out_features;
-  moe_engine::cluster_linear(args, reinterpret_cast<cudaStream_t>(stream));
 }
 
 void norm_router(std::uintptr_t x, int num_parts, std::uintptr_t residual,
@@ -219,9 +204,6 @@ PYBIND11_MODULE(_C, m) {
         "out_features"_a);
   m.def("streaming_linear", &streaming_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a,
         "out"_a, "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
-  m.def("cluster_linear_fits", &moe_engine::cluster_linear_fits, "in_features"_a, "out_features"_a);
-  m.def("cluster_linear", &cluster_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a, "out"_a,
-        "num_tokens"_a, "in_features"_a, "out_features"_a, "stream"_a);
   m.def("norm_router_fits", &moe_engine::norm_router_fits, "num_experts"_a, "hidden"_a, "top_k"_a);
   m.def("norm_router", &norm_router, py::kw_only(), "x"_a, "num_parts"_a, "residual"_a,
         "norm_weight"_a, "gate"_a, "num_real_1"_a, "normed"_a, "new_residual"_a, "expert_ids"_a,

@@ -90,19 +90,6 @@ __device__ __forceinline__ void barrier_arrive_in_block(std::uint64_t* barrier, 
       : "memory");
 }
 
-// Waits for what other blocks of the cluster have done before they arrived.
-__device__ __forceinline__ void barrier_wait_in_cluster(std::uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
 __device__ __forceinline__ int block_in_cluster() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -150,32 +137,6 @@ __device__ __forceinline__ void store_to_block(const float* to, int block, float
       "}\n" ::"r"(shared_address(to)),
       "r"(block), "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w)
       : "memory");
-}
-
-// The same without waiting; the barrier of that block at the place of `barrier` counts the bytes as
-// they land. barrier_wait_in_cluster() on it makes them visible.
-__device__ __forceinline__ void send_to_block(std::uint32_t to, std::uint64_t* barrier, int block,
-                                              float4 values) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there, told;\n"
-      "mapa.shared::cluster.u32 there, %0, %2;\n"
-      "mapa.shared::cluster.u32 told, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
-      " [there], {%3, %4, %5, %6}, [told];\n"
-      "}\n" ::"r"(to),
-      "r"(shared_address(barrier)), "r"(block), "r"(__float_as_uint(values.x)),
-      "r"(__float_as_uint(values.y)), "r"(__float_as_uint(values.z)), "r"(__float_as_uint(values.w))
-      : "memory");
-}
-
-__device__ __forceinline__ float4 load_shared(std::uint32_t from) {
-  float4 values;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(values.x), "=f"(values.y), "=f"(values.z), "=f"(values.w)
-               : "r"(from)
-               : "memory");
-  return values;
 }
 
 // --- copies into shared memory -------------------------------------------------------------------

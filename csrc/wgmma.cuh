@@ -76,9 +76,6 @@ __device__ __forceinline__ void wgmma(float* d, std::uint64_t a, std::uint64_t b
 #define WGMMA_LIST_72 \
   WGMMA_LIST_64       \
   ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define WGMMA_LIST_80 \
-  WGMMA_LIST_72       \
-  ", %72, %73, %74, %75, %76, %77, %78, %79"
 
 #define WGMMA_REGISTERS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_REGISTERS_8(i) WGMMA_REGISTERS_4(i), WGMMA_REGISTERS_4(i + 4)
@@ -93,7 +90,6 @@ __device__ __forceinline__ void wgmma(float* d, std::uint64_t a, std::uint64_t b
 #define WGMMA_REGISTERS_64(i) WGMMA_REGISTERS_32(i), WGMMA_REGISTERS_32(i + 32)
 #define WGMMA_REGISTERS_68(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_4(i + 64)
 #define WGMMA_REGISTERS_72(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_8(i + 64)
-#define WGMMA_REGISTERS_80(i) WGMMA_REGISTERS_64(i), WGMMA_REGISTERS_16(i + 64)
 
 // kA, kB and kFlag are the numbers of the operands that follow the registers.
 #define WGMMA_SHAPE(kN, kRegisters, kA, kB, kFlag)                                      \
@@ -123,7 +119,6 @@ WGMMA_SHAPE(120, 60, 60, 61, 62)
 WGMMA_SHAPE(128, 64, 64, 65, 66)
 WGMMA_SHAPE(136, 68, 68, 69, 70)
 WGMMA_SHAPE(144, 72, 72, 73, 74)
-WGMMA_SHAPE(160, 80, 80, 81, 82)
 #endif
 
 }  // namespace moe_engine

@@ -31,22 +31,6 @@ def device_properties(device: int) -> DeviceProperties:
 def device_link(device: int, peer: int) -> DeviceLink:
     """How ``device`` reaches the memory of ``peer``; ``performance_rank`` 0 is the fastest link."""
 
-def cluster_linear_fits(in_features: int, out_features: int) -> bool:
-    """Whether `cluster_linear` takes a layer of this size on the current device."""
-
-def cluster_linear(
-    *,
-    x: int,
-    x_stride: int,
-    weight: int,
-    out: int,
-    num_tokens: int,
-    in_features: int,
-    out_features: int,
-    stream: int,
-) -> None:
-    """Enqueue a linear layer of up to 256 tokens; see ``csrc/cluster_linear.h``."""
-
 def expert_token_counts(
     *,
     topk_ids: int,

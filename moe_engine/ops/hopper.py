@@ -1,4 +1,4 @@
-"""The CUDA kernels for Hopper: experts, linear layers, the norm with the router.
+"""The CUDA kernels for Hopper: experts, linear layers of few rows, the norm with the router.
 
 Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
 which have checked that shapes and dtypes fit together. Decode attention is in
@@ -21,8 +21,6 @@ LINEAR_MAX_ROWS = 16
 """Rows that the streaming linear layer takes."""
 SPLIT_LINEAR_MAX_ROWS = 64
 """Rows that the split linear layer takes."""
-CLUSTER_LINEAR_MAX_ROWS = 256
-"""Rows that the linear layer of clusters takes."""
 
 
 @functools.cache
@@ -76,20 +74,6 @@ def takes_split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
         return False
     library = extension(x_RX.device)
     return library is not None and _num_splits(library, weight_OX) > 0
-
-
-def takes_cluster_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
-    """Whether the linear kernel of clusters is best for these rows and takes this weight."""
-    if not (len(x_RX) <= CLUSTER_LINEAR_MAX_ROWS and _is_best("cluster", x_RX, weight_OX)):
-        return False
-    library = extension(x_RX.device)
-    if library is None:
-        return False
-    with torch.cuda.device(x_RX.device):
-        fits: bool = library.cluster_linear_fits(
-            in_features=weight_OX.shape[1], out_features=weight_OX.shape[0]
-        )
-    return fits
 
 
 def _is_best(kernel: str, x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
@@ -262,26 +246,6 @@ def split_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return parts_SRO
-
-
-def cluster_linear(x_RX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor:
-    """``x weight^T`` of at most 256 rows, bfloat16 [R, O]."""
-    num_rows, in_features = x_RX.shape
-    out_RO = x_RX.new_empty(num_rows, weight_OX.shape[0])
-    library = extension(x_RX.device)
-    assert library is not None
-    with torch.cuda.device(x_RX.device):
-        library.cluster_linear(
-            x=x_RX.data_ptr(),
-            x_stride=x_RX.stride(0),
-            weight=weight_OX.data_ptr(),
-            out=out_RO.data_ptr(),
-            num_tokens=num_rows,
-            in_features=in_features,
-            out_features=weight_OX.shape[0],
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
-    return out_RO
 
 
 def norm_router(

@@ -120,15 +120,15 @@ class LinearChoices(Choices):
 
     Attributes:
         kernels: by rows: ``streaming``, `hopper.linear`; ``split``, `hopper.split_linear`, where
-            the sum can be left to the operator that follows; ``cluster``, `hopper.cluster_linear`;
-            or ``library``, the vendor's, which also runs where one of the others has no room.
+            the sum can be left to the operator that follows; or ``library``, the vendor's, which
+            also runs where one of the others has no room.
     """
 
     SHAPE = ("in_features", "out_features")
 
-    VALUES: ClassVar = {"kernels": ("streaming", "split", "cluster", "library")}
+    VALUES: ClassVar = {"kernels": ("streaming", "split", "library")}
 
-    kernels: Steps[str] = ((16, "streaming"), (64, "split"), (256, "cluster"), (INF, "library"))
+    kernels: Steps[str] = ((16, "streaming"), (64, "split"), (INF, "library"))
 
     @classmethod
     def default(cls, *shape: int) -> LinearChoices:
@@ -138,10 +138,8 @@ class LinearChoices(Choices):
         """
         num_parts = max(1, shape[0] // 512)
         most_split = min(64, 256 // num_parts)
-        steps = [(16, "streaming"), (most_split, "split"), (64, "library"), (256, "cluster")]
-        limits = [0, *(limit for limit, _ in steps)]
-        kept = [step for step, last in zip(steps, limits, strict=False) if step[0] > last]
-        return cls((*kept, (INF, "library")))
+        split = [(most_split, "split")] if most_split > 16 else []
+        return cls(((16, "streaming"), *split, (INF, "library")))
 
 
 @dataclass(frozen=True)
@@ -169,18 +167,14 @@ class DecodeChoices(Choices):
 
     SHAPE = ("num_heads", "num_kv_heads")
 
-    # Beyond 8 not measured yet: so many shares that contexts of 640 tokens fill 132
-    # multiprocessors, and that a long context among them does not outlast the rest. A block without
-    # a share costs a little.
+    # So many shares that contexts of some hundred tokens give each of 132 multiprocessors a block,
+    # and that a long context among short ones does not outlast them.
     launches: Steps[Launch | None] = (
         (8, Launch(block_warps=0, max_shares=8, min_tokens=2048)),
-        (16, Launch(block_warps=6, max_shares=8, min_tokens=80)),
+        (16, Launch(block_warps=12, max_shares=8, min_tokens=80)),
         (32, Launch(block_warps=12, max_shares=8, min_tokens=160)),
         (64, Launch(block_warps=12, max_shares=8, min_tokens=320)),
         (132, Launch(block_warps=12, max_shares=4, min_tokens=1024)),
-        (264, Launch(block_warps=6, max_shares=4, min_tokens=1024)),
-        (512, Launch(block_warps=6, max_shares=4, min_tokens=2048)),
-        (1024, Launch(block_warps=6, max_shares=2, min_tokens=4096)),
         (INF, None),
     )
 

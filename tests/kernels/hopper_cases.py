@@ -158,29 +158,6 @@ SPLIT_LINEAR_CASES = [
 ]
 
 
-# (rows, X, O): around full tiles of one warpgroup and of both, of 4 and of 8 blocks in a cluster, a
-# last cluster that is not full; every width of a cluster of 1, 2, 4 and 8 blocks on 132
-# multiprocessors, of which the last leaves two blocks of a cluster no columns to sum; no row.
-CLUSTER_LINEAR_CASES = [
-    *((rows, 2048, 1000) for rows in (1, 17, 64, 65, 127, 128, 129, 200, 255, 256)),
-    *((rows, 4096, 2048) for rows in (1, 17, 64, 65, 127, 128, 129, 200, 255, 256)),
-    (130, 512, 8),
-    (256, 512, 1000),
-    (193, 512, 10_000),
-    (128, 1024, 1536),
-    (256, 1024, 5000),
-    (256, 2048, 2048),
-    (129, 2048, 3000),
-    (192, 2048, 4096),
-    (128, 2048, 5120),
-    (256, 2048, 5120),
-    (256, 4096, 1000),
-    (256, 4096, 2304),
-    (70, 4096, 2200),
-    (0, 1024, 40),
-]
-
-
 def run_grouped(case: Experts, tile: int, *, sorts: bool = False) -> None:
     """Every pair's output by the grouped kernel, from rows of x that lie apart.
 
@@ -251,14 +228,6 @@ def run_split_linear(num_rows: int, in_features: int, out_features: int) -> None
     parts_SRO = hopper.split_linear(x_RX.cuda()[:, :in_features], weight_OX.cuda()).cpu()
     assert parts_SRO.shape[0] == in_features // 512
     check_rows(parts_SRO.sum(0).to(BF16), x_RX[:, :in_features].float() @ weight_OX.float().t())
-
-
-def run_cluster_linear(num_rows: int, in_features: int, out_features: int) -> None:
-    """A linear layer of clusters, of rows of x that lie apart."""
-    x_RX = torch.randn(num_rows, in_features + 16).to(BF16)
-    weight_OX = (torch.randn(out_features, in_features) / in_features**0.5).to(BF16)
-    out_RO = hopper.cluster_linear(x_RX.cuda()[:, :in_features], weight_OX.cuda()).cpu()
-    check_rows(out_RO, x_RX[:, :in_features].float() @ weight_OX.float().t())
 
 
 @dataclass(frozen=True)
@@ -346,8 +315,6 @@ def run_device_functions() -> None:
         assert library.device_link(0, 1)["performance_rank"] >= 0
     assert library.streaming_linear_fits(in_features=256, out_features=8)
     assert not library.streaming_linear_fits(in_features=264, out_features=8)
-    assert library.cluster_linear_fits(in_features=512, out_features=8)
-    assert not library.cluster_linear_fits(in_features=256, out_features=8)
 
 
 NamedRun = tuple[str, Callable[[], None]]
@@ -375,10 +342,6 @@ def all_cases() -> dict[str, list[NamedRun]]:
     cases["split linear"] = [
         (f"{rows} rows, {width} to {out}", partial(run_split_linear, rows, width, out))
         for rows, width, out in [*((rows, 512, 40) for rows in (7, 8, 9)), *SPLIT_LINEAR_CASES]
-    ]
-    cases["cluster linear"] = [
-        (f"{rows} rows, {width} to {out}", partial(run_cluster_linear, rows, width, out))
-        for rows, width, out in CLUSTER_LINEAR_CASES
     ]
     cases["norm and router"] = [
         (str(case), partial(run_norm_router, case)) for case in ROUTER_CASES

@@ -155,17 +155,6 @@ class TestExperts:
         assert torch.equal(parts_SRO, hopper.split_linear(x_RX, weight_OX))
         check_rows(parts_SRO.sum(0).to(BF16), x_RX.float() @ weight_OX.float().t())
 
-    def test_rows_of_a_linear_layer_of_clusters_far_apart(self) -> None:
-        needs_hopper()
-        x_RX = torch.randn(65, 1024, device="cuda").to(BF16)
-        weight_OX = (torch.randn(104, 1024, device="cuda") / 32).to(BF16)
-        apart = far_apart(x_RX, stride=2**26)
-        assert apart[-1].storage_offset() >= LIMIT
-        assert hopper.takes_cluster_linear(apart, weight_OX)
-        out_RO = hopper.cluster_linear(apart, weight_OX)
-        assert torch.equal(out_RO, hopper.cluster_linear(x_RX, weight_OX))
-        check_rows(out_RO, x_RX.float() @ weight_OX.float().t())
-
 
 class TestRows:
     """Norms and sums over more than 2^20 rows of 2048."""

@@ -150,11 +150,9 @@ def hopper_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_kernels, "LINEAR_LAYERS", {64: ((64, 96), (128, 64))})
     monkeypatch.setattr(hopper, "linear", torch.nn.functional.linear)
     monkeypatch.setattr(hopper, "split_linear", split_linear)
-    monkeypatch.setattr(hopper, "cluster_linear", torch.nn.functional.linear)
     monkeypatch.setattr(hopper, "norm_router", norm_router)
     monkeypatch.setattr(hopper, "takes_linear", lambda x, weight: len(x) <= 16)
     monkeypatch.setattr(hopper, "takes_split_linear", lambda x, weight: 16 < len(x) <= 32)
-    monkeypatch.setattr(hopper, "takes_cluster_linear", lambda x, weight: 64 < len(x) <= 128)
     monkeypatch.setattr(hopper, "takes_norm_router", lambda x, gate, top_k: len(x) <= 8)
 
 
@@ -168,15 +166,11 @@ def test_linear_layers_are_timed_where_they_are_used(capsys: Any) -> None:
         for name, num_rows in [
             *(("streaming_linear", n) for n in (1, 4, 8, 16)),
             *(("split_linear", n) for n in (17, 32)),
-            *(("cluster_linear", n) for n in (96, 128)),
         ]
     ]
     num_bytes = 2 * (64 + 64 * 96 + 96)
     assert timed[0]["share_of_reading"] == pytest.approx(num_bytes / 2e-6 / READING)
-    assert all(row["library_us"] == 2.0 for row in timed)
-    printed = capsys.readouterr().out
-    assert "split_linear is not used for 64 x 64 to 96" in printed
-    assert "cluster_linear is not used for 256 x 64 to 96" in printed
+    assert "split_linear is not used for 64 x 64 to 96" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("hopper_on_the_cpu")
@@ -188,7 +182,7 @@ def test_norm_and_router_are_timed_where_they_are_used() -> None:
 
 
 @pytest.mark.usefixtures("hopper_on_the_cpu")
-@pytest.mark.parametrize("name", ["linear", "split_linear", "cluster_linear", "norm_router"])
+@pytest.mark.parametrize("name", ["linear", "split_linear", "norm_router"])
 def test_a_wrong_hopper_kernel_is_not_timed(name: str, monkeypatch: Any) -> None:
     right = getattr(hopper, name)
 

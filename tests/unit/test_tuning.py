@@ -55,7 +55,7 @@ def document() -> dict[str, Any]:
         "linear": [
             {
                 "shape": {"in_features": 64, "out_features": 96},
-                "choices": {"kernels": [[2, "streaming"], [5, "cluster"], [None, "library"]]},
+                "choices": {"kernels": [[2, "streaming"], [5, "split"], [None, "library"]]},
             }
         ],
         "norm_router": [
@@ -102,7 +102,7 @@ def test_a_known_shape_of_a_known_gpu_gets_its_entry() -> None:
     assert experts.kernels == ((3, "streaming"), (INF, "grouped"))
     assert experts.tiles == ((1.5, 32), (INF, 128))
     linear = tuning.choices(LinearChoices, GPU, 64, 96)
-    assert linear.kernels == ((2, "streaming"), (5, "cluster"), (INF, "library"))
+    assert linear.kernels == ((2, "streaming"), (5, "split"), (INF, "library"))
     assert tuning.choices(NormRouterChoices, GPU, 64, 8).kernels == ((INF, "separate"),)
     launches = tuning.choices(DecodeChoices, GPU, 4, 2).launches
     assert launches == ((6, Launch(6, 2, 64)), (INF, None))
@@ -150,9 +150,7 @@ def test_a_deep_layer_is_split_for_fewer_rows(in_features: int, most_split: int 
     assert found[:17] == ["streaming"] * 17
     split = [rows for rows, kernel in enumerate(found) if kernel == "split"]
     assert split == (list(range(17, most_split + 1)) if most_split else [])
-    assert found[17 + len(split) : 65] == ["library"] * (48 - len(split))
-    assert found[65:257] == ["cluster"] * 192
-    assert set(found[257:]) == {"library"}
+    assert set(found[17 + len(split) :]) == {"library"}
 
 
 def set_at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -308,12 +306,10 @@ def test_linear_layers_follow_their_table(table: tuning.Table) -> None:
 
     assert rows(hopper.takes_linear) == [0, 16]
     assert rows(hopper.takes_split_linear) == [17, 32]
-    assert rows(hopper.takes_cluster_linear) == [65, 256]
-    steps = ((5, "streaming"), (40, "split"), (100, "cluster"), (INF, "library"))
+    steps = ((5, "streaming"), (40, "split"), (INF, "library"))
     table[LinearChoices, (4096, 8)] = LinearChoices(steps)
     assert rows(hopper.takes_linear) == [0, 5]
     assert rows(hopper.takes_split_linear) == [6, 40]
-    assert rows(hopper.takes_cluster_linear) == [41, 100]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +317,6 @@ def test_linear_layers_follow_their_table(table: tuning.Table) -> None:
     [
         ("streaming", hopper.takes_linear, 16),
         ("split", hopper.takes_split_linear, 64),
-        ("cluster", hopper.takes_cluster_linear, 256),
     ],
 )
 def test_a_kernel_is_not_taken_for_more_rows_than_it_takes(

@@ -275,14 +275,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   walk.num_tiles = p.num_foreseen + tail.table.groups[p.num_experts] * p.num_row_tiles;
 
   if (warp >= S::kConsumerWarps) {
-    if constexpr (S::kMovesRegisters) give_registers<56>();
+    if constexpr (S::kMovesRegisters) give_registers<72>();
     if constexpr (S::kGateUp) {
       produce_gate_up<S>(p, ring, &weights, walk, num_steps);
     } else if (threadIdx.x == 32 * S::kConsumerWarps) {
       produce_down<S>(p, ring, &weights, &h, walk, num_steps);
     }
   } else {
-    if constexpr (S::kMovesRegisters) take_registers<224>();
+    if constexpr (S::kMovesRegisters) take_registers<216>();
     if constexpr (!S::kGateUp) {
       wait_for_previous_kernels();
       let_next_kernel_start();

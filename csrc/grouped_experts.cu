@@ -6,7 +6,7 @@
 // memory full, with the copy engine for weights and h and cp.async for gathered rows of x, across
 // the borders of tiles; consumer warpgroups multiply and store. For many pairs two blocks form a
 // cluster: they work on two halves of a group and the same rows of the weight, of which each loads
-// half for both.
+// half for both. Few pairs are sorted by every block for itself (pair_sort.cuh).
 //
 // gate and up rows alternate in groups of 8 within a tile (the copy engine does that while it
 // loads), so that a thread holds the gate and the up value of the same element.
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     wait_for_previous_kernels();
     let_next_kernel_start();
   }
-  // down: gate_up let this kernel start when it could read the groups itself.
+  // down: gate_up let this kernel start when it could read the groups or ids itself.
   const int num_foreseen_experts = p.num_foreseen / p.num_row_tiles;
   const bool sorts = S::kSorts && p.expert_ids != nullptr;
   if constexpr (S::kSorts) {

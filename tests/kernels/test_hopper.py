@@ -56,20 +56,45 @@ def test_a_pair_gets_the_same_bits_whoever_shares_its_tile(tile: int) -> None:
     ids_RK = torch.randint(0, 6, (90, 4), dtype=torch.int32, device="cuda")
     gate_up_EJH, down_EHI = (w.cuda() for w in scattered(1, 1, 6, hidden=512).weights())
 
-    def run(rows: slice) -> torch.Tensor:
+    def run(rows: slice, sorts: bool) -> torch.Tensor:
         groups = moe.group_by_expert(ids_RK[rows], 6)
         return hopper.grouped_expert_ffn(
             x_RH[rows],
             ids_RK[rows],
-            (groups.offsets_E1, groups.pairs_P),
+            None if sorts else (groups.offsets_E1, groups.pairs_P),
             gate_up_EJH,
             down_EHI,
             tile,
         )
 
-    together_PH = run(slice(0, 90))
-    for first, last in ((0, 1), (89, 90), (7, 20), (1, 90)):
-        assert torch.equal(run(slice(first, last)), together_PH[4 * first : 4 * last])
+    together_PH = run(slice(0, 90), sorts=False)
+    for first, last in ((0, 1), (89, 90), (7, 20), (1, 90), (0, 90)):
+        for sorts in (False, True) if hopper.sorts_pairs(ids_RK, 6, tile) else (False,):
+            alone_PH = run(slice(first, last), sorts)
+            assert torch.equal(alone_PH, together_PH[4 * first : 4 * last])
+
+
+@pytest.mark.parametrize("num_rows", [4, 64])
+def test_experts_that_sort_wait_for_the_router(num_rows: int) -> None:
+    """Their kernels begin before those before them have ended; the ids change from call to call."""
+    gate_EH = (torch.randn(32, 512, device="cuda") / 22).to(BF16)
+    norm_weight_H = torch.ones(512, device="cuda").to(BF16)
+    weights = [w.cuda() for w in scattered(1, 1, 32, hidden=512).weights()]
+    x_NRH = torch.randn(20, num_rows, 512, device="cuda").to(BF16)
+
+    def run(wait: bool) -> list[torch.Tensor]:
+        outputs = []
+        for x_RH in x_NRH:
+            routed = hopper.norm_router(x_RH, x_RH, norm_weight_H, 1e-6, gate_EH, 8, True, None)
+            normed_RH, _, ids_RK, _ = routed
+            if wait:
+                torch.cuda.synchronize()
+            outputs.append(hopper.grouped_expert_ffn(normed_RH, ids_RK, None, *weights, 32))
+            del routed, normed_RH, ids_RK  # the next call's may lie there
+        return outputs
+
+    for mine, theirs in zip(run(wait=False), run(wait=True), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_a_row_gets_the_same_bits_however_many_blocks_stream_its_experts() -> None:

@@ -361,6 +361,32 @@ def test_experts_follow_their_table(table: tuning.Table, monkeypatch: pytest.Mon
     assert [run(rows) for rows in (6, 7, 8, 9)] == [0, 32, 32, 16]
 
 
+@pytest.mark.parametrize("sorts", [False, True])
+def test_pairs_that_the_experts_do_not_sort_are_sorted_before(
+    table: tuning.Table, monkeypatch: pytest.MonkeyPatch, sorts: bool
+) -> None:
+    seen: list[Any] = []
+
+    def grouped(x_RH: torch.Tensor, ids_RK: torch.Tensor, groups: Any, *rest: Any) -> torch.Tensor:
+        seen.append((ids_RK, groups))
+        return zeros(0)
+
+    monkeypatch.setattr(hopper, "sorts_pairs", lambda *arguments: sorts)
+    monkeypatch.setattr(hopper, "grouped_expert_ffn", grouped)
+    ids_RK = torch.tensor([[2, 0], [-1, 2], [3, 1], [0, 1], [1, 3]])
+    weights = zeros(4, 128, 64), zeros(4, 64, 64)
+    moe.expert_ffn(zeros(5, 64), ids_RK, ids_RK.float(), *weights)
+    [(given_RK, groups)] = seen
+    assert given_RK.dtype == torch.int32
+    assert torch.equal(given_RK.long(), ids_RK)
+    if sorts:
+        assert groups is None
+    else:
+        offsets_E1, pairs_P = groups
+        assert offsets_E1.tolist() == [0, 2, 5, 7, 9]
+        assert pairs_P[:9].tolist() == [1, 6, 5, 7, 8, 0, 3, 4, 9]
+
+
 def test_decode_attention_follows_its_table(table: tuning.Table) -> None:
     k_cache_BLGD = zeros(1, 16, 2, 128)
 

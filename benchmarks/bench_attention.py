@@ -20,7 +20,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from benchmarks.attention_tune import tune
 from benchmarks.forced_choices import forced_choices
 from benchmarks.gpu_timing import num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
-from benchmarks.options import launch_list
+from benchmarks.options import launch_list, launch_name
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
@@ -226,7 +225,7 @@ def launch_rows(launches: list[Launch], cache: Cache) -> list[Row]:
             for launch in launches:
                 with forced_choices(cache[0].device, shape, DecodeChoices(((INF, launch),))):
                     row, _ = prepared_decode_rows(batch_size, context, cache)
-                name = ":".join(map(str, astuple(launch)))
+                name = launch_name(launch)
                 columns.append(f"{name} {row['us']:.1f}")
                 rows.append(row | {"launch": name})
             print(f"{batch_size:>4} x {context:<6}", " | ".join(columns), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,17 @@ def launch_list(text: str) -> list[Launch]:
 
     The numbers are warps of a block, shares at most, tokens of a share at least.
     """
-    return [Launch(*map(int, part.split(":"))) for part in text.split(",")]
+    return [parse_launch(part) for part in text.split(",")]
+
+
+def parse_launch(text: str) -> Launch:
+    """``12:1:32`` as Launch(12, 1, 32)."""
+    return Launch(*map(int, text.split(":")))
+
+
+def launch_name(launch: Launch) -> str:
+    """As `parse_launch` reads it."""
+    return ":".join(map(str, astuple(launch)))
 
 
 def plain_options(config: Path | None, assignments: list[str]) -> dict[str, Any]:

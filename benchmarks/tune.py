@@ -26,7 +26,6 @@ import shlex
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import astuple
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ import torch
 
 from benchmarks.decode_bench import DecodeBench, add_arguments
 from benchmarks.gpu_state import gpu_state
-from benchmarks.options import int_list, launch_list, plain_options
+from benchmarks.options import int_list, launch_list, launch_name, plain_options
 from benchmarks.tune_limits import Timed
 from benchmarks.tune_operators import DecodeAttention, Operator, operators_of
 from moe_engine.ops import tuning
@@ -136,8 +135,7 @@ def command(arguments: argparse.Namespace) -> str:
     for name in ("batches", "inputs"):
         words += [f"--{name}", ",".join(map(str, getattr(arguments, name)))]
     if arguments.launches:
-        launches = (":".join(map(str, astuple(launch))) for launch in arguments.launches)
-        words += ["--launches", ",".join(launches)]
+        words += ["--launches", ",".join(map(launch_name, arguments.launches))]
     return shlex.join(words)
 
 

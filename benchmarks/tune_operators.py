@@ -13,12 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
 from benchmarks.forced_choices import forced_choices
+from benchmarks.options import launch_name, parse_launch
 from benchmarks.tune_limits import Timed, best_kernel, by_batch, renewed
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.models.qwen3_moe import DecoderLayer, Qwen3MoeForCausalLM
@@ -302,9 +303,8 @@ def _tile_name(tile: int) -> str:
 
 
 def _launch_name(launch: Launch | None) -> str:
-    """As `benchmarks.options.launch_list` reads it, or ``paged``."""
-    return "paged" if launch is None else ":".join(map(str, astuple(launch)))
+    return "paged" if launch is None else launch_name(launch)
 
 
 def _launch(name: str) -> Launch | None:
-    return None if name == "paged" else Launch(*map(int, name.split(":")))
+    return None if name == "paged" else parse_launch(name)

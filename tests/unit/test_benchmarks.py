@@ -19,7 +19,7 @@ from benchmarks.bench_engine import (
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
-from benchmarks.options import MODELS, find_model, launch_list
+from benchmarks.options import MODELS, find_model, launch_list, launch_name
 from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
     Kernel,
@@ -57,10 +57,12 @@ def test_a_ranks_share_of_the_large_model_fits_a_gpu_and_has_a_quarter_of_its_he
 
 
 def test_launches_of_decode_attention_are_read_from_the_command_line():
-    assert launch_list("0:8:2048,12:1:32") == [
+    launches = launch_list("0:8:2048,12:1:32")
+    assert launches == [
         Launch(block_warps=0, max_shares=8, min_tokens=2048),
         Launch(block_warps=12, max_shares=1, min_tokens=32),
     ]
+    assert [launch_name(launch) for launch in launches] == ["0:8:2048", "12:1:32"]
     with pytest.raises(ValueError, match="invalid literal"):
         launch_list("12:one:32")
 

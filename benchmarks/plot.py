@@ -49,7 +49,8 @@ def renewed_readme(readme: str) -> str:
     """The README with the results of the JSON."""
     readme = replace_section(readme, SECTION, render_results(json.loads(RESULTS.read_text())))
     if GPU_RESULTS.exists():  # it takes a GPU to make
-        engine, serving = (json.loads(file.read_text()) for file in (GPU_RESULTS, GPU_SERVING))
+        engine = json.loads(GPU_RESULTS.read_text())
+        serving = json.loads(GPU_SERVING.read_text()) if GPU_SERVING.exists() else None
         peers = [read_peer(file) for file in sorted(SAVED.glob(GPU_PEERS))]
         readme = replace_section(readme, GPU_SECTION, render_gpu(engine, peers, serving))
     return readme

@@ -11,13 +11,15 @@ from benchmarks.peer import Peer
 SECTION = "gpu-results"
 
 
-def render_gpu(engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any]) -> str:
+def render_gpu(
+    engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any] | None
+) -> str:
     """Tables of decode steps and prefill, then the conditions, in Markdown.
 
     Args:
         engine: what `bench_engine` has saved.
         peers: of the same workload, on the same kind of GPU.
-        serving: what `bench_serving` has saved, on the same kind of GPU.
+        serving: what `bench_serving` has saved, on the same kind of GPU; None: nothing yet.
 
     Raises:
         ValueError: the figures are not to be compared: another GPU or another length of prompts.
@@ -50,11 +52,12 @@ def render_gpu(engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str,
 
 
 def _check_comparable(
-    engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any]
+    engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any] | None
 ) -> None:
     device, num_input = engine["ceilings"]["device"], engine["workload"]["input"]
     devices = {peer.peer: peer.device for peer in peers}
-    devices["the serving benchmark"] = serving["gpu"]["name"] if serving["gpu"] else "no GPU"
+    if serving is not None:
+        devices["the serving benchmark"] = serving["gpu"]["name"] if serving["gpu"] else "no GPU"
     for name, other in devices.items():
         if other != device:
             raise ValueError(f"{name} ran on {other}, the engine on {device}: measure both on one")
@@ -74,11 +77,13 @@ def _ratio(slower: float | None, faster: float | None) -> str:
     return "" if slower is None or faster is None else f"{slower / faster:.2f} ×"
 
 
-def _conditions(engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any]) -> str:
+def _conditions(
+    engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str, Any] | None
+) -> str:
     """How and on what it was measured, in a paragraph."""
     ceilings, start = engine["ceilings"], engine["engine"]["startup_s"]
     workload, options = engine["workload"], engine["options"]
-    summary, context = serving["summary"], engine["decode"][0]["mean_context"]
+    context = engine["decode"][0]["mean_context"]
     is_dummy, skew = options["load_format"] == "dummy", options["dummy_expert_skew"]
     weights = "dummy weights" if is_dummy else "the checkpoint's weights"
     if skew:
@@ -93,6 +98,7 @@ def _conditions(engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str
     their_starts = "".join(
         f"; {peer.peer} {peer.start_s:.0f} s, its imports among them" for peer in peers
     )
+    over_http = "" if serving is None else _over_http(serving)
     return (
         f"One {ceilings['device']}, {options.get('dtype', 'auto')}, {weights}, prompts of "
         f"{workload['input']} random tokens, contexts of {context:.0f} on average, {sampling}; "
@@ -101,9 +107,16 @@ def _conditions(engine: dict[str, Any], peers: Sequence[Peer], serving: dict[str
         f"{engine['date']}.{their_steps} The floor is the time to read once what a step must "
         f"read, at the {ceilings['read_gb_per_s'] / 1e3:.2f} TB/s at which the same run read. "
         f"Ready after {engine['imports_s']:.1f} s of imports and {engine['start_s']:.1f} s from "
-        f"`MoEEngine(...)` on, {start['weights']:.1f} s of them filling weights{their_starts}. "
-        f"Over HTTP, {summary['online_share']:.0%} of the offline rate with {serving['streams']} "
-        f"streams ({serving['date']}). torch {ceilings['torch']}."
+        f"`MoEEngine(...)` on, {start['weights']:.1f} s of them filling weights{their_starts}."
+        f"{over_http} torch {ceilings['torch']}."
+    )
+
+
+def _over_http(serving: dict[str, Any]) -> str:
+    """What serving costs, in a sentence."""
+    return (
+        f" Over HTTP, {serving['summary']['online_share']:.0%} of the offline rate with "
+        f"{serving['streams']} streams ({serving['date']})."
     )
 
 

@@ -298,17 +298,12 @@ def test_a_layer_that_the_split_kernel_has_no_room_for_is_refused(
         hopper.split_linear(x_RX, weight_OX)
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "block_warps", "message"),
-    [(34, 0, "34 query heads to 2 KV"), (34, 6, "34 query heads to 2 KV"), (8, 7, "warps, not 7")],
-)
-def test_what_decode_attention_cannot_do_is_refused(
-    num_heads: int, block_warps: int, message: str
-) -> None:
-    decode = Decode.random([5], num_heads, 2)
+@pytest.mark.parametrize("block_warps", [0, 6])
+def test_what_decode_attention_cannot_do_is_refused(block_warps: int) -> None:
+    decode = Decode.random([5], 34, 2)
     qkv_SX = torch.randn(1, decode.width, device="cuda").to(BF16)
     arguments = decode.arguments(on_gpu(decode.case.cache))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="34 query heads to 2 KV"):
         decode_attention.decode_attention(Launch(block_warps, 1, 1), qkv_SX, **arguments)
 
 

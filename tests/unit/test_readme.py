@@ -73,6 +73,8 @@ def test_every_flag_in_the_readme_exists() -> None:
     own = {"--config", "--help", *("--" + name.replace("_", "-") for name in flat_options())}
     torchrun = {"--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--master-port"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", README)))
-    benchmarks = {"--write"}
+    benchmarks = {
+        *("--write", "--json", "--batches", "--streams", "--input", "--output", "--temperature"),
+    }
     switches = {"--no-prefix-cache", "--no-cuda-graphs"}
     assert named - own - torchrun - benchmarks - switches == set()

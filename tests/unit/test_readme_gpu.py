@@ -101,6 +101,13 @@ def test_the_conditions_follow_the_json() -> None:
     assert "dummy" not in loaded
 
 
+def test_before_serving_is_measured_nothing_is_said_of_it() -> None:
+    assert "HTTP" in render_gpu(ENGINE, [PEER], SERVING)
+    text = render_gpu(ENGINE, [PEER], None)
+    assert "HTTP" not in text
+    assert text.endswith("its imports among them. torch 2.11.\n")
+
+
 def test_figures_of_another_gpu_or_workload_are_refused() -> None:
     elsewhere = Peer("vLLM 1", "NVIDIA H100", "2026-01-03", 512, 99.0, {"8": 10.0}, {})
     with pytest.raises(ValueError, match=r"vLLM 1 ran on NVIDIA H100, the engine on NVIDIA H200"):

@@ -70,7 +70,7 @@ def _draw_sums(axes: Any, steps: list[dict[str, Any]], colors: dict[str, str]) -
         axes.text(left, place, f" {left:.0f} µs", va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(steps)), [f"batch {step['batch']}" for step in steps])
     axes.invert_yaxis()
-    axes.set_xlabel("µs a layer, kernels alone", color=INK)
+    axes.set_xlabel("µs a layer by which a kernel outlasts those before it", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 

@@ -7,8 +7,9 @@ The rank runs in this process (`decode_bench`): prompts are computed, some steps
 up, then single steps are recorded with torch's profiler, each with the device idle before and
 after it. Tokens are drawn at temperature 1. The step whose span is the median is kept. For every
 kernel the JSON has its name, start and duration in microseconds; sums by name are also given per
-layer. The profiler makes the gaps between kernels wider and their durations hardly longer: the sum
-of durations is to be trusted, the span less so.
+layer. A kernel may start long before the one before it ends, and waits: so what is summed up is the
+time from when all before it have ended to its own end. The profiler makes the gaps between kernels
+wider and those times hardly longer: their sum is to be trusted, the span less so.
 """
 
 from __future__ import annotations
@@ -117,15 +118,29 @@ def span_us(kernels: list[Kernel]) -> float:
     return max((kernel.start_us + kernel.duration_us for kernel in kernels), default=0.0)
 
 
-def summarize(batch: int, kernels: list[Kernel], num_layers: int) -> dict[str, Any]:
-    """Totals, sums by kernel with the longest first, and the kernels themselves."""
-    groups: dict[str, list[float]] = defaultdict(list)
+def own_us(kernels: list[Kernel]) -> list[float]:
+    """By how long each kernel, in the order of their starts, outlasts all before it, less gaps.
+
+    Example: 0 to 4, 1 to 6 and 8 to 9 are 4, 2 and 1.
+    """
+    own, latest = [], 0.0
     for kernel in kernels:
-        groups[short_name(kernel.name)].append(kernel.duration_us)
+        end = kernel.start_us + kernel.duration_us
+        own.append(max(0.0, end - max(kernel.start_us, latest)))
+        latest = max(latest, end)
+    return own
+
+
+def summarize(batch: int, kernels: list[Kernel], num_layers: int) -> dict[str, Any]:
+    """Totals, sums of `own_us` by kernel with the longest first, and the kernels themselves."""
+    own = own_us(kernels)
+    groups: dict[str, list[float]] = defaultdict(list)
+    for kernel, duration in zip(kernels, own, strict=True):
+        groups[short_name(kernel.name)].append(duration)
     return {
         "batch": batch,
         "span_us": span_us(kernels),
-        "busy_us": sum(kernel.duration_us for kernel in kernels),
+        "busy_us": sum(own),
         "num_kernels": len(kernels),
         "by_kernel": [
             {
@@ -145,7 +160,8 @@ def short_name(name: str) -> str:
 
     Example: ``void at::native::reduce_kernel<512, 1>(int)`` is ``reduce_kernel<512, 1>``.
     """
-    head, bracket, template = name.removeprefix("void ").partition("<")
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    head, bracket, template = name.partition("<")
     head = head.partition("(")[0].rpartition("::")[2]
     inside = re.sub(r"\w+::", "", template.rpartition(">")[0]) if bracket else ""
     short = f"{head}<{inside}>" if bracket else head

@@ -25,6 +25,7 @@ from benchmarks.step_timeline import (
     Kernel,
     device_kernels,
     median_step,
+    own_us,
     short_name,
     span_us,
     summarize,
@@ -232,6 +233,10 @@ def test_kernel_names_are_cut_to_what_tells_them_apart():
     assert short_name("void at::native::reduce_kernel<512, 1, at::R>(at::R)") == (
         "reduce_kernel<512, 1, R>"
     )
+    hidden = (
+        "void moe_engine::(anonymous namespace)::gemm<moe_engine::(anonymous namespace)::S<1> >"
+    )
+    assert short_name(f"{hidden}(CUtensorMap_st, int)") == "gemm<S<1> >"
     assert short_name("_decode_kernel") == "_decode_kernel"
     assert short_name("Memcpy DtoH (Device -> Pinned)") == "Memcpy DtoH "
     assert len(short_name("k<" + "x, " * 99 + "y>")) == 60
@@ -243,6 +248,11 @@ def test_a_steps_kernels_are_summed_by_name_and_layer():
     assert (found["span_us"], found["busy_us"], found["num_kernels"]) == (7.5, 5.5, 3)
     first = found["by_kernel"][0]
     assert first == {"name": "a", "count": 2, "sum_us": 4.5, "per_layer_us": 2.25}
+    early = [Kernel("a", 0.0, 4.0), Kernel("b", 1.0, 5.0), Kernel("c", 2.0, 1.0), Kernel("b", 8, 1)]
+    assert own_us(early) == [4.0, 2.0, 0.0, 1.0]
+    found = summarize(8, early, num_layers=2)
+    assert (found["span_us"], found["busy_us"]) == (9.0, 7.0)
+    assert [row["sum_us"] for row in found["by_kernel"]] == [4.0, 3.0, 0.0]
     slow, fast = [Kernel("a", 0.0, 9.0)], [Kernel("a", 0.0, 1.0)]
     assert median_step([slow, kernels, fast]) is kernels
     assert span_us([]) == 0

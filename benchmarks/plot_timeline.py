@@ -76,14 +76,15 @@ def _draw_sums(axes: Any, steps: list[dict[str, Any]], colors: dict[str, str]) -
 
 
 def _draw_kernels(axes: Any, step: dict[str, Any], num_layers: int, colors: dict[str, str]) -> None:
-    from benchmarks.step_timeline import short_name
+    from benchmarks.step_timeline import Kernel, own_us, short_name
 
     first, last = middle_window(step["kernels"], num_layers)
-    for kernel in step["kernels"]:
-        if first <= kernel["start_us"] < last:
-            color = colors.get(short_name(kernel["name"]), OTHER_COLOR)
-            bar = (kernel["start_us"] - first, kernel["duration_us"])
-            axes.broken_barh([bar], (0, 1), color=color, linewidth=0)
+    kernels = [Kernel(**kernel) for kernel in step["kernels"]]
+    for kernel, own in zip(kernels, own_us(kernels), strict=True):
+        end = kernel.start_us + kernel.duration_us
+        if own > 0 and first <= end - own < last:
+            color = colors.get(short_name(kernel.name), OTHER_COLOR)
+            axes.broken_barh([(end - own - first, own)], (0, 1), color=color, linewidth=0)
     axes.set_xlim(0, last - first)
     axes.set_yticks([])
     axes.set_ylabel(f"batch {step['batch']}", rotation=0, ha="right", va="center", fontsize=8)

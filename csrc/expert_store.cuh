@@ -33,7 +33,7 @@ struct Destinations {
   static constexpr int kCount = (S::kTokens + kStoredAtOnce - 1) / kStoredAtOnce;
   int rows[kCount];
 
-  // Read before the product, which hides the time that takes.
+  // Read beside the product before the one that needs them, which hides the time that takes.
   __device__ __forceinline__ void load(const GroupedProduct& p, const TileWalk& tile, int lane) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {

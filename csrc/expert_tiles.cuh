@@ -98,11 +98,11 @@ struct TileWalk {
     }
     const int all_pairs = table->offsets[expert + 1] - table->offsets[expert];
     const int num_groups = max(1, (all_pairs + group_size - 1) / group_size);
-    const int begin = static_cast<int>(static_cast<std::int64_t>(all_pairs) * index / num_groups);
-    const int end =
-        static_cast<int>(static_cast<std::int64_t>(all_pairs) * (index + 1) / num_groups);
-    first_pair = table->offsets[expert] + begin;
-    num_pairs = end - begin;
+    // The first groups have one pair more than the others if they cannot all have as many.
+    const int fewest = all_pairs / num_groups;
+    const int num_larger = all_pairs - fewest * num_groups;
+    first_pair = table->offsets[expert] + fewest * index + min(index, num_larger);
+    num_pairs = fewest + (index < num_larger ? 1 : 0);
     if (cluster_size > 1) {
       const int share = (num_pairs + 8 * cluster_size - 1) / (8 * cluster_size) * 8;
       const int first = min(rank * share, num_pairs);

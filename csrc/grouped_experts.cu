@@ -211,19 +211,32 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
   const int lane = threadIdx.x % 32;
   RingPosition<S::kStages> at;
   float acc[S::kAccumulators] = {};
-  for (bool more = tile.find(); more; more = tile.next()) {
+  Destinations<S> destinations;
+  bool more = tile.find();
+  if (more) destinations.load(p, tile, lane);
+  while (more) {
+    TileWalk next = tile;
+    Destinations<S> next_destinations;
+    const auto look_ahead = [&] {
+      more = next.next();
+      if (more) next_destinations.load(p, next, lane);
+    };
     if (S::kGateUp && S::kCluster == 1 && tile.num_pairs == 0) {
       for (int step = 0; step < min(S::kStages, num_steps); ++step) {
         barrier_wait(&ring.full[at.stage], at.parity);
         release(ring, at.stage, lane);
         at.advance();
       }
-      continue;
+      look_ahead();
+    } else {
+      multiply_narrowly<S>(ring, at, acc, tile.num_pairs, num_steps, warp / 4, lane, look_ahead);
+#ifdef V_NOSTORE
+      if (p.top_k > 1000)
+#endif
+        store<S>(p, tile, acc, destinations, buffer);
     }
-    Destinations<S> destinations;
-    destinations.load(p, tile, lane);
-    multiply_narrowly<S>(ring, at, acc, tile.num_pairs, num_steps, warp / 4, lane);
-    store<S>(p, tile, acc, destinations, buffer);
+    tile = next;
+    destinations = next_destinations;
   }
 }
 
@@ -301,6 +314,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 template <typename S>
 void launch(const CUtensorMap& weights, const CUtensorMap& h, GroupedProduct p,
             cudaStream_t stream) {
+  static_assert(shared_bytes<S>() <= 227 * 1024);
   CHECK_CUDA(cudaFuncSetAttribute(grouped_gemm_kernel<S>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<S>()));
   const std::int64_t most_tiles = (p.num_pairs / (S::kTokens * S::kCluster) +
@@ -376,8 +390,7 @@ void launch_wide(const ExpertFfnArgs& args, const GroupedProduct& p, cudaStream_
 }  // namespace
 
 bool grouped_experts_sort(std::int64_t num_pairs, int num_experts, int tokens_per_tile) {
-  return num_pairs <= kMaxSortedPairs && num_experts <= kMaxSortedExperts &&
-         tokens_per_tile <= kMaxSortedTile;
+  return can_sort_pairs(num_pairs, num_experts) && tokens_per_tile <= kMaxSortedTile;
 }
 
 void grouped_expert_ffn(const ExpertFfnArgs& args, cudaStream_t stream) {
@@ -403,7 +416,7 @@ void grouped_expert_ffn(const ExpertFfnArgs& args, cudaStream_t stream) {
   p.top_k = args.top_k;
   switch (args.tokens_per_tile) {
     case 16:
-      return launch_narrow<16, 10>(args, p, stream);
+      return launch_narrow<16, 9>(args, p, stream);
     case 32:
       return launch_narrow<32, 8>(args, p, stream);
     case 64:

@@ -1,6 +1,6 @@
 // The residual addition, the norm and the router of few tokens, whose time is all latency.
 //
-// A cluster of blocks takes 16 tokens, each block an equal part of the hidden dimension: its part
+// A cluster of blocks takes 8 tokens, each block an equal part of the hidden dimension: its part
 // of the gate matrix waits in shared memory before the tokens are there. The blocks wait for each
 // other only once. The router needs the normed tokens, and they the sum of all squares; but a norm
 // only scales a token, so the blocks multiply tokens that are not scaled yet, and send their parts
@@ -19,9 +19,8 @@
 namespace moe_engine {
 namespace {
 
-constexpr int kBlocks = 8;  // of a cluster
-constexpr int kTokens = 16;
-constexpr int kTokensPerBlock = kTokens / kBlocks;  // whose experts a block selects
+constexpr int kBlocks = 8;        // of a cluster
+constexpr int kTokens = kBlocks;  // each block selects the experts of one
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kThreadsPerToken = kThreads / kTokens;
@@ -38,7 +37,7 @@ __host__ __device__ constexpr int row_bytes(int columns) {
 
 int shared_bytes(int num_experts, int hidden) {
   return (num_experts + kTokens) * row_bytes(hidden / kBlocks) +
-         kBlocks * kTokensPerBlock * num_experts * static_cast<int>(sizeof(float));
+         kBlocks * num_experts * static_cast<int>(sizeof(float));
 }
 
 __device__ __forceinline__ float rounded(float value) {
@@ -128,7 +127,7 @@ __device__ __forceinline__ void select(const Problem& p, int token, const float*
       float sum = 0.0f;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        sum += logits[block * kTokensPerBlock * p.num_experts + expert];
+        sum += logits[block * p.num_experts + expert];
       }
       keys[i] = sort_key(sum * scale);
     }
@@ -180,10 +179,10 @@ __device__ __forceinline__ void select(const Problem& p, int token, const float*
   }
 }
 
-// Cluster c takes tokens 16 c .. 16 c + 15.
+// Cluster c takes tokens 8 c .. 8 c + 7.
 //
 // Example: hidden 2048, 128 experts: a block has 256 columns, 64 KiB of the gate matrix; each of 8
-// warps makes 16 tokens' parts of 16 logits; the block then selects the experts of 2 tokens.
+// warps makes 8 tokens' parts of 16 logits; the block then selects the experts of one token.
 __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
     norm_router_kernel(const Problem p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -194,8 +193,7 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
   const int pitch = row_bytes(columns);
   char* const gate = shared;
   char* const tokens = gate + p.num_experts * pitch;
-  float* const logits =
-      reinterpret_cast<float*>(tokens + kTokens * pitch);  // [block][token][expert]
+  float* const logits = reinterpret_cast<float*>(tokens + kTokens * pitch);  // [block][expert]
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int rank = block_in_cluster();
@@ -275,29 +273,25 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
   __syncthreads();
   barrier_wait(&landed, 0);
 
-  // See mma.cuh for how the elements of the depth are dealt out.
-  const char* const low_row = tokens + lane / 4 * pitch + lane % 4 * 16;
-  const char* const high_row = low_row + 8 * pitch;
+  // See mma.cuh for how the elements of the depth are dealt out. Tokens are the upper half of an
+  // mma's rows. The two halves of a step are added up by themselves: chains half as long.
+  const char* const token_row = tokens + lane / 4 * pitch + lane % 4 * 16;
   for (int first = 8 * warp; first < p.num_experts; first += 8 * kWarps) {
     const char* const gate_row = gate + (first + lane / 4) * pitch + lane % 4 * 16;
-    float d[4] = {};
+    float d[2][4] = {};
 #pragma unroll 8
     for (int step = 0; step < columns / kStep; ++step) {
-      const uint4 low = *reinterpret_cast<const uint4*>(low_row + step * kStep * 2);
-      const uint4 high = *reinterpret_cast<const uint4*>(high_row + step * kStep * 2);
-      const uint4 row = *reinterpret_cast<const uint4*>(gate_row + step * kStep * 2);
-      mma(d, low.x, high.x, low.y, high.y, row.x, row.y);
-      mma(d, low.z, high.z, low.w, high.w, row.z, row.w);
+      const uint4 token_part = *reinterpret_cast<const uint4*>(token_row + step * kStep * 2);
+      const uint4 gate_part = *reinterpret_cast<const uint4*>(gate_row + step * kStep * 2);
+      mma(d[0], token_part.x, 0, token_part.y, 0, gate_part.x, gate_part.y);
+      mma(d[1], token_part.z, 0, token_part.w, 0, gate_part.z, gate_part.w);
     }
-    // Token s is selected for by block s / kTokensPerBlock.
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int s = lane / 4 + i / 2 * 8;
-      const int expert = first + lane % 4 * 2 + i % 2;
-      if (first_token + s >= p.num_tokens) continue;
-      store_to_block(
-          logits + (rank * kTokensPerBlock + s % kTokensPerBlock) * p.num_experts + expert,
-          s / kTokensPerBlock, d[i]);
+    // Block s selects the experts of token s.
+    const int s = lane / 4;
+    if (first_token + s < p.num_tokens) {
+      float* const to = logits + rank * p.num_experts + first + lane % 4 * 2;
+      store_to_block(to, s, d[0][0] + d[1][0]);
+      store_to_block(to + 1, s, d[0][1] + d[1][1]);
     }
   }
   __syncwarp();
@@ -309,15 +303,12 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
     for (int block = 0; block < kBlocks; ++block) sum += squares[block][s];
     return rsqrtf(sum / p.hidden + p.eps);
   };
-  // The last warps, which hold the tokens that are there least often.
-  const int turn = kWarps - 1 - warp;
-  const int selected = rank * kTokensPerBlock + turn;
-  if (turn < kTokensPerBlock && first_token + selected < p.num_tokens) {
-    const float* const parts = logits + turn * p.num_experts;
+  // The last warp, which holds the token that is there least often.
+  if (warp == kWarps - 1 && first_token + rank < p.num_tokens) {
     if (p.num_experts <= 128) {
-      select<4>(p, first_token + selected, parts, scale_of(selected), lane);
+      select<4>(p, first_token + rank, logits, scale_of(rank), lane);
     } else {
-      select<kMaxExperts / 32>(p, first_token + selected, parts, scale_of(selected), lane);
+      select<kMaxExperts / 32>(p, first_token + rank, logits, scale_of(rank), lane);
     }
   }
   if (token >= p.num_tokens) return;

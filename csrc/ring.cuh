@@ -93,9 +93,11 @@ __device__ __forceinline__ void release(const Ring<S>& ring, int stage, int lane
 }
 
 // Multiplies num_steps stages by kN columns: block b of 64 rows into acc[b * kTokens / 2 ..].
-template <typename S, int kN>
+// meanwhile() runs beside the last of the products.
+template <typename S, int kN, typename Meanwhile>
 __device__ __forceinline__ void multiply(const Ring<S>& ring, RingPosition<S::kStages>& at,
-                                         float* acc, int num_steps, int warpgroup, int lane) {
+                                         float* acc, int num_steps, int warpgroup, int lane,
+                                         Meanwhile meanwhile) {
   int previous = 0;
   for (int step = 0; step < num_steps; ++step) {
     barrier_wait(&ring.full[at.stage], at.parity);
@@ -125,36 +127,47 @@ __device__ __forceinline__ void multiply(const Ring<S>& ring, RingPosition<S::kS
     previous = at.stage;
     at.advance();
   }
+  meanwhile();
   wgmma_wait<0>();
   release(ring, previous, lane);
 }
 
 // Multiplies with the narrowest product that covers num_tokens columns. All use the same registers.
-template <typename S>
+template <typename S, typename Meanwhile>
 __device__ __forceinline__ void multiply_narrowly(const Ring<S>& ring, RingPosition<S::kStages>& at,
                                                   float* acc, int num_tokens, int num_steps,
-                                                  int warpgroup, int lane) {
+                                                  int warpgroup, int lane, Meanwhile meanwhile) {
   if constexpr (S::kTokens > 64) {
     if constexpr (S::kTokens > 128) {
-      if (num_tokens > 136) return multiply<S, 144>(ring, at, acc, num_steps, warpgroup, lane);
-      if (num_tokens > 128) return multiply<S, 136>(ring, at, acc, num_steps, warpgroup, lane);
+      if (num_tokens > 136)
+        return multiply<S, 144>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
+      if (num_tokens > 128)
+        return multiply<S, 136>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
     }
-    if (num_tokens > 120) return multiply<S, 128>(ring, at, acc, num_steps, warpgroup, lane);
-    if (num_tokens > 112) return multiply<S, 120>(ring, at, acc, num_steps, warpgroup, lane);
-    if (num_tokens > 104) return multiply<S, 112>(ring, at, acc, num_steps, warpgroup, lane);
-    if (num_tokens > 96) return multiply<S, 104>(ring, at, acc, num_steps, warpgroup, lane);
-    if (num_tokens > 64) return multiply<S, 96>(ring, at, acc, num_steps, warpgroup, lane);
+    if (num_tokens > 120)
+      return multiply<S, 128>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
+    if (num_tokens > 112)
+      return multiply<S, 120>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
+    if (num_tokens > 104)
+      return multiply<S, 112>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
+    if (num_tokens > 96)
+      return multiply<S, 104>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
+    if (num_tokens > 64)
+      return multiply<S, 96>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
   }
   if constexpr (S::kTokens > 32) {
-    if (num_tokens > 32) return multiply<S, 64>(ring, at, acc, num_steps, warpgroup, lane);
+    if (num_tokens > 32)
+      return multiply<S, 64>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
   }
   if constexpr (S::kTokens > 16) {
-    if (num_tokens > 16) return multiply<S, 32>(ring, at, acc, num_steps, warpgroup, lane);
+    if (num_tokens > 16)
+      return multiply<S, 32>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
   }
   if constexpr (S::kTokens > 8) {
-    if (num_tokens > 8) return multiply<S, 16>(ring, at, acc, num_steps, warpgroup, lane);
+    if (num_tokens > 8)
+      return multiply<S, 16>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
   }
-  multiply<S, 8>(ring, at, acc, num_steps, warpgroup, lane);
+  multiply<S, 8>(ring, at, acc, num_steps, warpgroup, lane, meanwhile);
 }
 
 }  // namespace moe_engine

@@ -69,7 +69,7 @@ class Launch:
         is_right = all(
             type(value) is int and value > 0 for value in (self.max_shares, self.min_tokens)
         )
-        if self.block_warps not in (0, 6, 12) or not is_right:
+        if self.block_warps not in (0, 3, 4, 6, 12) or not is_right:
             raise ValueError(f"no kernel can be launched by {self}")
 
 

@@ -33,9 +33,12 @@ STEP_BYTES = 128
 WRITE_BYTES = 512
 # Beyond 1, the second walk's loads of the next steps are on their way as well.
 WRITE_STAGES = 1
-# Logits that a program holds, E (padded) x tokens, and the most experts of the smallest tile.
+# Logits that a program holds, E (padded) x tokens, and that a warp holds; the most experts of the
+# smallest tile; and shared memory for the stages, of which many experts leave room for fewer.
 MAX_LOGITS = 8192
+LOGITS_PER_WARP = 512
 MAX_EXPERTS = 512
+STAGES_BYTES = 192 * 1024
 
 # Not float16, where an entry of the residual stream times its weight may be infinite.
 DTYPES = (torch.bfloat16, torch.float32)
@@ -243,11 +246,16 @@ def norm_router(
 
 
 def _launch_shape(num_rows: int, padded_experts: int) -> tuple[int, int, int]:
-    """Tokens a program, warps and stages: more experts leave room for fewer of each."""
-    wanted = next(row[1:] for row in LAUNCHES if num_rows <= row[0])
-    block_t, num_warps, num_stages = wanted
-    fitting = max(16, MAX_LOGITS // padded_experts)
-    return min(block_t, fitting), num_warps, 2 if padded_experts > 256 else num_stages
+    """Tokens a program, warps and stages.
+
+    Example: of 256 experts only 32 tokens, whose logits take 16 warps; a stage is 128 bytes of each
+    expert, and of each token's residual and x, 40 KiB, so there are 4.
+    """
+    block_t, num_warps, num_stages = next(row[1:] for row in LAUNCHES if num_rows <= row[0])
+    block_t = min(block_t, max(16, MAX_LOGITS // padded_experts))
+    num_warps = max(num_warps, padded_experts * block_t // LOGITS_PER_WARP)
+    stage_bytes = (padded_experts + 2 * block_t) * STEP_BYTES
+    return block_t, num_warps, min(num_stages, max(2, STAGES_BYTES // stage_bytes))
 
 
 def _with_columns_side_by_side(x_TH: torch.Tensor) -> torch.Tensor:

@@ -208,13 +208,20 @@ def test_a_row_has_the_same_bits_at_any_place() -> None:
 
 
 @needs_triton
-def test_the_tile_fits_its_experts() -> None:
+def test_the_launch_fits_its_experts() -> None:
     from moe_engine.kernels import norm_router
 
     for padded_experts in (16, 128, 256, 512):
-        for num_rows in (1, 2048, 2049, 8192):
-            block_t, _, _ = norm_router._launch_shape(num_rows, padded_experts)
+        for num_rows in (1, 2048, 2049, 4097, 8192):
+            block_t, num_warps, num_stages = norm_router._launch_shape(num_rows, padded_experts)
             assert 16 <= block_t <= norm_router.MAX_LOGITS // padded_experts
+            assert num_warps in (4, 8, 16)
+            assert padded_experts * block_t <= num_warps * norm_router.LOGITS_PER_WARP
+            stage_bytes = (padded_experts + 2 * block_t) * norm_router.STEP_BYTES
+            assert num_stages >= 2
+            assert num_stages * stage_bytes <= norm_router.STAGES_BYTES
+    for limit, *shape in norm_router.LAUNCHES:
+        assert norm_router._launch_shape(limit, 128) == tuple(shape), "Qwen3's as they are listed"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 Few pairs take one launch, in which every expert's program reads all of them. Many take two: the
 experts of each chunk of pairs are counted; then every chunk knows from the counts of those before
-it where its pairs go.
+it where its pairs go. Meanwhile it has ranked its pairs among those of the same expert.
 
-Legend: P pairs (pair r * K + k is choice k of row r), E experts, R ranges of pairs, C chunks.
+Legend: P pairs (pair r * K + k is choice k of row r), E experts, R ranges of pairs; C chunks, or
+the pairs of a chunk; S steps of B pairs in a chunk.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from .launch import launch_kernel, supports_pdl
 BLOCK = 128
 # (pairs up to, ranges, warps) of the one launch: a short list in one step, a long one in several.
 SHAPES = ((512, 4, 4), (4096, 32, 8))
-# Beyond: at most so many chunks, whose counts every program of the second launch reads, many at
-# once: for 65,536 pairs and 128 experts on an H200, the two launches take 19 us, 36 with a quarter.
-MAX_CHUNKS = 256
-COUNTED_EXPERTS = 64
-COUNTS_AT_ONCE = 8192
+# (pairs up to, chunks) beyond: every program of the second launch reads the counts of all chunks,
+# and ranks the pairs of its own in steps that wait for each other. So a chunk for about every
+# multiprocessor, and more chunks only where the steps would be many.
+MAX_CHUNKS = ((65_536, 128), (1 << 62, 256))
+# Counts that a program of the second launch loads together, and its warps.
+COUNTS_AT_ONCE = 16384
+PLACE_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -86,35 +89,59 @@ def _count_kernel(
     counts_ptr,
     num_pairs,
     num_experts,
-    NUM_STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PADDED_E: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Program (chunk, block): how many pairs of the chunk have each of BLOCK_E experts.
+    """Program c: how many pairs of chunk c have each expert.
 
-    Shapes: ids int32 [P]; counts int32 [C, E]. A chunk is NUM_STEPS * BLOCK pairs.
+    Shapes: ids int32 [P]; counts int32 [C, E]. A chunk is CHUNK pairs.
 
     Example, E = 2, chunks of 4: ids = [1, -1, 1, 0, 0] give counts = [[1, 2], [1, 0]].
     """
     if USE_PDL:
-        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
+        # Only now, so that the ids are complete when the next kernel begins.
+        cuda.gdc_launch_dependents()
     chunk = tl.program_id(0)
-    experts_E = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    counts_E = tl.zeros([BLOCK_E], tl.int32)
-    for step in range(NUM_STEPS):
-        pairs_B = (chunk * NUM_STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        ids_B = tl.load(ids_ptr + pairs_B, mask=pairs_B < num_pairs, other=-1)
-        counts_E += tl.sum((ids_B[:, None] == experts_E[None, :]).to(tl.int32), axis=0)
+    pairs_B = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids_B = tl.load(ids_ptr + pairs_B, mask=pairs_B < num_pairs, other=-1)
+    counts_E = tl.histogram(ids_B, PADDED_E, mask=ids_B >= 0)
+    experts_E = tl.arange(0, PADDED_E)
     tl.store(counts_ptr + chunk * num_experts + experts_E, counts_E, mask=experts_E < num_experts)
+
+
+@triton.jit
+def _ranks(ids_C, NUM_STEPS: tl.constexpr, BLOCK: tl.constexpr, PADDED_E: tl.constexpr):
+    """How many pairs before each one have its expert; int32, arbitrary where there is no expert.
+
+    Within BLOCK pairs each is compared with each; how many pairs of an expert the steps before have
+    seen is carried along.
+
+    Example, BLOCK = 2: ids = [2, 0, 2, 2], of which the first two have seen experts 2 and 0 once,
+    give [0, 0, 1 + 0, 1 + 1].
+    """
+    ids_SB = tl.reshape(ids_C, [NUM_STEPS, BLOCK])
+    steps_S1 = tl.arange(0, NUM_STEPS)[:, None]
+    lanes_B = tl.arange(0, BLOCK)
+    is_before_BB = lanes_B[None, :] < lanes_B[:, None]
+    seen_E = tl.zeros([PADDED_E], tl.int32)
+    ranks_SB = tl.zeros([NUM_STEPS, BLOCK], tl.int32)
+    for step in range(NUM_STEPS):
+        # From registers: a load in each step would wait for memory each time.
+        ids_B = tl.sum(tl.where(steps_S1 == step, ids_SB, 0), axis=0)
+        is_earlier_BB = (ids_B[:, None] == ids_B[None, :]) & is_before_BB
+        ranks_B = tl.sum(is_earlier_BB.to(tl.int32), axis=1)
+        ranks_B += tl.gather(seen_E, tl.maximum(ids_B, 0), axis=0)
+        ranks_SB = tl.where(steps_S1 == step, ranks_B[None, :], ranks_SB)
+        seen_E += tl.histogram(ids_B, PADDED_E, mask=ids_B >= 0)
+    return tl.reshape(ranks_SB, [NUM_STEPS * BLOCK])
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_chunks"])
 def _place_kernel(
     ids_ptr,
     counts_ptr,
-    next_ptr,
     offsets_ptr,
     pairs_ptr,
     num_pairs,
@@ -128,16 +155,21 @@ def _place_kernel(
 ):
     """Program c: put the pairs of chunk c behind those of the experts and chunks before them.
 
-    Shapes as in the other kernels; next int32 [C, E] is scratch, where the next pair of an expert
-    goes.
+    Shapes as in the other kernels. A chunk is NUM_STEPS * BLOCK pairs.
 
     Example, as for `_count_kernel`: the experts start at 0 and 2; chunk 0 begins there, chunk 1 at
     1 and 4; offsets = [0, 2, 4], pairs = [3, 4, 0, 2, unwritten].
     """
     if USE_PDL:
         cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
+    # Before the wait, as the counting kernel has let this one begin only after its own.
     chunk = tl.program_id(0)
+    pairs_C = chunk * NUM_STEPS * BLOCK + tl.arange(0, NUM_STEPS * BLOCK)
+    ids_C = tl.load(ids_ptr + pairs_C, mask=pairs_C < num_pairs, other=-1, cache_modifier=".cg")
+    ranks_C = _ranks(ids_C, NUM_STEPS, BLOCK, PADDED_E)
+    if USE_PDL:
+        cuda.gdc_wait()
+
     experts_E = tl.arange(0, PADDED_E)
     is_expert_E = experts_E < num_experts
     total_E = tl.zeros([PADDED_E], tl.int32)
@@ -156,20 +188,8 @@ def _place_kernel(
         tl.store(offsets_ptr + experts_E, starts_E, mask=is_expert_E)
         tl.store(offsets_ptr + num_experts, tl.sum(total_E, axis=0))
 
-    next_ptr += chunk * num_experts
-    tl.store(next_ptr + experts_E, starts_E + before_E, mask=is_expert_E)
-    lanes_B = tl.arange(0, BLOCK)
-    for step in range(NUM_STEPS):
-        first = (chunk * NUM_STEPS + step) * BLOCK
-        pairs_B = first + lanes_B
-        ids_B = tl.load(ids_ptr + pairs_B, mask=pairs_B < num_pairs, other=-1)
-        is_earlier_BB = (ids_B[:, None] == ids_B[None, :]) & (lanes_B[None, :] < lanes_B[:, None])
-        num_earlier_B = tl.sum(is_earlier_BB.to(tl.int32), axis=1)
-        tl.debug_barrier()  # what was stored below or above is there
-        next_B = tl.load(next_ptr + ids_B, mask=ids_B >= 0, other=0, cache_modifier=".cg")
-        tl.store(pairs_ptr + next_B + num_earlier_B, pairs_B, mask=ids_B >= 0)
-        tl.debug_barrier()  # and has been read
-        tl.atomic_add(next_ptr + ids_B, 1, mask=ids_B >= 0, sem="relaxed")
+    first_C = tl.gather(starts_E + before_E, tl.maximum(ids_C, 0), axis=0)
+    tl.store(pairs_ptr + first_C + ranks_C, pairs_C, mask=ids_C >= 0)
 
 
 def group_by_expert(ids_P: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,26 +227,23 @@ def _group_many(
 ) -> None:
     """Two launches, for which a chunk's pairs are few and the chunks are not many."""
     num_pairs, num_experts = len(ids_P), len(offsets_E1) - 1
+    max_chunks = next(most for limit, most in MAX_CHUNKS if num_pairs <= limit)
     # A power of two, because each value is another compilation.
-    num_steps = triton.next_power_of_2(triton.cdiv(num_pairs, MAX_CHUNKS * BLOCK))
-    num_chunks = triton.cdiv(num_pairs, num_steps * BLOCK)
+    num_steps = triton.next_power_of_2(triton.cdiv(num_pairs, max_chunks * BLOCK))
+    chunk = num_steps * BLOCK
+    num_chunks = triton.cdiv(num_pairs, chunk)
     counts_CE = torch.empty(num_chunks, num_experts, dtype=torch.int32, device=ids_P.device)
-    options = {
-        "NUM_STEPS": num_steps,
-        "BLOCK": BLOCK,
-        "USE_PDL": use_pdl,
-        "launch_pdl": use_pdl,
-    }
-    padded_experts = triton.next_power_of_2(num_experts)
-    block_e = min(COUNTED_EXPERTS, padded_experts)
+    # A histogram takes a warp for its bins.
+    padded_experts = max(32, triton.next_power_of_2(num_experts))
+    options = {"PADDED_E": padded_experts, "USE_PDL": use_pdl, "launch_pdl": use_pdl}
     launch_kernel(
         _count_kernel,
-        (num_chunks, triton.cdiv(num_experts, block_e)),
+        (num_chunks,),
         ids_P,
         counts_CE,
         num_pairs,
         num_experts,
-        BLOCK_E=block_e,
+        CHUNK=chunk,
         num_warps=4,
         **options,
     )
@@ -235,14 +252,14 @@ def _group_many(
         (num_chunks,),
         ids_P,
         counts_CE,
-        torch.empty_like(counts_CE),
         offsets_E1,
         pairs_P,
         num_pairs,
         num_experts,
         num_chunks,
-        PADDED_E=padded_experts,
-        CHUNKS_AT_ONCE=max(1, min(MAX_CHUNKS, COUNTS_AT_ONCE // padded_experts)),
-        num_warps=4,
+        NUM_STEPS=num_steps,
+        BLOCK=BLOCK,
+        CHUNKS_AT_ONCE=max(1, COUNTS_AT_ONCE // padded_experts),
+        num_warps=PLACE_WARPS,
         **options,
     )

@@ -16,7 +16,7 @@ from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.ops.attention import HeadNorms, NeededRows, attend
-from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.linear import AddedOutput, SplitSums
 from moe_engine.ops.rope import RopeTable
 
 
@@ -62,11 +62,13 @@ class Attention(nn.Module):
         rope: RopeTable,
         step: ForwardContext,
         needed: NeededRows | None,
-    ) -> torch.Tensor | SplitSums:
+        residual_RH: torch.Tensor,
+    ) -> torch.Tensor | SplitSums | AddedOutput:
         """Attention output [R, H], the same on every rank of the TP group.
 
         Args:
             needed: the R rows of the output that are needed; None: all T of them.
+            residual_RH: their residual stream, to which the output may be added in place.
         """
         out_RND = attend(
             self.qkv_proj.unsummed(x_TH),
@@ -78,7 +80,7 @@ class Attention(nn.Module):
             self._head_dim**-0.5,
             needed,
         )
-        return self.o_proj(out_RND.flatten(1))
+        return self.o_proj.onto(out_RND.flatten(1), residual_RH)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
-from moe_engine.ops.linear import SplitSums, linear, unsummed_linear
+from moe_engine.ops.linear import AddedOutput, SplitSums, linear, linear_onto, unsummed_linear
 
 
 class ColumnParallelLinear(nn.Module):
@@ -83,6 +83,14 @@ class RowParallelLinear(nn.Module):
             return unsummed_linear(x_TI, self.weight)
         out_TO = self._tp.all_reduce(linear(x_TI, self.weight))
         return out_TO if self.bias is None else out_TO + self.bias
+
+    def onto(
+        self, x_TI: torch.Tensor, residual_TO: torch.Tensor
+    ) -> torch.Tensor | SplitSums | AddedOutput:
+        """The same, perhaps added to ``residual_TO`` in place, which nobody else may need."""
+        if self._tp.size == 1 and self.bias is None:
+            return linear_onto(x_TI, self.weight, residual_TO)
+        return self(x_TI)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         """What to read from the checkpoint."""

@@ -12,7 +12,7 @@ from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_engine.layers.norm import RMSNorm
-from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.linear import AddedOutput, SplitSums
 
 
 class DenseMLP(nn.Module):
@@ -32,7 +32,7 @@ class DenseMLP(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor | SplitSums,
+        x: torch.Tensor | SplitSums | AddedOutput,
         residual_TH: torch.Tensor,
         norm: RMSNorm,
         step: ForwardContext,

@@ -15,7 +15,7 @@ from moe_engine.dist.exchange import ExpertShard
 from moe_engine.dist.layout import split_evenly
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.norm import RMSNorm
-from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.linear import AddedOutput, SplitSums
 from moe_engine.ops.moe import ExpertOutputs, expert_ffn, norm_and_route, route, summed
 
 
@@ -36,7 +36,7 @@ class SparseMoE(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor | SplitSums,
+        x: torch.Tensor | SplitSums | AddedOutput,
         residual_TH: torch.Tensor,
         norm: RMSNorm,
         step: ForwardContext,
@@ -44,7 +44,8 @@ class SparseMoE(nn.Module):
         """Add to the residual, normalise, run the experts (a collective over EP).
 
         Args:
-            x: [T, H], what the block before made, or what is still to be summed to that.
+            x: [T, H], what the block before made, what is still to be summed to that, or the
+                residual stream that has it already.
 
         Returns:
             What the experts made, [T, H], perhaps still to be summed, and the residual stream with

@@ -9,7 +9,7 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
-from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.linear import AddedOutput, SplitSums
 from moe_engine.ops.moe import ExpertOutputs, sum_add_rms_norm
 from moe_engine.ops.norm import add_rms_norm, rms_norm, split_add_rms_norm
 
@@ -32,13 +32,16 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def after_adding(
-        self, x: torch.Tensor | ExpertOutputs | SplitSums, residual: torch.Tensor
+        self, x: torch.Tensor | ExpertOutputs | SplitSums | AddedOutput, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(normalised residual + x, residual + x)``, each [..., width].
 
         Args:
-            x: what the block before made, or what is still to be summed to that.
+            x: what the block before made, what is still to be summed to that, or the residual
+                stream that has it already.
         """
+        if isinstance(x, AddedOutput):
+            return self(x.stream_TO), x.stream_TO
         if isinstance(x, ExpertOutputs):
             return sum_add_rms_norm(x, residual, self.weight, self.eps)
         if isinstance(x, SplitSums):

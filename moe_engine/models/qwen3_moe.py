@@ -61,10 +61,10 @@ class DecoderLayer(nn.Module):
             normed_TH, residual_TH = self.input_layernorm(x_TH), x_TH
         else:
             normed_TH, residual_TH = self.input_layernorm.after_adding(x_TH, residual_TH)
-        attended_RH = self.self_attn(normed_TH, rope, step, needed)
         residual_RH = residual_TH
         if needed is not None:
             residual_RH = residual_TH.index_select(0, needed.rows_R)
+        attended_RH = self.self_attn(normed_TH, rope, step, needed, residual_RH)
         return self.mlp(attended_RH, residual_RH, self.post_attention_layernorm, step)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 
 from moe_engine.ops import hopper
 
+MANY_ROWS = 512
+"""Of more rows the memory traffic decides, so kernels that save a pass over them take over."""
+
 
 @dataclass(frozen=True)
 class SplitSums:
@@ -33,6 +36,17 @@ class SplitSums:
         return total_TO.to(self.dtype)
 
 
+@dataclass(frozen=True)
+class AddedOutput:
+    """A layer's output that is part of the residual stream already.
+
+    Attributes:
+        stream_TO: the residual stream with the output.
+    """
+
+    stream_TO: torch.Tensor
+
+
 def linear(
     x_TX: torch.Tensor, weight_OX: torch.Tensor, bias_O: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -49,3 +63,26 @@ def unsummed_linear(x_TX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor
     if x_TX.is_cuda and hopper.takes_split_linear(x_TX, weight_OX):
         return SplitSums(hopper.split_linear(x_TX, weight_OX), x_TX.dtype)
     return linear(x_TX, weight_OX)
+
+
+def linear_onto(
+    x_TX: torch.Tensor, weight_OX: torch.Tensor, residual_TO: torch.Tensor
+) -> torch.Tensor | SplitSums | AddedOutput:
+    """`unsummed_linear`, or for many rows on a GPU what it makes added to ``residual_TO`` in place.
+
+    The matrix kernel adds in float32, before it rounds: the sum is rounded once, where an addition
+    that follows rounds the product and then the sum.
+
+    Args:
+        residual_TO: contiguous; nobody else needs what it holds.
+    """
+    assert residual_TO.shape == (x_TX.shape[0], weight_OX.shape[0]), (residual_TO.shape, x_TX.shape)
+    if adds_in_place(x_TX):
+        # Not to a new tensor, into which `torch.addmm` first copies what it adds to.
+        return AddedOutput(residual_TO.addmm_(x_TX, weight_OX.t()))
+    return unsummed_linear(x_TX, weight_OX)
+
+
+def adds_in_place(x_TX: torch.Tensor) -> bool:
+    """Whether the vendor's library adds the product of these rows to the residual stream."""
+    return x_TX.is_cuda and len(x_TX) > MANY_ROWS and x_TX.dtype in (torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_engine.ops import hopper, native, norm, tuning
-from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.linear import MANY_ROWS, AddedOutput, SplitSums
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 
@@ -88,7 +88,7 @@ def route(
 
 
 def norm_and_route(
-    x: torch.Tensor | SplitSums,
+    x: torch.Tensor | SplitSums | AddedOutput,
     residual_TH: torch.Tensor,
     norm_weight_H: torch.Tensor,
     eps: float,
@@ -97,33 +97,68 @@ def norm_and_route(
     normalize: bool,
     num_tokens_1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`ops.norm.add_rms_norm`, then `route` of what was normalised; for a few rows one launch.
+    """`ops.norm.add_rms_norm`, then `route` of what was normalised; for few or many rows in one.
 
-    That launch takes the logits of the norm before it is rounded, so experts that are all but
+    That one launch takes the logits of the norm before it is rounded, so experts that are all but
     equally likely may come out in another order than from the two operators.
 
     Args:
-        x: [T, H], or what is still to be summed to that.
+        x: [T, H], what is still to be summed to that, or the residual stream that has it already,
+            in place of ``residual_TH``.
 
     Returns:
         ``(normed, new_residual, ids, weights)``.
     """
-    if residual_TH.is_cuda and hopper.takes_norm_router(residual_TH, router_EH, top_k):
-        return hopper.norm_router(
-            x.parts_STO if isinstance(x, SplitSums) else x,
-            residual_TH,
-            norm_weight_H,
-            eps,
-            router_EH,
-            top_k,
-            normalize,
-            num_tokens_1,
-        )
-    if isinstance(x, SplitSums):
+    router = (router_EH, top_k, normalize, num_tokens_1)
+    if isinstance(x, AddedOutput):
+        if takes_many_rows(x.stream_TO, router_EH):
+            return _norm_router(None, x.stream_TO, norm_weight_H, eps, *router)
+        normed_TH, new_residual_TH = norm.rms_norm(x.stream_TO, norm_weight_H, eps), x.stream_TO
+    elif residual_TH.is_cuda and hopper.takes_norm_router(residual_TH, router_EH, top_k):
+        parts = x.parts_STO if isinstance(x, SplitSums) else x
+        return hopper.norm_router(parts, residual_TH, norm_weight_H, eps, *router)
+    elif isinstance(x, SplitSums):
         normed_TH, new_residual_TH = norm.split_add_rms_norm(x, residual_TH, norm_weight_H, eps)
+    elif takes_many_rows(residual_TH, router_EH):
+        return _norm_router(x, residual_TH, norm_weight_H, eps, *router)
     else:
         normed_TH, new_residual_TH = norm.add_rms_norm(x, residual_TH, norm_weight_H, eps)
-    ids_TK, weights_TK = route(normed_TH, router_EH, top_k, normalize, num_tokens_1)
+    ids_TK, weights_TK = route(normed_TH, *router)
+    return normed_TH, new_residual_TH, ids_TK, weights_TK
+
+
+def takes_many_rows(residual_TH: torch.Tensor, router_EH: torch.Tensor) -> bool:
+    """Whether norm and router of these rows are one launch of `kernels.norm_router`."""
+    if len(residual_TH) <= MANY_ROWS or not _runs_triton(residual_TH):
+        return False
+    from moe_engine.kernels import norm_router as kernels
+
+    takes: bool = kernels.takes(residual_TH.dtype, len(router_EH))
+    return takes
+
+
+def _norm_router(
+    x_TH: torch.Tensor | None,
+    residual_TH: torch.Tensor,
+    norm_weight_H: torch.Tensor,
+    eps: float,
+    router_EH: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    num_tokens_1: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`norm_and_route` of many rows; without ``x_TH`` their residual stream has it already."""
+    hidden = residual_TH.shape[1]
+    assert x_TH is None or x_TH.shape == residual_TH.shape, (x_TH.shape, residual_TH.shape)
+    assert norm_weight_H.shape == (hidden,), (norm_weight_H.shape, residual_TH.shape)
+    assert router_EH.shape[1] == hidden, (router_EH.shape, residual_TH.shape)
+    assert 1 <= top_k <= router_EH.shape[0], (top_k, router_EH.shape)
+    from moe_engine.kernels import norm_router as kernels
+
+    with torch.cuda.device(residual_TH.device):
+        normed_TH, new_residual_TH, ids_TK, weights_TK = kernels.norm_router(
+            x_TH, residual_TH, norm_weight_H, eps, router_EH, top_k, normalize, num_tokens_1
+        )
     return normed_TH, new_residual_TH, ids_TK, weights_TK
 
 

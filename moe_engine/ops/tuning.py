@@ -147,7 +147,8 @@ class NormRouterChoices(Choices):
     """Of `ops.moe.norm_and_route` on Hopper.
 
     Attributes:
-        kernels: by rows: ``fused``, `hopper.norm_router`, or ``separate``, two kernels.
+        kernels: by rows: ``fused``, `hopper.norm_router`, or ``separate``, two kernels, and for
+            many rows `kernels.norm_router`.
     """
 
     SHAPE = ("hidden", "num_experts")

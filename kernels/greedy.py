@@ -100,12 +100,13 @@ def _argmax_kernel(
             tl.store(tokens_ptr + row, token.to(tl.int64))
 
 
-def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
+def greedy_tokens(logits_BV: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """int64 [B] of ``logits_BV`` [B, V], V >= 1; the arguments are checked by the caller."""
     num_rows, vocab_size = logits_BV.shape
-    tokens_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
+    if out is None:
+        out = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
     if num_rows == 0:
-        return tokens_B
+        return out
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()
     num_blocks = triton.cdiv(vocab_size, BLOCK)
@@ -123,7 +124,7 @@ def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
         logits_BV,
         partial_B2S,
         arrival_counters(logits_BV.device),
-        tokens_B,
+        out,
         vocab_size,
         logits_BV.stride(0),
         BLOCKS_PER_SEGMENT=blocks_per_segment,
@@ -134,4 +135,4 @@ def greedy_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
         num_warps=4,
         launch_pdl=use_pdl,
     )
-    return tokens_B
+    return out

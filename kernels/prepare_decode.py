@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-from .launch import launch_kernel
+from .launch import launch_kernel, supports_pdl
 
 # Block ids that a program copies.
 BLOCK_B = 256
@@ -78,6 +79,7 @@ def _append_kernel(
     num_rows,
     tokens_stride,
     BLOCK_S: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Store the token of each row at its position of its slot.
 
@@ -85,6 +87,9 @@ def _append_kernel(
 
     Example: slots [2, -1], positions [6, 0], sampled [40, 9]: tokens[2, 6] = 40, nothing else.
     """
+    if USE_PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = rows < num_rows
     slots = tl.load(slots_ptr + rows, mask=inside, other=-1).to(tl.int64)
@@ -136,6 +141,7 @@ def append_tokens(
 ) -> None:
     """Write the sampled tokens to the table; the arguments are checked by the caller."""
     num_rows = slots_S.shape[0]
+    use_pdl = supports_pdl(slots_S.device)
     launch_kernel(
         _append_kernel,
         (triton.cdiv(num_rows, BLOCK_S),),
@@ -146,5 +152,7 @@ def append_tokens(
         num_rows,
         tokens_NC.stride(0),
         BLOCK_S=BLOCK_S,
+        USE_PDL=use_pdl,
         num_warps=4,
+        launch_pdl=use_pdl,
     )

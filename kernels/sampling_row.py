@@ -47,6 +47,7 @@ CUT = tl.constexpr(10)  # what is larger stays, what is smaller goes
 LAST_ID = tl.constexpr(11)  # of logits equal to the cut those with ids up to here stay
 NUM_FIELDS = tl.constexpr(16)  # a cache line
 
+LARGEST_FINITE = tl.constexpr(3.4028234663852886e38)
 LARGEST_FINITE_KEY = tl.constexpr(0x7F7FFFFF)
 MINUS_INF_KEY = tl.constexpr(-0x7F800001)
 LARGEST_ID = tl.constexpr(2**31 - 1)
@@ -56,13 +57,16 @@ _WEIGHT_ONE = tl.constexpr(2.0**40)
 
 
 @triton.jit
-def load_keys(row_ptr, ids, vocab_size):
-    """The keys of logits of any float dtype, +inf still above the largest float32.
-
-    Past the end of the row the key is that of -inf.
-    """
+def load_logits(row_ptr, ids, vocab_size):
+    """Logits of any float dtype as float32, NaN as -inf; past the end of the row -inf."""
     logits = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-    return keys_of(tl.where(logits == logits, logits, float("-inf")))
+    return tl.where(logits == logits, logits, float("-inf"))
+
+
+@triton.jit
+def load_keys(row_ptr, ids, vocab_size):
+    """The keys of `load_logits`, +inf still above the largest float32."""
+    return keys_of(load_logits(row_ptr, ids, vocab_size))
 
 
 @triton.jit
@@ -81,8 +85,14 @@ def values_of(keys):
 
 @triton.jit
 def load_scale(params_ptr, params_stride):
-    """log2(e) / temperature, the steepness of the weights; ``params_ptr``: of the row."""
-    temperature = tl.load(params_ptr + TEMPERATURE * params_stride).to(tl.float32)
+    """`scale_of` a row's temperature; ``params_ptr``: of the row."""
+    return scale_of(tl.load(params_ptr + TEMPERATURE * params_stride))
+
+
+@triton.jit
+def scale_of(temperature):
+    """log2(e) / temperature (float64 > 0) in float32, the steepness of the weights."""
+    temperature = temperature.to(tl.float32)
     return (1.4426950408889634 / temperature.to(tl.float64)).to(tl.float32)
 
 
@@ -94,8 +104,13 @@ def weights_of(keys, largest, scale):
 
     Example: keys of 3 and 2, largest key that of 3, temperature 0.5: 2**40 and 2**40 * exp(-2).
     """
-    exponents = (values_of(keys) - values_of(largest)) * scale
-    return (tl.exp2(exponents) * _WEIGHT_ONE).to(tl.int64)
+    return weights_of_values(values_of(keys), values_of(largest), scale)
+
+
+@triton.jit
+def weights_of_values(values, largest, scale):
+    """`weights_of` of float32 values themselves; ``largest`` is finite."""
+    return (tl.exp2((values - largest) * scale) * _WEIGHT_ONE).to(tl.int64)
 
 
 @triton.jit

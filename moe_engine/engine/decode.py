@@ -1,15 +1,17 @@
 """A step in which every sequence decodes one token, in memory that never moves.
 
 All that such a step needs from the host are two integers per sequence, its slot and its position;
-the rest happens on the device: look up token ids and cache slots, run the model, take the most
-likely tokens and append them to the sequence table. So the whole of it can be captured in a CUDA
-graph, once for each batch size (see `engine.graphs`). What it takes to draw other tokens from the
-logits, five numbers per sequence, has static memory as well, and can be captured likewise.
+the rest happens on the device: look up token ids and cache slots, and run the model. So all that
+leads to the logits can be captured in a CUDA graph, once for each batch size (see `engine.graphs`).
+Choosing tokens from the logits and appending them to the sequence table (`Choice`) can be captured
+likewise; what it takes to draw, five numbers per sequence, has static memory as well.
 
 Shape legend: W rows of the largest batch, S rows of a batch, V vocabulary.
 """
 
 from __future__ import annotations
+
+import enum
 
 import numpy as np
 import torch
@@ -27,12 +29,26 @@ from moe_engine.ops.sampling import greedy_tokens, params_device, sample_tokens
 _ROW_ALIGNMENT = 16
 
 
+class Choice(enum.Enum):
+    """Ways to choose the tokens of a batch from the logits as the model made them.
+
+    Attributes:
+        MOST_LIKELY: the most likely token of every row.
+        DRAW: rows draw from all tokens; those with temperature 0 take the most likely one.
+        FILTER_AND_DRAW: the same, and rows may have top_k, top_p and min_p.
+    """
+
+    MOST_LIKELY = enum.auto()
+    DRAW = enum.auto()
+    FILTER_AND_DRAW = enum.auto()
+
+
 class DecodeStep:
     """The static memory of decode steps of up to ``max_rows`` sequences, and what runs on it.
 
     Attributes:
         max_rows: W.
-        can_draw: whether `draw` can be used here without waiting for the device.
+        choices: what `choose` can be asked for without waiting for the device.
     """
 
     def __init__(
@@ -57,7 +73,8 @@ class DecodeStep:
         self._query_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=self._device)
         self._tokens_W = torch.zeros(max_rows, dtype=torch.int64, device=self._device)
         self._params_5W = torch.zeros(5, max_rows, dtype=torch.float64, device=self._device)
-        self.can_draw = params_device(self._device) == self._device
+        can_draw = params_device(self._device) == self._device
+        self.choices = tuple(Choice) if can_draw else (Choice.MOST_LIKELY,)
 
     def load(self, slots: list[int], positions: list[int]) -> None:
         """Bring a batch to the device; the rows behind it become padding."""
@@ -73,8 +90,6 @@ class DecodeStep:
 
     def compute(self, num_rows: int, exchange: Exchange) -> torch.Tensor | None:
         """Run the loaded batch as ``num_rows`` rows; nothing here waits for the device.
-
-        The most likely token of every sequence is left in `tokens` and in the sequence table.
 
         Returns:
             Logits [S, V] on the TP group's rank 0, None elsewhere (a collective over the world).
@@ -104,12 +119,7 @@ class DecodeStep:
             exchange=exchange,
             num_tokens_1=self._rows_3W[0, :1],
         )
-        logits_SV = self._model.logits(self._model(inputs.token_ids_S, step))
-        tokens_S = self._tokens_W[:num_rows]
-        if logits_SV is not None:
-            tokens_S.copy_(greedy_tokens(logits_SV))
-        self._append(num_rows, tokens_S)
-        return logits_SV
+        return self._model.logits(self._model(inputs.token_ids_S, step))
 
     def load_draw(self, params_5B: np.ndarray) -> None:
         """Bring the parameters of `ops.sampling.sample_tokens` to the device, padding behind."""
@@ -122,27 +132,38 @@ class DecodeStep:
         params_5W[:, size:] = 0.0
         self._params_5W.copy_(host, non_blocking=True)
 
-    def draw(self, num_rows: int, logits_SV: torch.Tensor | None) -> None:
-        """Replace the tokens of the last `compute` by draws with the parameters loaded.
+    def choose(self, num_rows: int, logits_SV: torch.Tensor | None, choice: Choice) -> None:
+        """Choose the tokens that follow the last `compute`, into `tokens` and the sequence table.
+
+        Draws go by the parameters loaded. A collective over TP.
 
         Args:
             num_rows: as for `compute`.
-            logits_SV: what `compute` returned (a collective over TP).
+            logits_SV: what `compute` returned.
+            choice: one of `choices`, enough for what every row asks for.
         """
         tokens_S = self._tokens_W[:num_rows]
-        if logits_SV is not None:
-            tokens_S.copy_(sample_tokens(logits_SV, self._params_5W[:, :num_rows]))
-        self._append(num_rows, tokens_S)
+        if logits_SV is not None and choice is Choice.MOST_LIKELY:
+            greedy_tokens(logits_SV, out=tokens_S)
+        elif logits_SV is not None:
+            params_5S = self._params_5W[:, :num_rows]
+            may_filter = choice is Choice.FILTER_AND_DRAW
+            sample_tokens(logits_SV, params_5S, may_filter=may_filter, out=tokens_S)
+        self.append(tokens_S)
 
     def tokens(self, num_rows: int) -> torch.Tensor:
-        """The tokens of the last `compute` or `draw`, int64 [S]; overwritten by the next one."""
+        """The tokens of the last `choose`, int64 [S]; overwritten by the next one."""
         return self._tokens_W[:num_rows]
 
-    def replace_tokens(self, tokens_S: torch.Tensor) -> None:
-        """Take other tokens instead, those of the TP group's rank 0 (a collective over TP)."""
-        self._append(len(tokens_S), tokens_S)
+    def append(self, tokens_S: torch.Tensor) -> None:
+        """Let tokens chosen elsewhere follow the last `compute`, those of the TP group's rank 0.
 
-    def _append(self, num_rows: int, tokens_S: torch.Tensor) -> None:
+        A collective over TP.
+
+        Args:
+            tokens_S: int64, of the first rows; overwritten on other ranks.
+        """
+        num_rows = len(tokens_S)
         tokens_S = self._groups.tp.broadcast(tokens_S)
         # The token follows the row's own, so its position is the length of the row's context.
         append_tokens(

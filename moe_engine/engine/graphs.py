@@ -2,11 +2,12 @@
 
 Replaying a graph costs the host microseconds where launching a step's kernels one by one would
 cost it more than the device needs to run them. A batch is padded to the next size captured.
-Drawing tokens is a graph of its own, replayed behind the step's if not everybody takes the most
-likely token.
+A step's graph ends with the logits. Choosing tokens from them is a graph of its own, replayed
+behind it, one for each way to choose (`engine.decode.Choice`), of which a batch needs at most one.
 
-All graphs share one memory pool: only one runs at a time, and what one leaves behind (its logits)
-is used up before the next one starts, by the order of the stream.
+All graphs share one memory pool: only one runs at a time, and what a step leaves behind (its
+logits) is used up before the next step starts, by the order of the stream. Only the graphs that
+choose run while a step's logits are needed, so they are captured while these are held.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from moe_engine.dist.exchange import ExchangeSelector
-from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.decode import Choice, DecodeStep
 
 _BUCKET_STEPS = ((8, 64), (16, 128), (32, 256), (64, 512), (128, None))
 """(distance, largest size) of the batch sizes from 8 on."""
@@ -68,7 +69,7 @@ class DecodeGraphs:
         self._decode = decode
         self._exchange = exchange
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
-        self._draw_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._choice_graphs: dict[tuple[int, Choice], torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -81,8 +82,8 @@ class DecodeGraphs:
         self._decode.load([], [])
         for size in reversed(self.buckets):
             logits = self._decode.compute(size, self._exchange.select(size))
-            if self._decode.can_draw:
-                self._decode.draw(size, logits)
+            for choice in self._decode.choices:
+                self._decode.choose(size, logits, choice)
             del logits
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.buckets):
@@ -95,13 +96,13 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self._decode.compute(size, self._exchange.select(size))
         graph.replay()  # the first replay brings the graph to the device
-        if self._decode.can_draw:
+        for choice in self._decode.choices:
             # The logits are still held, so none of this graph's memory will lie over them.
-            draw_graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(draw_graph, pool=pool, capture_error_mode="thread_local"):
-                self._decode.draw(size, logits)
-            draw_graph.replay()
-            self._draw_graphs[size] = draw_graph
+            choice_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(choice_graph, pool=pool, capture_error_mode="thread_local"):
+                self._decode.choose(size, logits, choice)
+            choice_graph.replay()
+            self._choice_graphs[size, choice] = choice_graph
         self._graphs[size] = graph, None if logits is None else _unowned(logits)
 
     def pick(self, num_rows: int) -> int | None:
@@ -112,18 +113,15 @@ class DecodeGraphs:
         """Run the batch that was loaded.
 
         Returns:
-            What `DecodeStep.compute` returns, in memory that the next replay overwrites.
+            What `DecodeStep.compute` returns, in memory that the next `replay` overwrites.
         """
         graph, logits = self._graphs[size]
         graph.replay()
         return logits
 
-    def draw(self, size: int) -> None:
-        """Draw tokens for the batch that was just replayed, with the parameters that were loaded.
-
-        Only if `DecodeStep.can_draw`.
-        """
-        self._draw_graphs[size].replay()
+    def choose(self, size: int, choice: Choice) -> None:
+        """Choose tokens for the batch that was just replayed, as `DecodeStep.choose` does."""
+        self._choice_graphs[size, choice].replay()
 
 
 class _Memory:

@@ -19,7 +19,7 @@ from moe_engine.cache.kv import KVCache
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
-from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.decode import Choice, DecodeStep
 from moe_engine.engine.graphs import capturable_buckets
 from moe_engine.engine.runner import PROMPT_ROWS_AT_ONCE
 from moe_engine.engine.sampler import Sampler, SampleRow
@@ -99,8 +99,8 @@ class StepProfiler:
         if not (with_graphs and buckets):
             return StepMemory(activations, graphs=0)
         pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
-        # Drawing the tokens has fewer kernels than one layer.
-        num_layers = self._model_config.num_hidden_layers + 1
+        # Each graph that chooses tokens has fewer kernels than one layer.
+        num_layers = self._model_config.num_hidden_layers + len(Choice)
         graphs = len(buckets) * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
         return StepMemory(activations, pool + graphs)
 
@@ -147,8 +147,8 @@ class StepProfiler:
         )
         decode.load([], [])
         logits = decode.compute(num_rows, self._exchange.select(num_rows))
-        if decode.can_draw:
-            decode.draw(num_rows, logits)
+        for choice in decode.choices:
+            decode.choose(num_rows, logits, choice)
 
     def _new_table(self) -> SequenceTable:
         return SequenceTable(

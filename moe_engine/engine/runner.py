@@ -16,7 +16,7 @@ from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.engine.batch import build_batch, largest_group
-from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.decode import Choice, DecodeStep
 from moe_engine.engine.graphs import DecodeGraphs
 from moe_engine.engine.pending import PendingLogprobs, PendingStep, to_host
 from moe_engine.engine.sampler import Sampler, SampleRow
@@ -115,23 +115,38 @@ class ModelRunner:
         assert self._decode is not None
         assert self._graphs is not None
         seq_ids = [step.seq_id for step in steps]
-        is_argmax = self._sampler.is_argmax(seq_ids)
-        draws = not is_argmax and self._decode.can_draw and self._sampler.is_plain(seq_ids)
+        choice = self._choice(seq_ids)
         # All transfers come first: one between two graphs would hold up the device.
         self._decode.load(slots, [step.start for step in steps])
-        if draws:
+        if choice in (Choice.DRAW, Choice.FILTER_AND_DRAW):
             uniforms = [step.uniform for step in steps if step.uniform is not None]
             self._decode.load_draw(self._sampler.draw_params(seq_ids, uniforms))
         logits_SV = self._graphs.replay(size)
         tokens_B = self._decode.tokens(len(steps))
         logits_BV = None if logits_SV is None else logits_SV[: len(steps)]
-        if draws:
-            self._graphs.draw(size)
-        elif not is_argmax:  # else the graph has taken the most likely tokens
+        if choice is not None:
+            self._graphs.choose(size, choice)
+        else:
             if logits_BV is not None:
                 tokens_B = self._sampler.sample(logits_BV, self._sample_rows(steps))
-            self._decode.replace_tokens(tokens_B)
+            self._decode.append(tokens_B)
         self._send_tokens(logits_BV, tokens_B, steps, pending)
+
+    def _choice(self, seq_ids: list[int]) -> Choice | None:
+        """The least that gives all of them what they ask for, None if only the sampler does.
+
+        The same on every rank of the TP group.
+        """
+        assert self._decode is not None
+        if self._sampler.is_argmax(seq_ids):
+            choice = Choice.MOST_LIKELY
+        elif not self._sampler.is_plain(seq_ids):
+            return None
+        elif self._sampler.filters(seq_ids):
+            choice = Choice.FILTER_AND_DRAW
+        else:
+            choice = Choice.DRAW
+        return choice if choice in self._decode.choices else None
 
     def _compute(
         self, plan: StepPlan, group: GroupPlan, slots: list[int], pending: PendingStep

@@ -94,6 +94,12 @@ class _SequenceState:
         """Whether the most likely token of the raw logits is always the one."""
         return self.is_plain and self.draw[0] == 0.0
 
+    @property
+    def filters(self) -> bool:
+        """Whether top_k, top_p or min_p may keep a token from being drawn."""
+        temperature, top_k, top_p, min_p = self.draw
+        return temperature > 0.0 and (top_k > 0.0 or top_p < 1.0 or min_p > 0.0)
+
 
 class Sampler:
     """Samples the sequences of one DP group and remembers what their penalties need."""
@@ -105,6 +111,7 @@ class Sampler:
         self._states: dict[int, _SequenceState] = {}
         self._not_argmax: set[int] = set()
         self._not_plain: set[int] = set()
+        self._filtering: set[int] = set()
         self._with_logprobs: set[int] = set()
         self._one = torch.ones(1, dtype=torch.int32, device=device)
 
@@ -139,6 +146,8 @@ class Sampler:
             self._not_argmax.add(sequence.seq_id)
         if not state.is_plain:
             self._not_plain.add(sequence.seq_id)
+        if state.filters:
+            self._filtering.add(sequence.seq_id)
         if params.logprobs is not None:
             self._with_logprobs.add(sequence.seq_id)
 
@@ -147,6 +156,7 @@ class Sampler:
         del self._states[seq_id]
         self._not_argmax.discard(seq_id)
         self._not_plain.discard(seq_id)
+        self._filtering.discard(seq_id)
         self._with_logprobs.discard(seq_id)
 
     def is_argmax(self, seq_ids: Iterable[int]) -> bool:
@@ -162,6 +172,10 @@ class Sampler:
         They have no logit bias, no stop ids to hold back and no penalties.
         """
         return self._not_plain.isdisjoint(seq_ids)
+
+    def filters(self, seq_ids: Iterable[int]) -> bool:
+        """Whether any of them draws with top_k, top_p or min_p."""
+        return not self._filtering.isdisjoint(seq_ids)
 
     def draw_params(self, seq_ids: Sequence[int], uniforms: Sequence[float]) -> np.ndarray:
         """What `moe_engine.ops.sampling.sample_tokens` needs to know of rows, float64 [5, B]."""
@@ -191,7 +205,8 @@ class Sampler:
         params_5B = self.draw_params([row.seq_id for row in rows], [row.uniform for row in rows])
         if params_5B[0].any():
             on_device = to_device(params_5B, torch.float64, params_device(self._device))
-            tokens_B = sample_tokens(logits_BV, on_device)
+            may_filter = self.filters(row.seq_id for row in rows)
+            tokens_B = sample_tokens(logits_BV, on_device, may_filter=may_filter)
         else:
             tokens_B = greedy_tokens(logits_BV)
         for i, state in enumerate(states):

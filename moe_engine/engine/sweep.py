@@ -95,7 +95,8 @@ class StepSweep:
                 params_5R = torch.zeros(
                     5, num_rows, dtype=torch.float64, device=params_device(self._device)
                 )
-                sample_tokens(logits_RV[:num_rows], params_5R)
+                for may_filter in (True, False):
+                    sample_tokens(logits_RV[:num_rows], params_5R, may_filter=may_filter)
                 greedy_tokens(logits_RV[:num_rows])
 
     def _decode(self, max_rows: int) -> None:
@@ -107,8 +108,8 @@ class StepSweep:
             exchange = self._exchange.select(num_rows)
             if exchange.is_capturable:
                 logits_SV = decode.compute(num_rows, exchange)
-                if decode.can_draw:
-                    decode.draw(num_rows, logits_SV)
+                for choice in decode.choices:
+                    decode.choose(num_rows, logits_SV, choice)
 
     def _compute(self, num_decodes: int, span_lens: list[int]) -> None:
         """A step of any kind."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
+from moe_engine.ops.embedding import embedding
 
 
 class VocabShard(nn.Module):
@@ -46,12 +47,7 @@ class VocabEmbedding(VocabShard):
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, H] of int64 token ids in [0, V)."""
-        if self.tp.size == 1:
-            return F.embedding(token_ids_T, self.weight)
-        elsewhere = (token_ids_T < self.first) | (token_ids_T >= self.last)
-        rows = (token_ids_T - self.first).masked_fill(elsewhere, 0)
-        x_TH = F.embedding(rows, self.weight).masked_fill(elsewhere[:, None], 0.0)
-        return self.tp.all_reduce(x_TH)
+        return self.tp.all_reduce(embedding(token_ids_T, self.weight, self.first, self.last))
 
 
 class OutputHead(nn.Module):

@@ -102,6 +102,8 @@ class ForcedEngine:
         self._runner._model.register_forward_hook(self._keep_hidden)
         self._replay = self._runner._graphs.replay
         self._runner._graphs.replay = self._run_bucket
+        # The tokens are forced, so none need to be chosen.
+        self._runner._graphs.choose = lambda size, choice: None
 
     @torch.inference_mode()
     def prefill(self, sequences: list[Tokens], chunk: int | None = None) -> list[torch.Tensor]:

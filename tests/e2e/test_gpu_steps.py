@@ -8,6 +8,7 @@ too; `test_gpu_hopper_steps` has those that run by these kernels.
 """
 
 import gc
+import itertools
 import random
 
 import pytest
@@ -15,9 +16,15 @@ import torch
 
 from moe_engine import SamplingParams
 from moe_engine.config.engine import GIB
-from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.decode import Choice, DecodeStep
 from moe_engine.types.messages import AddRequest
-from tests.unit.runner_world import DRAWN_KINDS, GREEDY_KINDS, RunnerWorld, mixed_requests
+from tests.unit.runner_world import (
+    DRAWN_KINDS,
+    GREEDY_KINDS,
+    KINDS_OF_CHOICES,
+    RunnerWorld,
+    mixed_requests,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -86,13 +93,28 @@ def test_mixed_steps_of_all_kinds_of_requests(tmp_path, plain, cuda_graphs, dept
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_tokens_are_drawn_in_graphs(tmp_path, plain, depth):
-    """Nobody's logits are changed, so steps in which all decode have a graph for the draws too."""
+    """Nobody's logits are changed, so steps in which all decode have graphs that choose, too."""
     kinds = (*DRAWN_KINDS, GREEDY_KINDS[0], {"temperature": 0.6, "top_k": 20, "top_p": 0.95})
     requests = mixed_requests(random.Random(7), 24, kinds=kinds)
     world = RunnerWorld(tmp_path, dtype="float32", pipeline_depth=depth, **GPU)
-    draw_graphs = world.runner._graphs._draw_graphs
-    assert sorted(draw_graphs) == world.runner._graphs.buckets
+    graphs = world.runner._graphs
+    assert set(graphs._choice_graphs) == set(itertools.product(graphs.buckets, Choice))
     assert_same_tokens(world.run(requests), alone(plain, requests))
+
+
+@pytest.mark.parametrize("choice", Choice)
+def test_each_choice_has_a_graph_that_takes_the_right_tokens(tmp_path, plain, choice):
+    requests = mixed_requests(random.Random(8), 24, kinds=KINDS_OF_CHOICES[choice])
+    world = RunnerWorld(tmp_path, dtype="float32", **GPU)
+    choose, chosen = world.runner._graphs.choose, set()
+
+    def choose_and_record(size, choice):
+        chosen.add(choice)
+        choose(size, choice)
+
+    world.runner._graphs.choose = choose_and_record
+    assert_same_tokens(world.run(requests), alone(plain, requests))
+    assert chosen == {choice}
 
 
 def test_preempted_requests_go_on_where_they_were(tmp_path, plain):

@@ -7,7 +7,7 @@ from moe_engine.config import EngineConfig
 from moe_engine.config.flat import build_config
 from moe_engine.dist.groups import single_rank_groups
 from moe_engine.dist.layout import RankLayout
-from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.decode import Choice, DecodeStep
 from moe_engine.engine.graphs import graph_buckets, pick_bucket
 from moe_engine.engine.rank_main import _make_scheduler
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
@@ -41,7 +41,7 @@ class UncapturedGraphs:
     def __init__(self, decode, exchange):
         self.buckets = graph_buckets(decode.max_rows)
         self.sizes_run = []
-        self.sizes_drawn = []
+        self.chosen = []
         self._decode = decode
         self._exchange = exchange
 
@@ -53,9 +53,13 @@ class UncapturedGraphs:
         self._logits = self._decode.compute(size, self._exchange.select(size))
         return self._logits
 
-    def draw(self, size):
-        self.sizes_drawn.append(size)
-        self._decode.draw(size, self._logits)
+    @property
+    def sizes_drawn(self):
+        return [size for size, choice in self.chosen if choice is not Choice.MOST_LIKELY]
+
+    def choose(self, size, choice):
+        self.chosen.append((size, choice))
+        self._decode.choose(size, self._logits, choice)
 
 
 class RunnerWorld:
@@ -129,6 +133,16 @@ ADJUSTED_KINDS = (
     {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
     {"temperature": 0.0, "logit_bias": {5: 3.0}, "min_tokens": 3},
 )
+# By what a batch of them needs, whichever of them it has.
+KINDS_OF_CHOICES = {
+    Choice.MOST_LIKELY: GREEDY_KINDS,
+    Choice.DRAW: ({"temperature": 1.0}, {"temperature": 0.5, "logprobs": 1}),
+    Choice.FILTER_AND_DRAW: (
+        {"temperature": 0.8, "top_k": 20},
+        {"temperature": 1.2, "top_p": 0.9},
+        {"temperature": 1.0, "min_p": 0.05},
+    ),
+}
 ALL_KINDS = (*GREEDY_KINDS, *DRAWN_KINDS, *ADJUSTED_KINDS)
 
 

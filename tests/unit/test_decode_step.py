@@ -2,11 +2,20 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
+from moe_engine.engine.decode import Choice
 from moe_engine.types.sampling import SamplingParams
-from tests.unit.runner_world import DRAWN_KINDS, GREEDY_KINDS, RunnerWorld, mixed_requests
+from tests.unit.runner_world import (
+    ADJUSTED_KINDS,
+    DRAWN_KINDS,
+    GREEDY_KINDS,
+    KINDS_OF_CHOICES,
+    RunnerWorld,
+    mixed_requests,
+)
 
 
 def assert_same_outputs(found, expected):
@@ -43,11 +52,75 @@ def test_tokens_are_drawn_in_static_memory_whatever_was_there(tmp_path, depth):
     assert {4, 8, 9} <= set(world.runner._graphs.sizes_drawn)
 
 
-def test_a_batch_of_greedy_rows_draws_nothing(tmp_path):
+def choices_of(world):
+    return {choice for _, choice in world.runner._graphs.chosen}
+
+
+@pytest.mark.parametrize("choice", Choice)
+def test_a_batch_is_chosen_from_by_no_more_than_it_needs(tmp_path, choice):
+    requests = mixed_requests(random.Random(6), 12, kinds=KINDS_OF_CHOICES[choice])
+    expected = RunnerWorld(tmp_path).run(requests)
     world = RunnerWorld(tmp_path, with_decode_steps=True)
-    world.run(mixed_requests(random.Random(6), 12, kinds=GREEDY_KINDS))
+    assert_same_outputs(world.run(requests), expected)
+    assert choices_of(world) == {choice}
+    assert len(world.runner._graphs.chosen) == len(world.runner._graphs.sizes_run)
+
+
+def test_one_row_that_filters_is_enough_to_filter(tmp_path):
+    common = {"max_tokens": 6, "ignore_eos": True}
+    kinds = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}]
+    requests = [([1, 2], SamplingParams(**kind, **common, seed=1)) for kind in kinds]
+    world = RunnerWorld(tmp_path, with_decode_steps=True)
+    outputs = world.run(requests)
+    assert choices_of(world) == {Choice.FILTER_AND_DRAW}
+    alone = [RunnerWorld(tmp_path).run([request])[0] for request in requests]
+    assert_same_outputs(outputs, alone)
+    world.run(requests[:2])
+    assert choices_of(world) == {Choice.FILTER_AND_DRAW, Choice.DRAW}
+
+
+def test_nothing_is_chosen_before_logits_are_changed(tmp_path):
+    world = RunnerWorld(tmp_path, with_decode_steps=True)
+    world.run(mixed_requests(random.Random(6), 6, kinds=ADJUSTED_KINDS))
     assert world.runner._graphs.sizes_run
-    assert not world.runner._graphs.sizes_drawn
+    assert not world.runner._graphs.chosen
+
+
+def test_where_draws_wait_for_the_device_only_the_most_likely_are_chosen(tmp_path, monkeypatch):
+    requests = mixed_requests(random.Random(9), 12, kinds=(*GREEDY_KINDS, *DRAWN_KINDS))
+    expected = RunnerWorld(tmp_path).run(requests)
+    elsewhere = torch.device("meta")
+    monkeypatch.setattr("moe_engine.engine.decode.params_device", lambda device: elsewhere)
+    world = RunnerWorld(tmp_path, with_decode_steps=True)
+    assert world.runner._decode.choices == (Choice.MOST_LIKELY,)
+    assert_same_outputs(world.run(requests), expected)
+    assert choices_of(world) <= {Choice.MOST_LIKELY}
+    assert len(world.runner._graphs.sizes_run) > len(world.runner._graphs.chosen)
+
+
+@pytest.mark.parametrize("choice", Choice)
+def test_tokens_reach_the_table_when_they_are_chosen(tmp_path, choice):
+    world = RunnerWorld(tmp_path, with_decode_steps=True)
+    runner, decode = world.runner, world.runner._decode
+    table = runner._table
+    with torch.inference_mode():
+        table.tokens_NC.fill_(-1)
+        table.tokens_NC[[3, 5], [0, 2]] = torch.tensor([11, 12], dtype=torch.int32)
+        table.blocks_NB[[3, 5], 0] = torch.tensor([1, 2], dtype=torch.int32)
+        before = table.tokens_NC.tolist()
+        decode.load([3, 5], [0, 2])
+        logits = decode.compute(4, runner._exchange.select(4))
+        assert table.tokens_NC.tolist() == before
+        # The second row draws the last token, unless top_k leaves it but one.
+        top_k, almost_one = int(choice is Choice.FILTER_AND_DRAW), 1.0 - 2.0**-53
+        decode.load_draw(np.array([[0, 1], [0, top_k], [1, 1], [0, 0], [0.5, almost_one]]))
+        decode.choose(4, logits, choice)
+    best = logits.argmax(1).tolist()
+    assert logits[1].min() > -10  # so that every token has its part of the interval
+    expected = [best[0], 96 if choice is Choice.DRAW else best[1]]
+    assert decode.tokens(2).tolist() == expected
+    before[3][1], before[5][3] = expected
+    assert table.tokens_NC.tolist() == before
 
 
 @pytest.mark.parametrize("size", range(1, 10))
@@ -82,7 +155,9 @@ def test_padding_rows_write_nothing(tmp_path):
     ]
     with torch.inference_mode():
         decode.load([], [])
-        decode.compute(8, runner._exchange.select(8))
+        logits = decode.compute(8, runner._exchange.select(8))
+        for choice in decode.choices:
+            decode.choose(8, logits, choice)
     after = [
         runner._table.tokens_NC,
         *(part for layer in range(2) for part in runner._kv.layer(layer)),

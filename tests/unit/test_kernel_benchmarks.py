@@ -233,7 +233,7 @@ def test_sampling_is_held_against_reading_the_logits_once(sampling_on_the_cpu: A
 
 def test_wrong_samples_are_not_timed(sampling_on_the_cpu: Any, monkeypatch: Any) -> None:
     for name in ("sample_tokens", "greedy_tokens"):
-        monkeypatch.setattr(bench_sampling, name, lambda logits, *_: logits.argmin(dim=1))
+        monkeypatch.setattr(bench_sampling, name, lambda logits, *_, **__: logits.argmin(dim=1))
     monkeypatch.setattr(bench_sampling, "seconds_per_call", lambda calls: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="row 0"):
         bench_sampling.measure("top_p 0.95", 3.0, sampling_on_the_cpu, READING)

@@ -100,6 +100,25 @@ def test_rows_are_plain_unless_something_changes_their_logits():
     assert sampler.is_plain([0, 1])  # nothing of a retired sequence stays behind
 
 
+def test_rows_filter_if_a_draw_may_lose_a_token():
+    options = (
+        ({"temperature": 0.7}, False),
+        ({"temperature": 0.7, "top_k": 3}, True),
+        ({"temperature": 0.7, "top_k": 20}, False),  # as many as the vocabulary has
+        ({"temperature": 0.7, "top_k": -1}, False),
+        ({"temperature": 0.7, "top_p": 0.99}, True),
+        ({"temperature": 0.7, "min_p": 0.01}, True),
+        ({"temperature": 1e-6, "top_k": 3, "top_p": 0.5, "min_p": 0.1}, False),
+        ({"temperature": 0.7, "top_k": 3, "repetition_penalty": 1.1}, True),
+    )
+    sampler = sampler_of(20, *(Reference(SamplingParams(**some), [1]) for some, _ in options))
+    for seq_id, (_, filters) in enumerate(options):
+        assert sampler.filters([seq_id]) == sampler.filters([0, seq_id]) == filters
+    assert not sampler.filters([])
+    sampler.retire(1)
+    assert not sampler.filters([0, 1])  # nothing of a retired sequence stays behind
+
+
 def test_draw_params_say_what_each_row_asked_for():
     options = (
         {"temperature": 0.6, "top_k": 20, "top_p": 0.95},

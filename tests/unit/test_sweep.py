@@ -100,7 +100,7 @@ def test_sweep_runs_steps_of_all_sizes_on_the_first_layers(tmp_path, monkeypatch
         )
     monkeypatch.setattr(
         "moe_engine.engine.sweep.sample_tokens",
-        lambda logits, params: sampled.add((len(logits), logits.dtype)),
+        lambda logits, params, may_filter: sampled.add((len(logits), logits.dtype, may_filter)),
     )
     monkeypatch.setattr(
         "moe_engine.engine.sweep.greedy_tokens", lambda logits: decoded.add(len(logits))
@@ -113,7 +113,7 @@ def test_sweep_runs_steps_of_all_sizes_on_the_first_layers(tmp_path, monkeypatch
     if with_graphs:
         expected |= {(layer, size, True) for layer in (0, 1) for size in rows}
     assert attended == expected
-    assert sampled == {(size, torch.float32) for size in rows}
+    assert sampled == {(size, torch.float32, some) for size in rows for some in (True, False)}
     assert decoded == set(rows)
     assert len(model.layers) == 4
 

@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(32 * kWarps, kSmWarps / kWarps)
     block_decode_kernel(const Problem p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kHeads = 8 * kHeadTiles;
+  static_assert(32 * kWarps >= 8 * (kHeads + 2));
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<kHeadTiles, kWarps>*>(shared_bytes);
   const int warp = threadIdx.x / 32;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(32 * kWarps, kSmWarps / kWarps)
   }
 
   const bool has_new = context_len > 0 && (num_pieces - 1) % num_shares == share;
-  prepare_heads<32 * kWarps>(p, sequence, kv_head, has_new, shared.queries, shared.fresh);
+  prepare_heads(p, sequence, kv_head, has_new, shared.queries, shared.fresh);
   __syncthreads();
 
   auto found = Found<kHeadTiles>::nothing();
@@ -156,12 +157,8 @@ void block_decode(const DecodeAttentionArgs& args, int num_warps, cudaStream_t s
     launch_blocks<12>(p, args.num_sequences, stream);
   } else if (num_warps == 6) {
     launch_blocks<6>(p, args.num_sequences, stream);
-  } else if (num_warps == 4) {
-    launch_blocks<4>(p, args.num_sequences, stream);
-  } else if (num_warps == 3) {
-    launch_blocks<3>(p, args.num_sequences, stream);
   } else {
-    throw std::invalid_argument("thread blocks have 3, 4, 6 or 12 warps, not " +
+    throw std::invalid_argument("thread blocks have 6 or 12 warps, not " +
                                 std::to_string(num_warps));
   }
 }

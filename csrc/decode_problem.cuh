@@ -125,59 +125,57 @@ __device__ __forceinline__ Head load_head(const Problem& p, int sequence, int nu
 }
 
 // Waits for the projection and prepares the queries of a KV head of a sequence, and, if `has_new`,
-// the key and the value of its new token, which also go to the cache. Called by all kThreads
-// threads of a block: eight prepare a head.
-template <int kThreads, int kHeads>
+// the key and the value of its new token, which also go to the cache. Called by all threads of a
+// block: eight prepare a head, so the first 8 * (kHeads + 2) have something to do.
+template <int kHeads>
 __device__ __forceinline__ void prepare_heads(const Problem& p, int sequence, int kv_head,
                                               bool has_new,
                                               __nv_bfloat16 (&queries)[kHeads][kQueryPitch],
                                               __nv_bfloat16 (&fresh)[2][kDim]) {
   const int group = p.num_heads / p.num_kv_heads;
+  const int row = threadIdx.x / 8;
   const int part = threadIdx.x % 8;
+  const bool is_key = row == kHeads;
+  const bool is_value = row == kHeads + 1;
+  const bool is_new = (is_key || is_value) && has_new;
+  const bool is_query = row < group;
   const std::int64_t slot = p.slots[sequence];
   const std::int64_t angle = p.positions[sequence] * kHalf + 8 * part;
   wait_for_previous_kernels();
+  if (threadIdx.x / 32 * 4 >= kHeads + 2) return;  // whole warps
+
+  Head head{};
+  if (is_query || is_new) {
+    const int number =
+        is_query ? kv_head * group + row : p.num_heads + (is_key ? 0 : p.num_kv_heads) + kv_head;
+    head = load_head(p, sequence, number, part);
+  }
+  // Asked for only now, for want of registers.
+  const auto* const norm_weight =
+      reinterpret_cast<const uint4*>(is_key ? p.k_weight : p.q_weight) + part;
+  const Head weight{norm_weight[0], norm_weight[8]};
+  float cos[8];
+  float sin[8];
 #pragma unroll
-  for (int first = 0; first < kHeads + 2; first += kThreads / 8) {
-    if (first + static_cast<int>(threadIdx.x) / 32 * 4 >= kHeads + 2) return;  // whole warps
-    const int row = first + threadIdx.x / 8;
-    const bool is_key = row == kHeads;
-    const bool is_value = row == kHeads + 1;
-    const bool is_new = (is_key || is_value) && has_new;
-    const bool is_query = row < group;
-    Head head{};
-    if (is_query || is_new) {
-      const int number =
-          is_query ? kv_head * group + row : p.num_heads + (is_key ? 0 : p.num_kv_heads) + kv_head;
-      head = load_head(p, sequence, number, part);
-    }
-    // Asked for only now, for want of registers.
-    const auto* const norm_weight =
-        reinterpret_cast<const uint4*>(is_key ? p.k_weight : p.q_weight) + part;
-    const Head weight{norm_weight[0], norm_weight[8]};
-    float cos[8];
-    float sin[8];
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      *reinterpret_cast<float4*>(cos + i) = *reinterpret_cast<const float4*>(p.cos + angle + i);
-      *reinterpret_cast<float4*>(sin + i) = *reinterpret_cast<const float4*>(p.sin + angle + i);
-    }
-    const Head rotated = norm_and_rotate(head, weight, cos, sin, p.eps);
-    if (!is_value) head = rotated;
-    if (row < kHeads) {
-      auto* const to = reinterpret_cast<uint4*>(queries[row]) + part;
-      to[0] = head.first;
-      to[8] = head.second;
-    } else if (is_new) {
-      auto* const to = reinterpret_cast<uint4*>(fresh[is_value]) + part;
-      to[0] = head.first;
-      to[8] = head.second;
-      if (slot >= 0) {
-        auto* const cached = reinterpret_cast<uint4*>(is_value ? p.v_cache : p.k_cache) +
-                             (slot * p.num_kv_heads + kv_head) * kVectors + part;
-        cached[0] = head.first;
-        cached[8] = head.second;
-      }
+  for (int i = 0; i < 8; i += 4) {
+    *reinterpret_cast<float4*>(cos + i) = *reinterpret_cast<const float4*>(p.cos + angle + i);
+    *reinterpret_cast<float4*>(sin + i) = *reinterpret_cast<const float4*>(p.sin + angle + i);
+  }
+  const Head rotated = norm_and_rotate(head, weight, cos, sin, p.eps);
+  if (!is_value) head = rotated;
+  if (row < kHeads) {
+    auto* const to = reinterpret_cast<uint4*>(queries[row]) + part;
+    to[0] = head.first;
+    to[8] = head.second;
+  } else if (is_new) {
+    auto* const to = reinterpret_cast<uint4*>(fresh[is_value]) + part;
+    to[0] = head.first;
+    to[8] = head.second;
+    if (slot >= 0) {
+      auto* const cached = reinterpret_cast<uint4*>(is_value ? p.v_cache : p.k_cache) +
+                           (slot * p.num_kv_heads + kv_head) * kVectors + part;
+      cached[0] = head.first;
+      cached[8] = head.second;
     }
   }
 }

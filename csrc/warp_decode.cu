@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 ? 2 : 1)
   const int last_piece = (num_pieces - 1) % stride;
   const bool has_new =
       context_len > 0 && last_piece / kClusterWarps == share && last_piece % kBlocks == rank;
-  prepare_heads<32 * kWarps>(p, sequence, kv_head, has_new, shared.queries, shared.fresh);
+  prepare_heads(p, sequence, kv_head, has_new, shared.queries, shared.fresh);
   __syncthreads();
 
   auto found = Found<kHeadTiles>::nothing();

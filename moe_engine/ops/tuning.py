@@ -6,13 +6,13 @@ name in its ``device``. An entry is for one shape, as a rank sees it. A GPU with
 shape without an entry get defaults, and so does a choice that an entry leaves out.
 
 Every choice is a list of limits and what runs up to them, in the file as in `Steps`; the last has
-no limit, null in the file. Example, the norm and router of one model, in one launch for up to 16
+no limit, null in the file. Example, the norm and router of one model, in one launch for up to 64
 rows and in two beyond:
 
     {"device": "NVIDIA H200",
      "runs": {"qwen3-30b-a3b": {"date": "2026-11-25", "torch": "2.11.0", ...}},
      "norm_router": [{"shape": {"hidden": 2048, "num_experts": 128},
-                      "choices": {"kernels": [[16, "fused"], [null, "separate"]]},
+                      "choices": {"kernels": [[64, "fused"], [null, "separate"]]},
                       "measured": {"run": "qwen3-30b-a3b", "steps": [...]}}]}
 """
 
@@ -69,7 +69,7 @@ class Launch:
         is_right = all(
             type(value) is int and value > 0 for value in (self.max_shares, self.min_tokens)
         )
-        if self.block_warps not in (0, 3, 4, 6, 12) or not is_right:
+        if self.block_warps not in (0, 6, 12) or not is_right:
             raise ValueError(f"no kernel can be launched by {self}")
 
 
@@ -155,7 +155,7 @@ class NormRouterChoices(Choices):
 
     VALUES: ClassVar = {"kernels": ("fused", "separate")}
 
-    kernels: Steps[str] = ((16, "fused"), (INF, "separate"))
+    kernels: Steps[str] = ((64, "fused"), (INF, "separate"))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ tokens).
 
 Memory-bound: a program holds some heads of some tokens in registers, the two halves of each head
 side by side, since the rotation pairs their elements. All its loads are independent, but for the
-angles, which wait for the positions. A few tokens' programs all start together and read positions
-and angles while the kernel before them ends; of many, most start later, and have their heads on the
-way before they wait for a position.
+angles, which wait for the positions.
 
 Decode attention (`paged_decode`) prepares its heads itself, with the functions of this file. They
 leave the compiler no rounding: multiplications and additions are fused where the code says so. A
@@ -27,8 +25,6 @@ from .launch import launch_kernel
 # (most tokens, heads a program, tokens a program, warps): the first row that fits. One token
 # spreads over as many programs as it can; a large batch wants more bytes in flight a program.
 LAUNCHES = ((16, 8, 1, 2), (512, 16, 1, 4), (1 << 62, 8, 2, 4))
-# Beyond so many tokens, heads are loaded before positions.
-HEADS_FIRST_TOKENS = 512
 
 
 @triton.jit
@@ -50,47 +46,6 @@ def _load_summed(pointers, mask, part_stride, NUM_PARTS: tl.constexpr, DTYPE: tl
     for part in tl.static_range(1, NUM_PARTS):
         total += tl.load(pointers + part * part_stride, mask=mask, other=0.0)
     return total.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
-def load_heads(
-    token_ptr_R,
-    part_stride,
-    head_R,
-    there_R,
-    F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Both halves of each row's head, float32 [R, F], 0 where not there; see `prepare_heads`."""
-    dims_F = tl.arange(0, BLOCK_F)[None, :]
-    mask_RF = there_R[:, None] & (dims_F < F)
-    head_RF = (token_ptr_R + head_R * (2 * F))[:, None] + dims_F
-    first_RF = _load_summed(head_RF, mask_RF, part_stride, NUM_PARTS, DTYPE)
-    second_RF = _load_summed(head_RF + F, mask_RF, part_stride, NUM_PARTS, DTYPE)
-    return first_RF, second_RF
-
-
-@triton.jit
-def norm_and_rotate(
-    first_RF, second_RF, head_R, cos_RF, sin_RF, weights, eps, N: tl.constexpr, G: tl.constexpr,
-    F: tl.constexpr,
-):  # fmt: skip
-    """What `load_heads` returned with queries and keys prepared; see `prepare_heads`."""
-    first_q_F, second_q_F, first_k_F, second_k_F = weights
-    is_q_R1 = (head_R < N)[:, None]
-    is_v_R1 = (head_R >= N + G)[:, None]
-    square_RF = tl.fma(first_RF, first_RF, second_RF * second_RF)
-    square_R1 = tl.sum(square_RF, axis=1, keep_dims=True)
-    scale_R1 = tl.rsqrt(square_R1 / (2 * F) + eps)
-    a_RF = first_RF * scale_R1 * tl.where(is_q_R1, first_q_F, first_k_F)
-    b_RF = second_RF * scale_R1 * tl.where(is_q_R1, second_q_F, second_k_F)
-    cos_RF = tl.broadcast_to(cos_RF, a_RF.shape)
-    sin_RF = tl.broadcast_to(sin_RF, a_RF.shape)
-    first_RF = tl.where(is_v_R1, first_RF, tl.fma(a_RF, cos_RF, -(b_RF * sin_RF)))
-    second_RF = tl.where(is_v_R1, second_RF, tl.fma(b_RF, cos_RF, a_RF * sin_RF))
-    return first_RF, second_RF
 
 
 @triton.jit
@@ -119,10 +74,26 @@ def prepare_heads(
         cos_RF, sin_RF: of the token's position; also [1, F].
         weights: what `load_norm_weights` returned.
     """
-    first_RF, second_RF = load_heads(
-        token_ptr_R, part_stride, head_R, there_R, F, BLOCK_F, NUM_PARTS, DTYPE
-    )
-    return norm_and_rotate(first_RF, second_RF, head_R, cos_RF, sin_RF, weights, eps, N, G, F)
+    D: tl.constexpr = 2 * F
+    first_q_F, second_q_F, first_k_F, second_k_F = weights
+    is_q_R1 = (head_R < N)[:, None]
+    is_v_R1 = (head_R >= N + G)[:, None]
+    dims_F = tl.arange(0, BLOCK_F)[None, :]
+    mask_RF = there_R[:, None] & (dims_F < F)
+    head_RF = (token_ptr_R + head_R * D)[:, None] + dims_F
+    first_RF = _load_summed(head_RF, mask_RF, part_stride, NUM_PARTS, DTYPE)
+    second_RF = _load_summed(head_RF + F, mask_RF, part_stride, NUM_PARTS, DTYPE)
+
+    square_RF = tl.fma(first_RF, first_RF, second_RF * second_RF)
+    square_R1 = tl.sum(square_RF, axis=1, keep_dims=True)
+    scale_R1 = tl.rsqrt(square_R1 / D + eps)
+    a_RF = first_RF * scale_R1 * tl.where(is_q_R1, first_q_F, first_k_F)
+    b_RF = second_RF * scale_R1 * tl.where(is_q_R1, second_q_F, second_k_F)
+    cos_RF = tl.broadcast_to(cos_RF, a_RF.shape)
+    sin_RF = tl.broadcast_to(sin_RF, a_RF.shape)
+    first_RF = tl.where(is_v_R1, first_RF, tl.fma(a_RF, cos_RF, -(b_RF * sin_RF)))
+    second_RF = tl.where(is_v_R1, second_RF, tl.fma(b_RF, cos_RF, a_RF * sin_RF))
+    return first_RF, second_RF
 
 
 @triton.jit
@@ -177,7 +148,6 @@ def _norm_rope_kernel(
     BLOCK_F: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     HAS_OWN: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Norm, rotate and store BLOCK_A heads of BLOCK_T tokens.
@@ -200,32 +170,22 @@ def _norm_rope_kernel(
     dims_F = tl.arange(0, BLOCK_F)[None, :]
     mask_RF = there_R[:, None] & (dims_F < F)
 
-    token_ptr_R = qkv_ptr + token_R.to(tl.int64) * qkv_stride
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    if HEADS_FIRST:
-        if USE_PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
-        first_RF, second_RF = load_heads(
-            token_ptr_R, qkv_part_stride, head_R, there_R, F, BLOCK_F, NUM_PARTS, dtype
-        )
     # Step inputs: complete before the step's first kernel began, so there is no wait for them.
     position_R = tl.load(position_ptr + token_R, mask=there_R, other=0)
     slot_R = tl.load(slot_ptr + token_R, mask=there_R, other=-1)
-    weights = load_norm_weights(q_weight_ptr, k_weight_ptr, F, BLOCK_F)
     angle_RF = position_R[:, None] * F + dims_F
     cos_RF = tl.load(cos_ptr + angle_RF, mask=mask_RF, other=0.0).to(tl.float32)
     sin_RF = tl.load(sin_ptr + angle_RF, mask=mask_RF, other=0.0).to(tl.float32)
-    if not HEADS_FIRST:
-        if USE_PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
-        first_RF, second_RF = load_heads(
-            token_ptr_R, qkv_part_stride, head_R, there_R, F, BLOCK_F, NUM_PARTS, dtype
-        )
-    first_RF, second_RF = norm_and_rotate(
-        first_RF, second_RF, head_R, cos_RF, sin_RF, weights, eps, N, G, F
-    )
+    weights = load_norm_weights(q_weight_ptr, k_weight_ptr, F, BLOCK_F)
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+    token_ptr_R = qkv_ptr + token_R.to(tl.int64) * qkv_stride
+    first_RF, second_RF = prepare_heads(
+        token_ptr_R, qkv_part_stride, head_R, there_R, cos_RF, sin_RF, weights, eps, N, G, F,
+        BLOCK_F, NUM_PARTS, q_ptr.dtype.element_ty,
+    )  # fmt: skip
     q_RF = q_ptr + ((token_R.to(tl.int64) * N + head_R) * D)[:, None] + dims_F
     to_q_RF = mask_RF & (head_R < N)[:, None]
     tl.store(q_RF, first_RF.to(q_ptr.dtype.element_ty), mask=to_q_RF)
@@ -307,7 +267,6 @@ def norm_rope_write(
         BLOCK_F=triton.next_power_of_2(head_dim // 2),
         NUM_PARTS=len(qkv) if qkv.dim() == 3 else 1,
         HAS_OWN=own_kv_2TGD is not None,
-        HEADS_FIRST=num_tokens > HEADS_FIRST_TOKENS,
         USE_PDL=use_pdl,
         num_warps=num_warps,
         launch_pdl=use_pdl,

@@ -163,27 +163,6 @@ def test_every_launch_computes_the_same(launch: tuple[int, int, int]) -> None:
     check(make_inputs(7, (8, 2, 16), torch.float32), with_own=True, launch=launch)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("num_parts", [None, 3])
-def test_heads_may_be_loaded_before_their_positions(
-    monkeypatch: pytest.MonkeyPatch, num_parts: int | None, dtype: torch.dtype
-) -> None:
-    """As for many tokens; the same bits as for few."""
-    from moe_engine.kernels import norm_rope
-
-    inputs = make_inputs(7, (4, 2, 16), dtype)
-    if num_parts is not None:
-        parts = torch.randn(num_parts, *inputs.qkv_TX.shape, device=DEVICE)
-        inputs = replace(inputs, qkv_TX=parts)
-    results = []
-    for limit in (norm_rope.HEADS_FIRST_TOKENS, 6):
-        monkeypatch.setattr(norm_rope, "HEADS_FIRST_TOKENS", limit)
-        cache, own_kv = inputs.cache(16, dtype), inputs.own_kv()
-        results.append((run_kernel(inputs, cache, own_kv_2TGD=own_kv), *cache, own_kv))
-    assert not results[0][0].isnan().any()
-    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("num_parts", [1, 4])
 def test_parts_of_the_projection_are_summed(num_parts: int) -> None:
     inputs = make_inputs(7, (4, 2, 16), torch.float32)

@@ -230,10 +230,7 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
       look_ahead();
     } else {
       multiply_narrowly<S>(ring, at, acc, tile.num_pairs, num_steps, warp / 4, lane, look_ahead);
-#ifdef V_NOSTORE
-      if (p.top_k > 1000)
-#endif
-        store<S>(p, tile, acc, destinations, buffer);
+      store<S>(p, tile, acc, destinations, buffer);
     }
     tile = next;
     destinations = next_destinations;

@@ -27,7 +27,7 @@ SHAPES = ((512, 4, 4), (4096, 32, 8))
 MAX_CHUNKS = ((65_536, 128), (1 << 62, 256))
 # Counts that a program of the second launch loads together, and its warps.
 COUNTS_AT_ONCE = 16384
-PLACE_WARPS = 8
+PLACE_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

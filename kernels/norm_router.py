@@ -26,9 +26,9 @@ from .top_k import select_top_k
 # (tokens up to, tokens a program, warps, stages of the first walk): programs for about every
 # multiprocessor, and so many stages that its loads on their way outweigh the memory's latency.
 # The gate matrix comes from L2 for each program, so many tokens want large tiles.
-LAUNCHES = ((2048, 16, 4, 6), (4096, 32, 8, 5), (1 << 62, 64, 16, 4))
+LAUNCHES = ((2048, 16, 4, 3), (4096, 32, 8, 3), (1 << 62, 64, 16, 3))
 # Columns of a step of the first walk, in bytes: a line of the cache from each row at a time.
-STEP_BYTES = 128
+STEP_BYTES = 256
 # Of the second: a step loads without waiting what each thread then writes.
 WRITE_BYTES = 512
 # Beyond 1, the second walk's loads of the next steps are on their way as well.

@@ -42,7 +42,7 @@ from .sampling_row import (
     weights_of,
 )
 from .sampling_search import NUM_PIVOTS, gather_kernel, narrow_kernel, select_kernel
-from .sampling_start import NUM_WARPS, PART, start_kernel
+from .sampling_start import NUM_PROGRAMS, NUM_WARPS, PART, start_kernel
 
 # Logits of a program, and of a tile where they are tallied at all pivots.
 SEGMENT = 4096
@@ -174,12 +174,15 @@ def _sample_rows(
     num_parts = triton.cdiv(vocab_size, PART)
     found_B2S = workspace(2, num_parts, dtype=torch.int64)
     state = workspace(NUM_FIELDS.value, dtype=torch.int64) if may_filter else None
+    # A power of two, because each value is another compilation.
+    wanted = triton.next_power_of_2(triton.cdiv(NUM_PROGRAMS, num_rows))
+    parts_per_program = triton.next_power_of_2(triton.cdiv(num_parts, wanted))
 
     launch_kernel(
-        start_kernel, (triton.cdiv(num_parts, NUM_WARPS), num_rows),
+        start_kernel, (triton.cdiv(num_parts, parts_per_program), num_rows),
         logits_BV, params_5B, state, found_B2S, counters, tokens_B, *sizes,
         MAY_FILTER=may_filter, PART=PART, NUM_PARTS=num_parts,
-        PADDED_PARTS=triton.next_power_of_2(num_parts), PARTS_PER_PROGRAM=NUM_WARPS,
+        PADDED_PARTS=triton.next_power_of_2(num_parts), PARTS_PER_PROGRAM=parts_per_program,
         USE_PDL=use_pdl, launch_pdl=use_pdl, num_warps=NUM_WARPS,
         # Else a product and a sum might be one operation in one variant and two in the other.
         enable_fp_fusion=False,

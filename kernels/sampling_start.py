@@ -10,7 +10,7 @@ program scales these masses to the row's largest logit (float64, rounded down), 
 then a token of the part by its own weights. Parts have one length whatever the batch, and integers
 one sum, so a row's token depends on that row alone.
 
-Legend: B rows, V vocabulary, S parts of a row, G parts of a program, K * W logits of a part.
+Legend: B rows, V vocabulary, S parts of a row, W logits of a part.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from .sampling_row import (
 
 # Logits that are weighed together; what a row that does not filter draws depends on it in the last
 # bits.
-PART = 1024
-# Parts of a program, one for each warp.
+PART = 2048
 NUM_WARPS = 4
-# Logits of a part that a warp reads at once.
-_WIDTH = tl.constexpr(256)
+# Programs to aim at, several for each place that the multiprocessors have: a program of more parts
+# arrives once for all of them.
+NUM_PROGRAMS = 4096
 
 
 @triton.jit(do_not_specialize=["params_stride"])
@@ -80,7 +80,7 @@ def start_kernel(
     PARTS_PER_PROGRAM: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Program (some parts, row): look through them; the row's last one to arrive decides.
+    """Program (PARTS_PER_PROGRAM parts, row): look through them; the row's last one decides.
 
     Next to the largest logit of each part, a greedy row needs its lowest id, a row that draws from
     all its logits their mass, and a row that filters the smallest one above -inf.
@@ -102,31 +102,28 @@ def start_kernel(
     params_ptr += row
     temperature = tl.load(params_ptr + TEMPERATURE * params_stride)
     is_drawn = temperature > 0.0
+    scale = scale_of(tl.where(is_drawn, temperature, 1.0))
     is_filtered = False
     if MAY_FILTER:
         is_filtered = is_drawn & _filters(params_ptr, params_stride, vocab_size)
-    # In this order of dimensions a warp has a part to itself, and no sum needs another warp.
-    parts_G = tl.program_id(0) * PARTS_PER_PROGRAM + tl.arange(0, PARTS_PER_PROGRAM)
-    pieces_K11 = tl.arange(0, PART // _WIDTH)[:, None, None]
-    lanes_11W = tl.arange(0, _WIDTH)[None, None, :]
-    ids_KGW = parts_G[None, :, None] * PART + pieces_K11 * _WIDTH + lanes_11W
-    logits_KGW = load_logits(row_ptr, ids_KGW, vocab_size)
-    largest_G = tl.max(tl.max(logits_KGW, axis=0), axis=1)
-    if is_filtered:
-        above_KGW = tl.where(logits_KGW > float("-inf"), logits_KGW, LARGEST_FINITE)
-        numbers_G = keys_of(tl.min(tl.min(above_KGW, axis=0), axis=1)).to(tl.int64)
-    elif is_drawn:
-        weights_KGW = _weights(logits_KGW, _finite(largest_G)[None, :, None], scale_of(temperature))
-        numbers_G = tl.sum(tl.sum(weights_KGW, axis=0), axis=1)
-    else:
-        # Past the end of the row logits are -inf, whose first id is inside.
-        best_KGW = tl.where(logits_KGW == largest_G[None, :, None], ids_KGW, LARGEST_ID)
-        numbers_G = tl.min(tl.min(best_KGW, axis=0), axis=1).to(tl.int64)
-
     partial_ptr += row * 2 * NUM_PARTS
-    exists_G = parts_G < NUM_PARTS
-    tl.store(partial_ptr + parts_G, keys_of(largest_G).to(tl.int64), mask=exists_G)
-    tl.store(partial_ptr + NUM_PARTS + parts_G, numbers_G, mask=exists_G)
+    for index in range(PARTS_PER_PROGRAM):
+        part = tl.program_id(0) * PARTS_PER_PROGRAM + index
+        ids_W = part * PART + tl.arange(0, PART)
+        logits_W = load_logits(row_ptr, ids_W, vocab_size)
+        largest = tl.max(logits_W, axis=0)
+        if is_filtered:
+            above_W = tl.where(logits_W > float("-inf"), logits_W, LARGEST_FINITE)
+            number = keys_of(tl.min(above_W, axis=0)).to(tl.int64)
+        elif is_drawn:
+            number = tl.sum(_weights(logits_W, _finite(largest), scale), axis=0)
+        else:
+            # Past the end of the row logits are -inf, whose first id is inside.
+            best_W = tl.where(logits_W == largest, ids_W, LARGEST_ID)
+            number = tl.min(best_W, axis=0).to(tl.int64)
+        if part < NUM_PARTS:
+            tl.store(partial_ptr + part, keys_of(largest).to(tl.int64))
+            tl.store(partial_ptr + NUM_PARTS + part, number)
     # All is stored before the arrival is announced.
     tl.debug_barrier()
     num_arrived = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel", scope="gpu")
@@ -159,8 +156,8 @@ def start_kernel(
     if not is_searched:
         if is_drawn:
             token = _draw(
-                row_ptr, keys_S, numbers_S, largest_key, scale_of(temperature), uniform, vocab_size,
-                PART, PADDED_PARTS,
+                row_ptr, keys_S, numbers_S, largest_key, scale, uniform, vocab_size, PART,
+                PADDED_PARTS,
             )  # fmt: skip
         else:
             token = tl.min(tl.where(keys_S == largest_key, numbers_S, LARGEST_ID), axis=0)

@@ -189,7 +189,7 @@ class NormRouter(Operator):
     """A norm and the router behind it."""
 
     section = "norm_router"
-    MAX_ROWS = 64
+    MAX_ROWS = 128
 
     def __init__(self, gate_EH: torch.Tensor, top_k: int) -> None:
         super().__init__(gate_EH.device)

@@ -2,28 +2,12 @@
 #pragma once
 
 #include "expert_tiles.cuh"
+#include "grouped_product.cuh"
 #include "hopper.cuh"
 
 namespace moe_engine {
 
 constexpr int kStoredAtOnce = 32;  // pairs
-
-// What a grouped product reads and writes.
-struct GroupedProduct {
-  const std::int32_t* expert_ids;  // null: the pairs are sorted
-  const std::int32_t* offsets;
-  const std::int32_t* pairs;  // in shared memory, once a block has sorted them
-  const __nv_bfloat16* x;
-  std::int64_t x_stride;
-  __nv_bfloat16* out;
-  std::int64_t num_pairs;
-  int num_experts;
-  int top_k;
-  int depth;          // K: elements of a row of the weights
-  int out_width;      // intermediate or hidden
-  int num_row_tiles;  // tiles over the rows of one expert's weight
-  int num_foreseen;   // see TileTable
-};
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 

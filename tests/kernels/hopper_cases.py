@@ -101,15 +101,17 @@ def grouped_cases(tile: int) -> list[Experts]:
 
 
 def sorting_cases() -> list[Experts]:
-    """None, one, chunks of 32 that are full or not, the most pairs, the most experts."""
+    """None, one, chunks of 64 that are full or not, the most pairs, the most experts."""
     return [
         no_rows(3),
         Experts("no expert at all", torch.full((7, 3), -1, dtype=torch.int32), 4),
-        *(one_expert_takes_all(n) for n in (1, 31, 32, 33, 512)),
+        *(one_expert_takes_all(n) for n in (1, 31, 32, 33, 63, 64, 65, 2048)),
         scattered(8, 8, 128),
         scattered(13, 5, 7, hidden=320, intermediate=192),
+        scattered(8, 8, 1024, hidden=64, intermediate=64),
         scattered(32, 8, 256, hidden=64, intermediate=64),
-        scattered(64, 8, 128, hidden=64, intermediate=64),
+        scattered(128, 8, 256, hidden=64, intermediate=64),
+        scattered(256, 8, 128, hidden=64, intermediate=64),
         scattered(17, 15, 131, hidden=64, intermediate=64),
         # As many pairs as experts: weights are foreseen.
         Experts(
@@ -248,8 +250,10 @@ ROUTER_CASES = [
     Routing(0, 0, 512, 16, 4),
     Routing(0, 0, 512, 16, 4, num_parts=2),
     Routing(1, 1, 2048, 128, 8, num_parts=8),
-    Routing(16, 16, 256, 8, 8),
-    Routing(17, 17, 512, 24, 1, num_parts=1),
+    Routing(7, 7, 512, 32, 2, num_parts=2),
+    Routing(8, 8, 256, 8, 8),
+    Routing(9, 9, 512, 24, 1, num_parts=1),
+    Routing(64, 64, 2048, 128, 8, num_parts=8),
     Routing(40, 33, 4096, 128, 8, num_parts=4),
     Routing(9, 0, 1024, 256, 32, normalize=False),
     Routing(33, 20, 768, 72, 6, num_parts=3, normalize=False),

@@ -27,8 +27,10 @@ from .top_k import select_top_k
 # multiprocessor, and so many stages that its loads on their way outweigh the memory's latency.
 # The gate matrix comes from L2 for each program, so many tokens want large tiles.
 LAUNCHES = ((2048, 16, 4, 3), (4096, 32, 8, 3), (1 << 62, 64, 16, 3))
-# Columns of a step of the first walk, in bytes: a line of the cache from each row at a time.
+# Columns of a step of the first walk, in bytes: lines of the cache from each row at a time; one line
+# where more experts would leave no room for two stages.
 STEP_BYTES = 256
+MAX_EXPERTS_OF_LONG_STEPS = 256
 # Of the second: a step loads without waiting what each thread then writes.
 WRITE_BYTES = 512
 # Beyond 1, the second walk's loads of the next steps are on their way as well.
@@ -205,7 +207,7 @@ def norm_router(
     if num_rows == 0:
         return normed_TH, new_residual_TH, ids_TK, weights_TK
     padded_experts = max(16, triton.next_power_of_2(num_experts))
-    block_t, num_warps, num_stages = _launch_shape(num_rows, padded_experts)
+    block_t, num_warps, num_stages, step_bytes = _launch_shape(num_rows, padded_experts)
     element_bytes = residual_TH.element_size()
     use_pdl = supports_pdl(device)
     launch_kernel(
@@ -233,7 +235,7 @@ def norm_router(
         NORMALIZE=normalize,
         PADDED_E=padded_experts,
         BLOCK_T=block_t,
-        BLOCK_H=STEP_BYTES // element_bytes,
+        BLOCK_H=step_bytes // element_bytes,
         WRITE_H=WRITE_BYTES // element_bytes,
         WRITE_STAGES=WRITE_STAGES,
         BLOCK_K=triton.next_power_of_2(top_k),
@@ -245,17 +247,18 @@ def norm_router(
     return normed_TH, new_residual_TH, ids_TK, weights_TK
 
 
-def _launch_shape(num_rows: int, padded_experts: int) -> tuple[int, int, int]:
-    """Tokens a program, warps and stages.
+def _launch_shape(num_rows: int, padded_experts: int) -> tuple[int, int, int, int]:
+    """Tokens a program, warps, stages, bytes of each row in a step.
 
-    Example: of 256 experts only 32 tokens, whose logits take 16 warps; a stage is 128 bytes of each
-    expert, and of each token's residual and x, 40 KiB, so there are 4.
+    Example: of 256 experts only 32 tokens, whose logits take 16 warps; a stage is 256 bytes of each
+    expert, and of each token's residual and x, 80 KiB, so there are 2.
     """
     block_t, num_warps, num_stages = next(row[1:] for row in LAUNCHES if num_rows <= row[0])
     block_t = min(block_t, max(16, MAX_LOGITS // padded_experts))
     num_warps = max(num_warps, padded_experts * block_t // LOGITS_PER_WARP)
-    stage_bytes = (padded_experts + 2 * block_t) * STEP_BYTES
-    return block_t, num_warps, min(num_stages, max(2, STAGES_BYTES // stage_bytes))
+    step_bytes = STEP_BYTES if padded_experts <= MAX_EXPERTS_OF_LONG_STEPS else STEP_BYTES // 2
+    stage_bytes = (padded_experts + 2 * block_t) * step_bytes
+    return block_t, num_warps, min(num_stages, max(2, STAGES_BYTES // stage_bytes)), step_bytes
 
 
 def _with_columns_side_by_side(x_TH: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ namespace moe_engine {
 // Reaches Python as RuntimeError.
 inline void check_cuda(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // else CHECK_LAUNCH would report it once more, of a launch that is all right
   std::string message = std::string(call) + " failed: " + cudaGetErrorName(status) + " (" +
                         cudaGetErrorString(status) + ")";
   if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_engine.ops.expert_counts import expert_token_counts
+
 _C = pytest.importorskip("moe_engine._C", reason="moe_engine._C is not built")
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -47,6 +49,8 @@ def test_device_properties_are_those_that_torch_reports() -> None:
 def test_an_unknown_device_is_a_runtime_error() -> None:
     with pytest.raises(RuntimeError, match=r"cudaGetDeviceProperties.*cudaErrorInvalidDevice"):
         _C.device_properties(torch.cuda.device_count())
+    # Nor is a launch that follows blamed for it.
+    assert expert_token_counts(torch.tensor([[0]]).cuda(), 1).tolist() == [1]
 
 
 @needs_two_gpus

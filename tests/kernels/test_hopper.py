@@ -220,8 +220,8 @@ def test_norm_and_router_are_not_one_launch_where_they_do_not_fit() -> None:
         return hopper.takes_norm_router(residual_RH, gate_EH, top_k)
 
     assert takes(0)
-    assert takes(16)
-    assert not takes(17)
+    assert takes(64)
+    assert not takes(65)
     assert not takes(dtype=torch.float16)
     assert takes(hidden=4096)
     assert not takes(hidden=4096 + 256)

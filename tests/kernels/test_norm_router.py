@@ -223,7 +223,9 @@ def test_the_launch_fits_its_experts() -> None:
             assert num_stages >= 2
             assert num_stages * stage_bytes <= norm_router.STAGES_BYTES
     for limit, *shape in norm_router.LAUNCHES:
-        assert norm_router._launch_shape(limit, 128)[:3] == tuple(shape), "Qwen3's as they are listed"
+        assert norm_router._launch_shape(limit, 128)[:3] == tuple(shape), (
+            "Qwen3's as they are listed"
+        )
 
 
 @pytest.mark.parametrize(

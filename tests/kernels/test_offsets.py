@@ -73,7 +73,7 @@ def run(name: str, case: Case) -> torch.Tensor:
 class TestExperts:
     """Weights, rows and outputs, in every implementation."""
 
-    NUM_EXPERTS, HIDDEN, INTERMEDIATE = 272, 4096, 1984
+    NUM_EXPERTS, HIDDEN, INTERMEDIATE = 352, 4096, 1536
 
     @pytest.fixture(scope="class")
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:

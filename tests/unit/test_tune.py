@@ -47,7 +47,7 @@ def test_today_each_operator_runs_by_the_defaults() -> None:
     found = [[op.runs(batch) for batch in batches] for op in operators()]
     assert found[0] == ["streaming"] * 2 + ["tile 64"] * 5 + ["tile 256"]
     assert found[1] == ["streaming"] * 4 + ["split"] * 2 + ["library"] * 2
-    assert found[2] == ["fused"] * 4 + ["separate"] * 4
+    assert found[2] == ["fused"] * 6 + ["separate"] * 2
     assert found[3][:3] == ["0:8:2048"] * 2 + ["12:8:80"]
     assert found[3][-1] == "paged"
 
@@ -74,7 +74,8 @@ def test_what_is_hopeless_is_not_tried() -> None:
     assert "tile 128" not in experts.kernels(64)
     assert "tile 128" in experts.kernels(128)
     assert linear.kernels(4) == ["streaming"]
-    assert router.kernels(65) == ["separate"]
+    assert router.kernels(128) == ["fused", "separate"]
+    assert router.kernels(129) == ["separate"]
     # Today's, the ones beside it, those of the other size, clusters; 2 KV heads.
     assert attention.kernels(10) == [
         "12:8:80", "12:8:160", "12:8:320", "6:8:80", "6:8:160", "6:8:320",

@@ -332,7 +332,7 @@ def test_norm_and_router_follow_their_table(table: tuning.Table) -> None:
     def rows() -> list[int]:
         return rows_taken(lambda num: hopper.takes_norm_router(zeros(num, 256), gate_EH, 2))
 
-    assert rows() == [0, 16]
+    assert rows() == [0, 64]
     steps = ((33, "fused"), (INF, "separate"))
     table[NormRouterChoices, (256, 8)] = NormRouterChoices(steps)
     assert rows() == [0, 33]

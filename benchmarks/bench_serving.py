@@ -53,10 +53,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_serving-") as name:
         options = engine_options(arguments, Path(name))
         result = measure(options, arguments)
+        text = json.dumps(result, indent=2).replace(f"{name}/", "")  # not where the copy was
     print(json.dumps(result["summary"], indent=2))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.json.write_text(text + "\n")
         print(f"written to {arguments.json}")
 
 
@@ -78,7 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def engine_options(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Flat options of the engine; ``directory`` becomes the model's if it lacks a tokenizer."""
+    """Flat options of the engine; a model without a tokenizer is copied into ``directory``."""
     values = plain_options(arguments.config, [])
     values |= {
         "load_format": arguments.load_format,
@@ -92,9 +93,10 @@ def engine_options(arguments: argparse.Namespace, directory: Path) -> dict[str, 
     values |= plain_options(None, arguments.set)
     model = find_model(arguments.model or values.get("model"))
     if model is not None and not (Path(model) / "tokenizer.json").exists():
-        shutil.copytree(model, directory, dirs_exist_ok=True)
-        write_tokenizer(directory, ModelConfig.from_directory(directory).vocab_size)
-        model = str(directory)
+        copy = directory / Path(model).name
+        shutil.copytree(model, copy)
+        write_tokenizer(copy, ModelConfig.from_directory(copy).vocab_size)
+        model = str(copy)
     values["model"] = model
     return values
 

@@ -7,7 +7,7 @@
 
 namespace moe_engine {
 
-constexpr int kMaxSortedPairs = 2048;
+constexpr int kMaxSortedPairs = 1024;
 constexpr int kSortChunk = 64;  // pairs that a warp looks at together, 32 at a time
 constexpr int kSortChunks = kMaxSortedPairs / kSortChunk;
 constexpr int kMaxSortedCounts = 4096;  // chunks times experts

@@ -93,7 +93,8 @@ __device__ __forceinline__ void release(const Ring<S>& ring, int stage, int lane
 }
 
 // Multiplies num_steps stages by kN columns: block b of 64 rows into acc[b * kTokens / 2 ..].
-// meanwhile() runs beside the last of the products.
+// meanwhile() runs beside the last of the products where these take the time. Where the memory
+// does, it runs behind them, so as not to keep their stage from the loaders.
 template <typename S, int kN, typename Meanwhile>
 __device__ __forceinline__ void multiply(const Ring<S>& ring, RingPosition<S::kStages>& at,
                                          float* acc, int num_steps, int warpgroup, int lane,
@@ -127,9 +128,10 @@ __device__ __forceinline__ void multiply(const Ring<S>& ring, RingPosition<S::kS
     previous = at.stage;
     at.advance();
   }
-  meanwhile();
+  if constexpr (S::kCluster > 1) meanwhile();
   wgmma_wait<0>();
   release(ring, previous, lane);
+  if constexpr (S::kCluster == 1) meanwhile();
 }
 
 // Multiplies with the narrowest product that covers num_tokens columns. All use the same registers.

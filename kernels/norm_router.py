@@ -27,8 +27,8 @@ from .top_k import select_top_k
 # multiprocessor, and so many stages that its loads on their way outweigh the memory's latency.
 # The gate matrix comes from L2 for each program, so many tokens want large tiles.
 LAUNCHES = ((2048, 16, 4, 3), (4096, 32, 8, 3), (1 << 62, 64, 16, 3))
-# Columns of a step of the first walk, in bytes: lines of the cache from each row at a time; one line
-# where more experts would leave no room for two stages.
+# Columns of a step of the first walk, in bytes: two lines of the cache from each row at a time, one
+# where more experts leave no room for two stages.
 STEP_BYTES = 256
 MAX_EXPERTS_OF_LONG_STEPS = 256
 # Of the second: a step loads without waiting what each thread then writes.

@@ -105,13 +105,13 @@ def sorting_cases() -> list[Experts]:
     return [
         no_rows(3),
         Experts("no expert at all", torch.full((7, 3), -1, dtype=torch.int32), 4),
-        *(one_expert_takes_all(n) for n in (1, 31, 32, 33, 63, 64, 65, 2048)),
+        *(one_expert_takes_all(n) for n in (1, 31, 32, 33, 63, 64, 65, 1024)),
         scattered(8, 8, 128),
         scattered(13, 5, 7, hidden=320, intermediate=192),
         scattered(8, 8, 1024, hidden=64, intermediate=64),
         scattered(32, 8, 256, hidden=64, intermediate=64),
         scattered(128, 8, 256, hidden=64, intermediate=64),
-        scattered(256, 8, 128, hidden=64, intermediate=64),
+        scattered(128, 8, 128, hidden=64, intermediate=64),
         scattered(17, 15, 131, hidden=64, intermediate=64),
         # As many pairs as experts: weights are foreseen.
         Experts(

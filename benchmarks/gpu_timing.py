@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 REPLAYS = 9
 # Data of one replay, at least, so that little of it is still in the L2 cache at the next.
@@ -39,6 +42,21 @@ def eager_seconds(call: Callable[[], object], repetitions: int = REPLAYS) -> flo
     """Median of calls that are not captured: with what the host needs to launch them."""
     call()
     return statistics.median(_event_seconds(call) for _ in range(repetitions))
+
+
+def in_turns(calls: Sequence[Callable[[], T]], num_turns: int) -> list[list[T]]:
+    """What each call returns in each turn, which go forwards and backwards.
+
+    So a clock that drifts, or a card that gets warm, is no call's fault.
+
+    Example: calls a and b in 3 turns run as a b, b a, a b.
+    """
+    returned: list[list[T]] = [[] for _ in calls]
+    for turn in range(num_turns):
+        order = range(len(calls))
+        for index in reversed(order) if turn % 2 else order:
+            returned[index].append(calls[index]())
+    return returned
 
 
 def _event_seconds(function: Callable[[], object]) -> float:

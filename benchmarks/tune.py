@@ -26,19 +26,24 @@ import shlex
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.decode_bench import DecodeBench, Graphs, add_arguments
 from benchmarks.gpu_state import gpu_state
+from benchmarks.gpu_timing import in_turns
 from benchmarks.options import int_list, launch_list, launch_name, plain_options
 from benchmarks.tune_limits import Timed
 from benchmarks.tune_operators import DecodeAttention, Operator, operators_of
 from moe_engine.ops import tuning
 from moe_engine.ops.tuning import Launch
+from moe_engine.types.step import StepPlan
 
 BATCHES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256]
 INPUTS = [512, 8192]
@@ -181,13 +186,7 @@ def measure(
             graphs.append(captured)
         else:
             wrong.append(f"{op.name} by {kernel} at batch {batch}: logits off by {off:.2f}")
-    seconds: list[list[float]] = [[] for _ in graphs]
-    for turn in range(NUM_TURNS):
-        order = range(len(graphs))
-        for index in reversed(order) if turn % 2 else order:
-            steps = bench.repeat(plan, graphs[index], WARM_UP_STEPS + TIMED_STEPS)
-            seconds[index] += steps[WARM_UP_STEPS:]
-    today_ms, *others_ms = (1e3 * statistics.median(times) for times in seconds)
+    today_ms, *others_ms = step_medians_ms(bench, plan, graphs, NUM_TURNS)
     step_ms = {op.name: {present[op.name]: today_ms} for op, _ in variants}
     for (op, kernel), ms in zip(variants, others_ms, strict=True):
         step_ms[op.name][kernel] = ms
@@ -195,6 +194,18 @@ def measure(
     for name, times in step_ms.items():
         print(f"  {name}: {', '.join(f'{kernel} {ms:.3f}' for kernel, ms in times.items())}")
     return {name: Timed(batch, num_input, present[name], ms) for name, ms in step_ms.items()}
+
+
+def step_medians_ms(
+    bench: DecodeBench, plan: StepPlan, captured: Sequence[Graphs], num_turns: int
+) -> list[float]:
+    """Milliseconds of the same step as each of these captured it, the median over all turns."""
+
+    def repeat(graphs: Graphs) -> list[float]:
+        return bench.repeat(plan, graphs, WARM_UP_STEPS + TIMED_STEPS)[WARM_UP_STEPS:]
+
+    turns = in_turns([partial(repeat, graphs) for graphs in captured], num_turns)
+    return [1e3 * statistics.median(chain.from_iterable(steps)) for steps in turns]
 
 
 def logits_error(logits_BV: torch.Tensor, expected_BV: torch.Tensor) -> float:

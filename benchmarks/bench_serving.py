@@ -93,7 +93,7 @@ def engine_options(arguments: argparse.Namespace, directory: Path) -> dict[str, 
     values |= plain_options(None, arguments.set)
     model = find_model(arguments.model or values.get("model"))
     if model is not None and not (Path(model) / "tokenizer.json").exists():
-        copy = directory / Path(model).name
+        copy = directory / Path(model).resolve().name
         shutil.copytree(model, copy)
         write_tokenizer(copy, ModelConfig.from_directory(copy).vocab_size)
         model = str(copy)

@@ -38,9 +38,8 @@ __device__ __forceinline__ void load_weights(const Ring<S>& ring, const CUtensor
 
 // One thread: weights and rows of h, both through the copy engine.
 template <typename S>
-__device__ void produce_down(const GroupedProduct& p, const Ring<S>& ring,
-                             const CUtensorMap* weights, const CUtensorMap* h, TileWalk tile,
-                             int num_steps) {
+__device__ void produce_down(const Ring<S>& ring, const CUtensorMap* weights, const CUtensorMap* h,
+                             TileWalk tile, int num_steps) {
   bool more = tile.find();
   // The weights do not depend on the kernel before this one: a ring full of them is on its way
   // while that one ends.

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if constexpr (S::kGateUp) {
       produce_gate_up<S>(p, ring, &weights, walk, num_steps);
     } else if (threadIdx.x == 32 * S::kConsumerWarps) {
-      produce_down<S>(p, ring, &weights, &h, walk, num_steps);
+      produce_down<S>(ring, &weights, &h, walk, num_steps);
     }
   } else {
     if constexpr (S::kMovesRegisters) take_registers<216>();

@@ -1,3 +1,4 @@
+// The arguments of a grouped product's kernel.
 #pragma once
 
 #include <cuda_bf16.h>

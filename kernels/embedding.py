@@ -58,7 +58,7 @@ def embedding(
 ) -> torch.Tensor:
     """Rows [T, H] of a shard of the table; the arguments are checked by the caller."""
     num_tokens, num_columns = len(token_ids_T), weight_PH.shape[1]
-    out_TH = weight_PH.new_empty(num_tokens, num_columns)
+    out_TH = torch.empty(num_tokens, num_columns, dtype=weight_PH.dtype, device=weight_PH.device)
     if num_tokens == 0:
         return out_TH
     block = min(MAX_BLOCK, triton.next_power_of_2(num_columns))

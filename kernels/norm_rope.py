@@ -170,7 +170,7 @@ def _norm_rope_kernel(
     dims_F = tl.arange(0, BLOCK_F)[None, :]
     mask_RF = there_R[:, None] & (dims_F < F)
 
-    # Step inputs: complete before the step's first kernel began, so there is no wait for them.
+    # Step inputs: complete before the embedding let others begin, so there is no wait for them.
     position_R = tl.load(position_ptr + token_R, mask=there_R, other=0)
     slot_R = tl.load(slot_ptr + token_R, mask=there_R, other=-1)
     angle_RF = position_R[:, None] * F + dims_F

@@ -15,6 +15,8 @@ depend on the number of rows, but not on the others or on its place among them.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -33,14 +35,14 @@ STEP_BYTES = 256
 MAX_EXPERTS_OF_LONG_STEPS = 256
 # Of the second: a step loads without waiting what each thread then writes.
 WRITE_BYTES = 512
-# Beyond 1, the second walk's loads of the next steps are on their way as well.
-WRITE_STAGES = 1
 # Logits that a program holds, E (padded) x tokens, and that a warp holds; the most experts of the
 # smallest tile; and shared memory for the stages, of which many experts leave room for fewer.
 MAX_LOGITS = 8192
 LOGITS_PER_WARP = 512
 MAX_EXPERTS = 512
 STAGES_BYTES = 192 * 1024
+# What a program must be able to have: A100 and smaller cards run norm and router apart.
+SHARED_BYTES = 200 * 1024
 
 # Not float16, where an entry of the residual stream times its weight may be infinite.
 DTYPES = (torch.bfloat16, torch.float32)
@@ -72,7 +74,6 @@ def _norm_router_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     WRITE_H: tl.constexpr,
-    WRITE_STAGES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -142,7 +143,8 @@ def _norm_router_kernel(
         total_ptr = residual_ptr
         total_row_stride = residual_row_stride
     write_columns_1H = tl.arange(0, WRITE_H)[None, :]
-    for first in tl.range(0, hidden, WRITE_H, num_stages=WRITE_STAGES):
+    # One stage: the shared memory is the first walk's.
+    for first in tl.range(0, hidden, WRITE_H, num_stages=1):
         in_row_1H = first + write_columns_1H < hidden
         mask_TH = in_batch_T1 & in_row_1H
         total_TH = tl.load(
@@ -173,9 +175,19 @@ def _norm_router_kernel(
     )
 
 
-def takes(dtype: torch.dtype, num_experts: int) -> bool:
-    """Whether the kernel takes rows of this dtype and so many experts."""
-    return dtype in DTYPES and num_experts <= MAX_EXPERTS
+def takes(x: torch.Tensor, num_experts: int) -> bool:
+    """Whether the kernel takes rows like these, on their device, and so many experts."""
+    return x.dtype in DTYPES and num_experts <= MAX_EXPERTS and _has_room(x.device)
+
+
+@functools.cache
+def _has_room(device: torch.device) -> bool:
+    """Whether the device has the shared memory; the interpreter does without any."""
+    if device.type != "cuda":
+        return True
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"]) >= SHARED_BYTES
 
 
 def norm_router(
@@ -237,7 +249,6 @@ def norm_router(
         BLOCK_T=block_t,
         BLOCK_H=step_bytes // element_bytes,
         WRITE_H=WRITE_BYTES // element_bytes,
-        WRITE_STAGES=WRITE_STAGES,
         BLOCK_K=triton.next_power_of_2(top_k),
         USE_PDL=use_pdl,
         num_warps=num_warps,

@@ -147,7 +147,7 @@ def _decode_kernel(
     # The dot's M dimension is at least 16.
     M: tl.constexpr = 16 if R < 16 else R
 
-    # Step inputs: complete before the step's first kernel began, so there is no wait for them.
+    # Step inputs: complete before the embedding let others begin, so there is no wait for them.
     context = tl.load(context_ptr + sequence)
     num_tiles, tiles_per_chunk, num_chunks = cut(context, TILE, MAX_CHUNKS)
     chunks_per_program = num_chunks

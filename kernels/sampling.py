@@ -155,40 +155,38 @@ def _sample_rows(
 ) -> None:
     num_rows, vocab_size = logits_BV.shape
     device = logits_BV.device
-    num_segments = triton.cdiv(vocab_size, SEGMENT)
-    grid = (num_segments, num_rows)
     use_pdl = supports_pdl(device)
     counters = arrival_counters(device)
-    pivots = NUM_PIVOTS.value
 
     def workspace(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(num_rows, *shape, dtype=dtype, device=device)
 
-    launch = {"USE_PDL": use_pdl, "launch_pdl": use_pdl, "num_warps": 8}
-    split = {
-        "SEGMENT": SEGMENT,
-        "NUM_SEGMENTS": num_segments,
-        "PADDED_SEGMENTS": triton.next_power_of_2(num_segments),
-    }
     sizes = (vocab_size, logits_BV.stride(0), params_5B.stride(0))
     num_parts = triton.cdiv(vocab_size, PART)
     found_B2S = workspace(2, num_parts, dtype=torch.int64)
     state = workspace(NUM_FIELDS.value, dtype=torch.int64) if may_filter else None
-    # A power of two, because each value is another compilation.
-    wanted = triton.next_power_of_2(triton.cdiv(NUM_PROGRAMS, num_rows))
-    parts_per_program = triton.next_power_of_2(triton.cdiv(num_parts, wanted))
+    parts_per_program = triton.cdiv(num_parts, triton.cdiv(NUM_PROGRAMS, num_rows))
 
     launch_kernel(
         start_kernel, (triton.cdiv(num_parts, parts_per_program), num_rows),
-        logits_BV, params_5B, state, found_B2S, counters, tokens_B, *sizes,
+        logits_BV, params_5B, state, found_B2S, counters, tokens_B, *sizes, parts_per_program,
         MAY_FILTER=may_filter, PART=PART, NUM_PARTS=num_parts,
-        PADDED_PARTS=triton.next_power_of_2(num_parts), PARTS_PER_PROGRAM=parts_per_program,
+        PADDED_PARTS=triton.next_power_of_2(num_parts),
         USE_PDL=use_pdl, launch_pdl=use_pdl, num_warps=NUM_WARPS,
         # Else a product and a sum might be one operation in one variant and two in the other.
         enable_fp_fusion=False,
     )  # fmt: skip
     if not may_filter:
         return
+    num_segments = triton.cdiv(vocab_size, SEGMENT)
+    grid = (num_segments, num_rows)
+    pivots = NUM_PIVOTS.value
+    launch = {"USE_PDL": use_pdl, "launch_pdl": use_pdl, "num_warps": 8}
+    split = {
+        "SEGMENT": SEGMENT,
+        "NUM_SEGMENTS": num_segments,
+        "PADDED_SEGMENTS": triton.next_power_of_2(num_segments),
+    }
     counts_BPS = workspace(pivots, num_segments, dtype=torch.int64)
     masses_BPS = workspace(pivots, num_segments, dtype=torch.int64)
     listed_keys_BC = workspace(CAPACITY, dtype=torch.int32)

@@ -33,7 +33,7 @@ BY_COUNT = tl.constexpr(1)
 BY_MASS = tl.constexpr(2)
 
 # Fields of the state.
-IS_DRAWN = tl.constexpr(0)  # whether the token is drawn; else it is the most likely one
+IS_DRAWN = tl.constexpr(0)  # whether the token is still to be drawn; else it is final
 SEARCH = tl.constexpr(1)  # DONE, BY_COUNT or BY_MASS
 LARGEST = tl.constexpr(2)  # key of the largest logit
 LOW = tl.constexpr(3)  # the cut is a key in [LOW, HIGH)

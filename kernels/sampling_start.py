@@ -1,6 +1,6 @@
 """The first launch of sampling: the largest logit, and the token of every row that filters nothing.
 
-A program has a segment of a row; the last one of a row to arrive knows what all of them found, and
+A program has some parts of a row; the last one of a row to arrive knows what all of them found, and
 decides. Greedy rows and rows that draw from all their logits are done then, after one read of the
 logits; the rest get the state that the search for their cut starts from.
 
@@ -62,7 +62,7 @@ NUM_WARPS = 4
 NUM_PROGRAMS = 4096
 
 
-@triton.jit(do_not_specialize=["params_stride"])
+@triton.jit(do_not_specialize=["params_stride", "parts_per_program"])
 def start_kernel(
     logits_ptr,
     params_ptr,
@@ -73,14 +73,14 @@ def start_kernel(
     vocab_size,
     row_stride,
     params_stride,
+    parts_per_program,
     MAY_FILTER: tl.constexpr,
     PART: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
-    PARTS_PER_PROGRAM: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Program (PARTS_PER_PROGRAM parts, row): look through them; the row's last one decides.
+    """Program (parts_per_program parts, row): look through them; the row's last one decides.
 
     Next to the largest logit of each part, a greedy row needs its lowest id, a row that draws from
     all its logits their mass, and a row that filters the smallest one above -inf.
@@ -107,8 +107,8 @@ def start_kernel(
     if MAY_FILTER:
         is_filtered = is_drawn & _filters(params_ptr, params_stride, vocab_size)
     partial_ptr += row * 2 * NUM_PARTS
-    for index in range(PARTS_PER_PROGRAM):
-        part = tl.program_id(0) * PARTS_PER_PROGRAM + index
+    for index in range(parts_per_program):
+        part = tl.program_id(0) * parts_per_program + index
         ids_W = part * PART + tl.arange(0, PART)
         logits_W = load_logits(row_ptr, ids_W, vocab_size)
         largest = tl.max(logits_W, axis=0)

@@ -99,7 +99,7 @@ class StepProfiler:
         if not (with_graphs and buckets):
             return StepMemory(activations, graphs=0)
         pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
-        # Each graph that chooses tokens has fewer kernels than one layer.
+        # Together the graphs that choose tokens have fewer kernels than as many layers.
         num_layers = self._model_config.num_hidden_layers + len(Choice)
         graphs = len(buckets) * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
         return StepMemory(activations, pool + graphs)

@@ -70,8 +70,7 @@ def linear_onto(
 ) -> torch.Tensor | SplitSums | AddedOutput:
     """`unsummed_linear`, or for many rows on a GPU what it makes added to ``residual_TO`` in place.
 
-    The matrix kernel adds in float32, before it rounds: the sum is rounded once, where an addition
-    that follows rounds the product and then the sum.
+    The sum is rounded once, where an addition that follows rounds the product and then the sum.
 
     Args:
         residual_TO: contiguous; nobody else needs what it holds.

@@ -111,7 +111,7 @@ def norm_and_route(
     """
     router = (router_EH, top_k, normalize, num_tokens_1)
     if isinstance(x, AddedOutput):
-        if takes_many_rows(x.stream_TO, router_EH):
+        if _takes_many_rows(x.stream_TO, router_EH):
             return _norm_router(None, x.stream_TO, norm_weight_H, eps, *router)
         normed_TH, new_residual_TH = norm.rms_norm(x.stream_TO, norm_weight_H, eps), x.stream_TO
     elif residual_TH.is_cuda and hopper.takes_norm_router(residual_TH, router_EH, top_k):
@@ -119,7 +119,7 @@ def norm_and_route(
         return hopper.norm_router(parts, residual_TH, norm_weight_H, eps, *router)
     elif isinstance(x, SplitSums):
         normed_TH, new_residual_TH = norm.split_add_rms_norm(x, residual_TH, norm_weight_H, eps)
-    elif takes_many_rows(residual_TH, router_EH):
+    elif _takes_many_rows(residual_TH, router_EH):
         return _norm_router(x, residual_TH, norm_weight_H, eps, *router)
     else:
         normed_TH, new_residual_TH = norm.add_rms_norm(x, residual_TH, norm_weight_H, eps)
@@ -127,13 +127,13 @@ def norm_and_route(
     return normed_TH, new_residual_TH, ids_TK, weights_TK
 
 
-def takes_many_rows(residual_TH: torch.Tensor, router_EH: torch.Tensor) -> bool:
+def _takes_many_rows(residual_TH: torch.Tensor, router_EH: torch.Tensor) -> bool:
     """Whether norm and router of these rows are one launch of `kernels.norm_router`."""
     if len(residual_TH) <= MANY_ROWS or not _runs_triton(residual_TH):
         return False
     from moe_engine.kernels import norm_router as kernels
 
-    takes: bool = kernels.takes(residual_TH.dtype, len(router_EH))
+    takes: bool = kernels.takes(residual_TH, len(router_EH))
     return takes
 
 

@@ -147,8 +147,8 @@ class NormRouterChoices(Choices):
     """Of `ops.moe.norm_and_route` on Hopper.
 
     Attributes:
-        kernels: by rows: ``fused``, `hopper.norm_router`, or ``separate``, two kernels, and for
-            many rows `kernels.norm_router`.
+        kernels: by rows: ``fused``, `hopper.norm_router`, or ``separate``, two kernels. Beyond
+            512 rows the latter is `kernels.norm_router` where that takes them.
     """
 
     SHAPE = ("hidden", "num_experts")

@@ -108,7 +108,7 @@ def sorting_cases() -> list[Experts]:
         *(one_expert_takes_all(n) for n in (1, 31, 32, 33, 63, 64, 65, 1024)),
         scattered(8, 8, 128),
         scattered(13, 5, 7, hidden=320, intermediate=192),
-        scattered(8, 8, 1024, hidden=64, intermediate=64),
+        scattered(32, 8, 1024, hidden=64, intermediate=64),
         scattered(32, 8, 256, hidden=64, intermediate=64),
         scattered(128, 8, 256, hidden=64, intermediate=64),
         scattered(128, 8, 128, hidden=64, intermediate=64),

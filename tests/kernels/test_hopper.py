@@ -352,7 +352,8 @@ def test_what_the_grouped_kernel_cannot_do_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("num_pairs", "num_experts", "tile"), [(1025, 4, 16), (1024, 257, 16), (8, 4, 128)]
+    ("num_pairs", "num_experts", "tile"),
+    [(1025, 4, 16), (1024, 257, 16), (257, 1024, 16), (8, 4, 128)],
 )
 def test_what_the_grouped_kernel_cannot_sort_is_refused(
     num_pairs: int, num_experts: int, tile: int
@@ -361,7 +362,7 @@ def test_what_the_grouped_kernel_cannot_sort_is_refused(
     x_RH = torch.randn(num_pairs, 64, device="cuda").to(BF16)
     ids_RK = torch.zeros(num_pairs, 1, dtype=torch.int32, device="cuda")
     assert not hopper.sorts_pairs(ids_RK, num_experts, tile)
-    assert hopper.sorts_pairs(ids_RK[:512], num_experts, min(tile, 64))
+    assert hopper.sorts_pairs(ids_RK[:256], num_experts, min(tile, 64))
     with pytest.raises(ValueError, match="must be sorted before"):
         hopper.grouped_expert_ffn(x_RH, ids_RK, None, *weights, tile)
 

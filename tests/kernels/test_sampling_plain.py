@@ -21,8 +21,9 @@ from tests.kernels.triton_device import DEVICE, needs_gpu, needs_triton
 NAN = math.nan
 TOLERANCE = 1e-6
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# One logit, a part of 1024 and its neighbours, a program of four parts and its neighbours.
-VOCAB_SIZES = [1, 2, 255, 1023, 1024, 1025, 4096, 4097, 5500]
+PART = 2048  # of `kernels.sampling_start`, which needs Triton
+# One logit, a part and its neighbours, two parts and their neighbours, several.
+VOCAB_SIZES = [1, 2, 255, PART - 1, PART, PART + 1, 2 * PART, 2 * PART + 1, 5 * PART + 300]
 
 
 def run(
@@ -80,10 +81,10 @@ def test_extreme_temperatures(temperature: float) -> None:
 
 @needs_triton
 def test_evenly_spread_numbers_draw_each_token_as_often_as_it_is_likely() -> None:
-    num_draws, vocab_size = 200, 1100
+    num_draws, vocab_size = 200, PART + 76
     logits_V = random_logits(1, vocab_size, 1.0)[0]
     # A few tokens in either part that are likely enough to be counted.
-    logits_V[[3, 500, 1023, 1024, 1099]] = torch.tensor([6.0, 5.0, 7.0, 5.5, 6.5])
+    logits_V[[3, 500, PART - 1, PART, PART + 75]] = torch.tensor([6.0, 5.0, 7.0, 5.5, 6.5])
     uniform = (torch.arange(num_draws) + 0.5).double() / num_draws
     params_5B = make_params(num_draws, uniform=uniform)
     tokens = run(logits_V.expand(num_draws, -1), params_5B)
@@ -91,6 +92,29 @@ def test_evenly_spread_numbers_draw_each_token_as_often_as_it_is_likely() -> Non
     expected_V = probabilities(logits_V, params_5B[:, 0].tolist()) * num_draws
     observed_V = torch.bincount(torch.tensor(tokens), minlength=vocab_size)
     assert (observed_V - expected_V).abs().max() <= 1.0 + 1e-3
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_parts", [3, 5, 6])
+def test_a_program_of_several_parts_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch, num_parts: int
+) -> None:
+    """The last program of a row has fewer of them, one of which is not full."""
+    from moe_engine.kernels import sampling
+
+    logits_BV = random_logits(6, num_parts * PART - 100, 3.0)
+    params_5B = random_plain_params(6, [1.0, 0.3, 2.0])
+    expected = run(logits_BV, params_5B)
+    assert_drawn(expected, logits_BV, params_5B)
+    for num_programs in (2 * 6, 6, 1):
+        monkeypatch.setattr(sampling, "NUM_PROGRAMS", num_programs)
+        assert run(logits_BV, params_5B) == expected
+
+
+def test_a_part_is_as_long_as_these_tests_say() -> None:
+    sampling_start = pytest.importorskip("moe_engine.kernels.sampling_start")
+    assert sampling_start.PART == PART
 
 
 # What a row is beside.
@@ -148,7 +172,7 @@ def sparse(places: dict[int, float], rest: float, vocab_size: int = 2200) -> tor
     [
         ({2199: 0.0}, -INF, 2199, 2199),
         ({2199: -3e38}, -INF, 2199, 2199),
-        ({2048: 5.0, 2199: 5.0}, -INF, 2048, 2199),
+        ({2047: 5.0, 2199: 5.0}, -INF, 2047, 2199),
         ({2199: 60.0}, 0.0, 2199, 2199),
         ({7: 1.0, 1030: 1.0, 2100: 1.0}, -INF, 7, 2100),
         ({5: NAN, 1500: 1.0}, NAN, 1500, 1500),
@@ -179,9 +203,9 @@ def test_infinite_logits_tie_in_rows_that_filter(values: dict[str, float]) -> No
 @needs_triton
 def test_ties_share_the_interval_evenly() -> None:
     uniform = [0.0, 0.25 - 1e-9, 0.25, 0.5 - 1e-9, 0.5, 0.75, ALMOST_ONE]
-    logits_V = sparse({10: 2.0, 1023: 2.0, 1024: 2.0, 2199: 2.0}, -INF)
+    logits_V = sparse({10: 2.0, PART - 1: 2.0, PART: 2.0, PART + 151: 2.0}, -INF)
     tokens = run(logits_V.expand(7, -1), make_params(7, uniform=uniform))
-    assert tokens == [10, 10, 1023, 1023, 1024, 2199, 2199]
+    assert tokens == [10, 10, PART - 1, PART - 1, PART, PART + 151, PART + 151]
 
 
 # Memory.

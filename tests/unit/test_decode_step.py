@@ -94,8 +94,10 @@ def test_where_draws_wait_for_the_device_only_the_most_likely_are_chosen(tmp_pat
     world = RunnerWorld(tmp_path, with_decode_steps=True)
     assert world.runner._decode.choices == (Choice.MOST_LIKELY,)
     assert_same_outputs(world.run(requests), expected)
-    assert choices_of(world) <= {Choice.MOST_LIKELY}
     assert len(world.runner._graphs.sizes_run) > len(world.runner._graphs.chosen)
+    greedy = mixed_requests(random.Random(10), 4, kinds=GREEDY_KINDS)
+    assert_same_outputs(world.run(greedy), RunnerWorld(tmp_path).run(greedy))
+    assert choices_of(world) == {Choice.MOST_LIKELY}
 
 
 @pytest.mark.parametrize("choice", Choice)

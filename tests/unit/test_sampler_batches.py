@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moe_engine.engine.sampler import Sampler
+from moe_engine.ops.sampling import any_filter
 from moe_engine.types.sampling import SamplingParams
 from tests.unit.sampler_reference import (
     GREEDY,
@@ -114,6 +115,7 @@ def test_rows_filter_if_a_draw_may_lose_a_token():
     sampler = sampler_of(20, *(Reference(SamplingParams(**some), [1]) for some, _ in options))
     for seq_id, (_, filters) in enumerate(options):
         assert sampler.filters([seq_id]) == sampler.filters([0, seq_id]) == filters
+        assert any_filter(sampler.draw_params([seq_id], [0.5]), 20) == filters
     assert not sampler.filters([])
     sampler.retire(1)
     assert not sampler.filters([0, 1])  # nothing of a retired sequence stays behind

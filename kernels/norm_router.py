@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from .launch import launch_kernel, supports_pdl
-from .top_k import select_top_k
+from .top_k import MAX_LOGITS, select_top_k
 
 # (tokens up to, tokens a program, warps, stages of the first walk): programs for about every
 # multiprocessor, and so many stages that its loads on their way outweigh the memory's latency.
@@ -35,9 +35,8 @@ STEP_BYTES = 256
 MAX_EXPERTS_OF_LONG_STEPS = 256
 # Of the second: a step loads without waiting what each thread then writes.
 WRITE_BYTES = 512
-# Logits that a program holds, E (padded) x tokens, and that a warp holds; the most experts of the
-# smallest tile; and shared memory for the stages, of which many experts leave room for fewer.
-MAX_LOGITS = 8192
+# Logits that a warp holds; the most experts of the smallest tile; and shared memory for the stages,
+# of which many experts leave room for fewer.
 LOGITS_PER_WARP = 512
 MAX_EXPERTS = 512
 STAGES_BYTES = 192 * 1024

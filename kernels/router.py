@@ -25,7 +25,7 @@ from .launch import (
     prefetch_to_l2,
     supports_pdl,
 )
-from .top_k import select_top_k, store_padding
+from .top_k import MAX_LOGITS, select_top_k, store_padding
 
 # Up to this many tokens the gate matrix is split among programs.
 SPLIT_MAX_TOKENS = 512
@@ -34,8 +34,6 @@ SPLIT_BLOCK_E = 64
 # (tokens up to, tokens a program) of the other kernel: programs for about every multiprocessor.
 WHOLE_BLOCK_T = ((2048, 16), (4096, 32))
 WHOLE_LARGEST_BLOCK_T = 64
-# Logits that a program of the other kernel holds, E (padded) x tokens.
-WHOLE_MAX_LOGITS = 8192
 # Sixteen warps: each selects the experts of one token of 16, one of four tokens of 64.
 NUM_WARPS = 16
 
@@ -313,6 +311,6 @@ def _chunk_size(hidden: int) -> int:
 
 def _whole_block_t(num_rows: int, padded_experts: int) -> int:
     """Tokens a program of `_whole_kernel`."""
-    fitting = max(16, WHOLE_MAX_LOGITS // padded_experts)
+    fitting = max(16, MAX_LOGITS // padded_experts)
     wanted = next((block for limit, block in WHOLE_BLOCK_T if num_rows <= limit), None)
     return min(fitting, wanted or WHOLE_LARGEST_BLOCK_T)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Logits that a program selects from: padded experts x tokens.
+MAX_LOGITS = 8192
 # Below the key of -inf.
 _LOWEST_KEY = tl.constexpr(-(2**31))
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_engine.ops import cudnn_prefill, decode_attention, hopper
+from moe_engine.layers import linear as linear_layers
+from moe_engine.ops import cudnn_prefill, decode_attention, hopper, moe
+from moe_engine.ops.linear import adds_in_place
 from tests.unit.runner_world import ALL_KINDS, RunnerWorld, mixed_requests
 
 HOPPER_MODEL = {
@@ -51,8 +53,11 @@ LAUNCHES = {
         lambda launch, *_: launch.block_warps > 0,
     ),
     "cuDNN": (cudnn_prefill, "attend"),
+    "norm and router of many rows": (moe, "_norm_router"),
+    "output added in place": (linear_layers, "linear_onto", lambda x_TX, *_: adds_in_place(x_TX)),
 }
-DECODE_KERNELS = LAUNCHES.keys() - {"cuDNN"}
+PREFILL_KERNELS = {"cuDNN", "norm and router of many rows", "output added in place"}
+DECODE_KERNELS = LAUNCHES.keys() - PREFILL_KERNELS
 
 
 @dataclass

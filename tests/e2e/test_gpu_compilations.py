@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_engine.ops import native
+from moe_engine.ops.linear import MANY_ROWS
 from tests.unit.runner_world import ALL_KINDS, RunnerWorld, mixed_requests
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 COMMON = {"hidden_size": 192, "num_attention_heads": 8, "head_dim": 32, "num_experts": 12}
-LIMITS = {"max_num_seqs": 40, "max_num_batched_tokens": 256, "block_size": 8, "num_blocks": 1500}
+# Steps of more rows than `ops.linear.MANY_ROWS`.
+LIMITS = {"max_num_seqs": 40, "max_num_batched_tokens": 2048, "block_size": 8, "num_blocks": 1500}
 KINDS = (
     *ALL_KINDS,
     {"temperature": 1.0},
@@ -79,5 +81,6 @@ def test_serving_compiles_nothing(tmp_path, compilations, cuda_graphs, vocab_siz
             world.run(mixed_requests(choose, size, longest=40, kinds=[kind], max_tokens=5))
         # Prompts of odd lengths, which share steps with others' decodes.
         world.run(mixed_requests(random.Random(size), 2 * size, longest=70, kinds=KINDS))
+    assert max(sum(num_tokens for _, num_tokens in step) for step in world.steps) > MANY_ROWS
     late = [what for what in compilations.launched if not what.startswith(FILLS_WEIGHTS)]
     assert not late, "compiled while serving:\n" + "\n".join(late)

@@ -170,7 +170,7 @@ def test_the_tile_of_many_tokens_fits_its_experts(num_rows: int) -> None:
     for padded_experts in (16, 128, 256, 512):
         block_t = router._whole_block_t(num_rows, padded_experts)
         assert block_t >= 16
-        assert block_t * padded_experts <= router.WHOLE_MAX_LOGITS
+        assert block_t * padded_experts <= router.MAX_LOGITS
 
 
 @needs_gpu

@@ -9,6 +9,7 @@ python -m benchmarks.start_timeline      a start on a GPU, phase by phase
 python -m benchmarks.bench_expert_ffn    the kernels of the MoE layer and the small ones on a GPU
 python -m benchmarks.bench_attention     those of attention
 python -m benchmarks.bench_sampling      those of sampling
+python -m benchmarks.bench_energy        time and energy of a prompt's operators at the power limit
 python -m benchmarks.peer                another engine's figures, as bench_engine takes them
 python -m benchmarks.ceilings            what the machine can do at most
 python -m benchmarks.plot                plots and the README's table from the JSON

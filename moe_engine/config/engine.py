@@ -71,7 +71,7 @@ class ClusterConfig:
     """The machines that a configuration is meant for."""
 
     nodes: int = option(1, "machines that take part")
-    gpus_per_node: int | None = option(None, "GPUs of one machine; None asks the machine")
+    gpus_per_node: int | None = option(None, "GPUs of one machine; none: as the machine says")
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "nodes", "gpus_per_node")
@@ -82,9 +82,14 @@ class CacheConfig:
     """The paged KV cache of one DP group."""
 
     block_size: int = option(16, "tokens per KV block")
-    num_blocks: int | None = option(None, "KV blocks per DP group; None fills the memory allowed")
+    num_blocks: int | None = option(
+        None, "KV blocks per DP group; none: as many as the memory allows"
+    )
     kv_cache_memory: int | None = option(
-        None, "bytes of KV cache per rank (suffixes KiB MiB GiB)", is_bytes=True
+        None,
+        "bytes of KV cache per rank (suffixes KiB MiB GiB); none: 1 GiB on a CPU, "
+        "memory_utilization on a GPU",
+        is_bytes=True,
     )
     memory_utilization: float = option(0.9, "share of a GPU's memory that the engine may use")
     prefix_cache: bool = option(True, "reuse the KV blocks of prompts that begin alike")
@@ -146,7 +151,8 @@ class EngineConfig:
     """Everything that the ranks need to know besides the checkpoint itself."""
 
     model: str | None = option(
-        None, "directory of a Hugging Face qwen3_moe checkpoint; none: the embedded demo"
+        None,
+        "qwen3_moe checkpoint: a directory or Hugging Face repository id; none: the embedded demo",
     )
     load_format: str = option(
         "auto", "auto reads safetensors; dummy draws random weights", choices=("auto", "dummy")
@@ -166,7 +172,8 @@ class EngineConfig:
         "auto", "auto takes CUDA if there is a GPU", choices=("auto", "cpu", "cuda")
     )
     cuda_graphs: bool = option(
-        True, "replay decode steps as CUDA graphs; false launches every kernel (enforce_eager)"
+        True,
+        "on a GPU, replay decode steps as CUDA graphs; false launches every kernel (enforce_eager)",
     )
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
     startup_timeout: float = option(600.0, "seconds the ranks have to load the model")

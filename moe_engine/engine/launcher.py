@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ class RankProcesses:
         self._directory = Path(tempfile.mkdtemp(prefix="moe_engine-"))
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._saw_dead: float | None = None
+        self._killing = threading.Lock()
         self._finalizer = weakref.finalize(self, _clean_up, self._processes, self._directory)
         ours, theirs = Pipe(duplex=True)
         try:
@@ -122,8 +124,9 @@ class RankProcesses:
         self.kill()
 
     def kill(self) -> None:
-        """Leave no process and no file behind."""
-        self._finalizer()
+        """Leave no process and no file behind, also if another thread is about to do so."""
+        with self._killing:
+            self._finalizer()
 
 
 def _clean_up(processes: dict[int, subprocess.Popen[bytes]], directory: Path) -> None:

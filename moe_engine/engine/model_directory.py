@@ -26,7 +26,10 @@ def resolve_model(model: str | None) -> Path:
     if directory.is_dir():
         return directory.resolve()
     if not REPOSITORY_ID.fullmatch(model):
-        raise ConfigError(f"model {model!r} is not a directory")
+        raise ConfigError(
+            f"model {model!r} is not a directory; give one, or a Hugging Face repository id such "
+            "as Qwen/Qwen3-30B-A3B"
+        )
     import huggingface_hub
 
     try:

@@ -275,8 +275,8 @@ def pick_device(wanted: str, place: LocalPlace) -> torch.device:
         return torch.device("cpu")
     if place.local_world_size > num_gpus:
         raise ConfigError(
-            f"{place.local_world_size} ranks on this machine need as many GPUs, but it has "
-            f"{num_gpus}; use fewer ranks or device cpu"
+            f"this machine has {num_gpus} GPUs and {place.local_world_size} ranks, which need "
+            "one each; use fewer ranks or device cpu"
         )
     return torch.device("cuda", place.local_rank)
 

@@ -79,8 +79,8 @@ class Tokenizer:
             missing = [name for name in ("vocab.json", "merges.txt") if not (path / name).is_file()]
             if missing:
                 raise ConfigError(
-                    f"{path} has no tokenizer: {path / 'tokenizer.json'} is missing, and so is "
-                    f"{' and '.join(missing)} that could stand in for it"
+                    f"{path} has no tokenizer: {path / 'tokenizer.json'} is missing, and without "
+                    f"{' and '.join(missing)} nothing can stand in for it"
                 )
         from transformers import AutoTokenizer
 

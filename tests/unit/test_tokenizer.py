@@ -47,7 +47,7 @@ def test_missing_directory_is_refused_by_name(tmp_path: Path) -> None:
 def test_missing_tokenizer_file_is_refused_by_name(directory: Path) -> None:
     (directory / "tokenizer.json").unlink()
     (directory / "vocab.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing, and so is merges\.txt"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing, and without merges\.txt"):
         Tokenizer.from_directory(directory)
 
 

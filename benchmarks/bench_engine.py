@@ -12,7 +12,9 @@ repeat the same token and need fewer, as the share of distinct tokens in the res
 - A decode step's time is the mean interval between the last ``output / 2`` tokens that all prompts
   of a run decode together, the median over the repetitions. Percentiles of the same intervals stand
   beside it.
-- Prefill is the slope between prompts for 8 and for 16 steps of ``--prefill-tokens`` tokens.
+- Prefill is the slope between prompts for 1 and for 8 steps of ``--prefill-tokens`` tokens, medians
+  of 5 and 3 repetitions at least (more if ``--repetitions`` is more), as the peers' is (`peer`). A
+  median of two would be their mean, and one hiccup in the fewer steps would flatten the slope.
 - The start is the time that ``MoEEngine(...)`` takes; what this process had imported before stands
   beside it as ``imports_s``.
 - The floor is the time to read once what a step must read (`decode_floor`), at the rate of
@@ -50,7 +52,8 @@ from moe_engine.config import ModelConfig
 from moe_engine.config.engine import GIB
 from moe_engine.types.messages import MemoryLedger
 
-PREFILL_STEPS = (8, 16)
+# Steps' worth of prompts -> repetitions, at least.
+PREFILL_STEPS = {1: 5, 8: 3}
 CHECKED_PROMPTS, CHECKED_TOKENS = 8, 32
 
 
@@ -128,7 +131,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     longest = max(arguments.input + arguments.output + 1, arguments.prefill_tokens + 1)
     most = max([*arguments.batches, 2 * CHECKED_PROMPTS])
     if arguments.prefill_tokens:
-        most = max(most, PREFILL_STEPS[-1] * arguments.prefill_tokens // arguments.input)
+        most = max(most, max(PREFILL_STEPS) * arguments.prefill_tokens // arguments.input)
         values["max_num_batched_tokens"] = arguments.prefill_tokens
     values |= {
         "device": values.get("device", "auto"),
@@ -229,13 +232,14 @@ class EngineBench:
         results = []
         for length in (self._arguments.input, tokens_per_step):
             per_step = tokens_per_step // length
-            self._timed(per_step, length, 1)  # warm up
+            for _ in range(2):  # warm up
+                self._timed(per_step, length, 1)
             seconds = {
                 steps: [
                     self._timed(per_step * steps, length, 1).seconds
-                    for _ in range(self._arguments.repetitions)
+                    for _ in range(max(at_least, self._arguments.repetitions))
                 ]
-                for steps in PREFILL_STEPS
+                for steps, at_least in PREFILL_STEPS.items()
             }
             step_s = slope(*((n, statistics.median(s)) for n, s in seconds.items()))
             results.append(

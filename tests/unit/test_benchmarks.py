@@ -122,6 +122,22 @@ def test_distinct_tokens_are_counted_step_by_step() -> None:
     assert run.share_of_distinct_tokens() == pytest.approx((3 / 4 + 3 / 4 + 1 / 4) / 3)
 
 
+def test_a_hiccup_does_not_change_the_rate_of_prefill(monkeypatch):
+    bench = object.__new__(bench_engine.EngineBench)
+    bench._arguments = SimpleNamespace(input=16, repetitions=1)
+    hiccups = {1: iter([0.0, 0.0, 0.9, 0.0, 0.9, 0.0, 0.0] * 2), 8: iter([0.9, 0.0, 0.0] * 2)}
+
+    def timed(batch, num_input, num_output):
+        steps = batch * num_input // 64
+        return Run(0.25 + 0.5 * steps + next(hiccups[steps]), [], [])
+
+    monkeypatch.setattr(bench, "_timed", timed, raising=False)
+    for row, shape in zip(bench.prefill(64), ("4x16", "1x64"), strict=True):
+        assert row["shape"] == shape
+        assert row["tok_per_s"] == pytest.approx(64 / 0.5)
+        assert max(row["seconds"]["1"]) > 1.5, "all repetitions are saved"
+
+
 def test_percentiles_interpolate_and_do_without_values():
     assert percentile([float(n) for n in range(101)], 0.99) == pytest.approx(99)
     assert percentile([3.0], 0.5) == 3.0
@@ -161,6 +177,8 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     assert machine["read_gb_per_s"] == max(machine["copy_gb_per_s"], machine["sum_gb_per_s"]) > 0.1
     assert all(row["floor_ms"] > 0 and row["interval_ms"]["p50"] > 0 for row in result["decode"])
     assert [row["shape"] for row in result["prefill"]] == ["4x16", "1x64"]
+    for row in result["prefill"]:
+        assert [(n, len(seconds)) for n, seconds in row["seconds"].items()] == [("1", 5), ("8", 3)]
     assert result["check"]["num_equal_together"] == result["check"]["num_equal_mixed"] == 8
     assert 0 < sum(result["engine"]["startup_s"].values()) <= result["start_s"]
     assert result["engine"]["memory"]["weights"] > 0

@@ -31,7 +31,6 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,8 @@ def main() -> None:
     arguments = parse_arguments()
     options = engine_options(arguments)
     peers = [read_peer(path) for path in arguments.peer]
+    for peer in peers:
+        peer.check_temperature(arguments.temperature)
     device = "cpu" if options["device"] == "cpu" else "cuda"
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -95,7 +96,7 @@ def main() -> None:
             result["gpu_after"] = gpu_state()
             result["memory"] = planned_and_used(engine.info.memory, result["gpu_after"])
             print(describe_memory(result["memory"]))
-    result["peers"] = [asdict(peer) for peer in peers]
+    result["peers"] = [peer.to_json() for peer in peers]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=2).replace(f"{MODELS}/", "")  # not where this checkout is

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_sampling, moe_workload, small_kernels, tune_moe
+from benchmarks import bench_attention, bench_sampling, moe_workload, small_kernels, tune_moe
 from benchmarks.moe_workload import Batch, Dims, Layer, check_routing, check_rows
 from moe_engine.ops import hopper, moe
 from moe_engine.ops.reference import moe as reference
@@ -209,6 +209,18 @@ def test_every_output_of_norm_and_router_is_checked(number: int) -> None:
     found[number] = found[number].flip(0)
     with pytest.raises(SystemExit, match="norm_router"):
         small_kernels.check_norm_router(x_RH, residual_RH, weight_H, gate_EH, tuple(found))
+
+
+def test_other_libraries_figures_are_of_one_gpu_and_its_heads() -> None:
+    peers = bench_attention.read_peers(bench_attention.PEERS, "NVIDIA H200", 32, 4)
+    assert peers[("decode", "8 x 576")] == 12.3
+    assert peers[("prefill", "1x8192")] == 892.0
+    decodes = {f"{batch} x {n}" for batch in bench_attention.BATCHES for n in (576, 2048)}
+    assert {case for operation, case in peers if operation == "decode"} == decodes
+    prefills = {case for operation, case in peers if operation == "prefill"}
+    assert prefills < bench_attention.PREFILLS.keys()
+    for other in (("NVIDIA H100", 32, 4), ("NVIDIA H200", 64, 4), ("NVIDIA H200", 32, 8)):
+        assert bench_attention.read_peers(bench_attention.PEERS, *other) == {}
 
 
 @pytest.fixture

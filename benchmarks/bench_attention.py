@@ -10,8 +10,8 @@ values, unless ``--heads`` and ``--kv-heads`` say otherwise: Qwen3-235B-A22B has
 four of it 16 and 1. Every kernel is checked against float32 attention first. The ceilings
 (`benchmarks.ceilings`) are measured in the same run: decode is held against reading, prefill
 against a matrix product, and the preparation of queries and keys, which writes as much as it reads,
-against copying. Beside them stand other libraries' times, where there are some of this GPU and these
-heads (``benchmarks/results/attention_peers.json``).
+against copying. Beside them stand other libraries' times, if those in
+``benchmarks/results/attention_peers.json`` are of this GPU and these heads.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks.forced_choices import forced_choices
 from benchmarks.gpu_timing import num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
 from benchmarks.options import launch_list, launch_name
+from benchmarks.report import save_result
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
@@ -101,7 +102,7 @@ def main() -> None:
         result["rows"] = measure(cache, machine_ceilings, peers)
     result["seconds"] = time.perf_counter() - start
     print(f"{result['seconds']:.0f} s in all")
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    save_result(arguments.json, result)
 
 
 def read_peers(path: Path, device: str, heads: int, kv_heads: int) -> Peers:

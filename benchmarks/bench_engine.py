@@ -28,10 +28,8 @@ repeat the same token and need fewer, as the share of distinct tokens in the res
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,7 @@ from benchmarks.driver import Run, percentile, random_prompts, run_batch
 from benchmarks.gpu_state import gpu_state
 from benchmarks.options import MODELS, find_model, int_list, plain_options
 from benchmarks.peer import read_peer
-from benchmarks.report import print_decode, print_prefill
+from benchmarks.report import print_decode, print_prefill, save_result
 from moe_engine import MoEEngine
 from moe_engine.checkpoint.skew import zipf_popularity
 from moe_engine.config import ModelConfig
@@ -66,7 +64,6 @@ def main() -> None:
         peer.check_temperature(arguments.temperature)
     device = "cpu" if options["device"] == "cpu" else "cuda"
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "options": options,
         "workload": {
             name: getattr(arguments, name)
@@ -98,10 +95,7 @@ def main() -> None:
             print(describe_memory(result["memory"]))
     result["peers"] = [peer.to_json() for peer in peers]
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=2).replace(f"{MODELS}/", "")  # not where this checkout is
-        arguments.json.write_text(text + "\n")
-        print(f"written to {arguments.json}")
+        save_result(arguments.json, result, leave_out=f"{MODELS}/")  # not where this checkout is
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -27,6 +27,7 @@ from benchmarks import ceilings
 from benchmarks.machine import describe_machine
 from benchmarks.moe_workload import Batch, Dims, Layer, make_batches, microseconds
 from benchmarks.options import int_list
+from benchmarks.report import save_result
 from benchmarks.small_kernels import (
     against_reading,
     bench_linear,
@@ -93,8 +94,7 @@ def main() -> None:
         results["norm_router"] = bench_norm_router(dims.num_experts, dims.top_k, reading)
         results["greedy"] = [bench_greedy(num_rows, reading) for num_rows in GREEDY_ROWS]
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        save_result(options.json, results)
 
 
 def graphable_implementations(dims: Dims, layer: Layer) -> list[str]:

@@ -18,12 +18,10 @@ from __future__ import annotations
 import argparse
 import importlib.machinery
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +31,7 @@ import torch
 from benchmarks.decode_bench import DecodeBench, add_arguments
 from benchmarks.gpu_timing import in_turns
 from benchmarks.options import plain_options
+from benchmarks.report import save_result
 from benchmarks.tune import MAX_ERROR, TEMPERATURE, logits_error, step_medians_ms
 from moe_engine.ops import hopper
 
@@ -57,14 +56,12 @@ def main() -> None:
     results += [prompts(bench, builds, *case) for case in arguments.prompts]
     if arguments.json:
         output = {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "model": bench.model,
             "results": results,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(output, indent=1) + "\n")
+        save_result(arguments.json, output)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -27,7 +27,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -39,6 +38,7 @@ from benchmarks.decode_bench import DecodeBench, Graphs, add_arguments
 from benchmarks.gpu_state import gpu_state
 from benchmarks.gpu_timing import in_turns
 from benchmarks.options import int_list, launch_list, launch_name, plain_options
+from benchmarks.report import today
 from benchmarks.tune_limits import Timed
 from benchmarks.tune_operators import DecodeAttention, Operator, operators_of
 from moe_engine.ops import tuning
@@ -97,7 +97,7 @@ def main() -> None:
     if not measured:
         raise SystemExit(f"{device_name} has one kernel for each operator: nothing to choose")
     run = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": today(),
         "command": command(arguments),
         "torch": torch.__version__,
         "driver": driver,

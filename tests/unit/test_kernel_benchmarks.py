@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_sampling, moe_workload, small_kernels, tune_moe
+from benchmarks import (
+    attention_tune,
+    bench_attention,
+    bench_sampling,
+    gpu_timing,
+    moe_workload,
+    small_kernels,
+    tune_moe,
+)
 from benchmarks.moe_workload import Batch, Dims, Layer, check_routing, check_rows
 from moe_engine.ops import hopper, moe
 from moe_engine.ops.reference import moe as reference
@@ -64,13 +73,43 @@ def test_the_products_references_are_those_of_the_experts() -> None:
     torch.testing.assert_close(found_TH, expected_TH)
 
 
+class TooLarge(Exception):
+    """Stands for what Triton raises."""
+
+
+def test_what_does_not_fit_is_triton_s_to_say(monkeypatch: Any) -> None:
+    pytest.importorskip("triton")
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    assert gpu_timing.errors_of_fit() == (OutOfResources, PTXASError)
+    monkeypatch.setitem(sys.modules, "triton.runtime.errors", None)
+    assert gpu_timing.errors_of_fit() == ()
+
+
+def test_only_candidates_that_do_not_fit_are_left_out(monkeypatch: Any) -> None:
+    monkeypatch.setattr(attention_tune, "errors_of_fit", lambda: (TooLarge,))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def too_large() -> None:
+        raise TooLarge
+
+    def broken() -> None:
+        raise ValueError("a mistake in the kernel")
+
+    assert attention_tune._compile([list, too_large, dict]) == [True, False, True]
+    with pytest.raises(ValueError, match="a mistake"):
+        attention_tune._compile([list, broken])
+
+
 def test_a_wrong_candidate_ends_the_tuning_before_it_is_timed(monkeypatch: Any) -> None:
     expected, timed = torch.randn(4, 64), []
 
     def run(index: int, config: str) -> torch.Tensor:
         timed.append((config, index))
         if config == "too large":
-            raise RuntimeError
+            raise TooLarge
+        if config == "broken":
+            raise RuntimeError("a mistake in the kernel")
         return expected if config == "right" else -expected
 
     def microseconds(calls: Any) -> float:
@@ -80,12 +119,15 @@ def test_a_wrong_candidate_ends_the_tuning_before_it_is_timed(monkeypatch: Any) 
         return 7.0
 
     monkeypatch.setattr(tune_moe, "microseconds", microseconds)
+    monkeypatch.setattr(tune_moe, "errors_of_fit", lambda: (TooLarge,))
     times = tune_moe.time_candidates("down", run, expected, ["too large", "right"], 2)
     assert times == {"right": 7.0}
     assert timed == [("right", 0), ("right", 1)]
     with pytest.raises(SystemExit, match="down, wrong, is wrong"):
         tune_moe.time_candidates("down", run, expected, ["right", "wrong"], 2)
     assert timed[-1] == ("wrong", 0), "it was timed"
+    with pytest.raises(RuntimeError, match="a mistake"):
+        tune_moe.time_candidates("down", run, expected, ["right", "broken"], 2)
 
 
 READING = 1e9

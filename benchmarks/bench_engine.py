@@ -16,7 +16,8 @@ repeat the same token and need fewer, as the share of distinct tokens in the res
   of 5 and 3 repetitions at least (more if ``--repetitions`` is more), as the peers' is (`peer`). A
   median of two would be their mean, and one hiccup in the fewer steps would flatten the slope.
 - The start is the time that ``MoEEngine(...)`` takes; what this process had imported before stands
-  beside it as ``imports_s``.
+  beside it as ``imports_s``, and whether Triton's cache was empty, so that kernels had to be
+  compiled, as ``triton_cache``.
 - The floor is the time to read once what a step must read (`decode_floor`), at the rate of
   reading that this machine showed just before (`ceilings`).
 - After the run, what the memory ledger sums up to is held against what the driver says is used.
@@ -39,7 +40,7 @@ from benchmarks import ceilings
 from benchmarks.clock import process_start
 from benchmarks.decode_floor import slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts, run_batch
-from benchmarks.gpu_state import gpu_state
+from benchmarks.gpu_state import gpu_state, triton_cache
 from benchmarks.options import MODELS, find_model, int_list, plain_options
 from benchmarks.peer import read_peer
 from benchmarks.report import print_decode, print_prefill, save_result
@@ -74,6 +75,7 @@ def main() -> None:
     }
     if device == "cuda":
         result["gpu_before"] = gpu_state()
+        result["triton_cache"] = triton_cache()
     started = time.perf_counter()
     with MoEEngine(**options) as engine:
         result["start_s"] = time.perf_counter() - started

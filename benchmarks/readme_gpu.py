@@ -110,7 +110,8 @@ def _conditions(
         f"read once what a step must read, at the {ceilings['read_gb_per_s'] / 1e3:.2f} TB/s at "
         "which the same run read. "
         f"Ready after {engine['imports_s']:.1f} s of imports and {engine['start_s']:.1f} s from "
-        f"`MoEEngine(...)` on, {start['weights']:.1f} s of them filling weights{their_starts}."
+        f"`MoEEngine(...)` on{_triton_cache(engine)}, {start['weights']:.1f} s of them filling "
+        f"weights{their_starts}."
         f"{over_http} torch {ceilings['torch']}."
     )
 
@@ -125,6 +126,12 @@ def _prefill(rows: list[dict[str, Any]]) -> str:
         f" Prefill is the slope between {few} and {many} steps, medians of {len(seconds[few])} and "
         f"{len(seconds[many])} repetitions."
     )
+
+
+def _triton_cache(engine: dict[str, Any]) -> str:
+    """Whether kernels were compiled before the start; nothing where the JSON does not say."""
+    state = engine.get("triton_cache")
+    return "" if state is None else f" with Triton's cache of kernels {state}"
 
 
 def _over_http(serving: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from benchmarks.bench_engine import (
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
+from benchmarks.gpu_state import triton_cache
 from benchmarks.options import MODELS, find_model, launch_list, launch_name
 from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
@@ -187,6 +188,22 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     assert result["peers"] == 2 * [json.loads(peer.read_text())]
     assert str(MODELS.parents[1]) not in output.read_text()
     assert "memory" not in result, "there is no driver to ask about a CPU's memory"
+
+
+def test_triton_s_cache_is_empty_until_a_kernel_is_in_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    assert triton_cache() == "empty"
+    (tmp_path / ".triton" / "cache").mkdir(parents=True)
+    assert triton_cache() == "empty"
+    (tmp_path / ".triton" / "cache" / "kernel").mkdir()
+    assert triton_cache() == "filled"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "other"))
+    assert triton_cache() == "empty"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.delenv("TRITON_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert triton_cache() == "filled"
 
 
 def test_the_ledger_is_held_against_what_the_driver_says_is_used():

@@ -103,6 +103,10 @@ def test_the_conditions_follow_the_json() -> None:
     assert "Zipf" not in greedy
     old = conditions(prefill=[{"shape": "16x512", "tok_per_s": 90000.0}])
     assert "slope" not in old
+    for state in ("empty", "filled"):
+        start = f"from `MoEEngine(...)` on with Triton's cache of kernels {state}, 1.5 s of them"
+        assert start in conditions(triton_cache=state)
+    assert "Triton" not in old
     loaded = conditions(options=ENGINE["options"] | {"load_format": "auto"})
     assert "the checkpoint's weights" in loaded
     assert "dummy" not in loaded

@@ -29,6 +29,7 @@ from benchmarks.moe_workload import Batch, Dims, Layer, make_batches, microsecon
 from benchmarks.options import int_list
 from benchmarks.report import save_result
 from benchmarks.small_kernels import (
+    VOCAB_SIZE,
     against_reading,
     bench_linear,
     bench_norm_router,
@@ -43,7 +44,6 @@ from moe_engine.ops.sampling import greedy_tokens
 NUM_LAYERS = 3
 # An implementation this many times slower than the floor is not timed at larger batches.
 HOPELESS = 6.0
-VOCAB_SIZE = 151_936
 GREEDY_ROWS = (1, 8, 64, 256)
 
 

@@ -26,11 +26,10 @@ from benchmarks import ceilings
 from benchmarks.gpu_timing import eager_seconds, num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
 from benchmarks.report import save_result
-from benchmarks.small_kernels import against_reading
+from benchmarks.small_kernels import VOCAB_SIZE, against_reading
 from moe_engine.ops.reference import sampling as reference
 from moe_engine.ops.sampling import any_filter, greedy_tokens, sample_tokens
 
-VOCAB_SIZE = 151_936
 DEVICE = "cuda"
 BATCHES = (1, 64, 256)
 TOLERANCE = 1e-5

@@ -28,17 +28,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.decode_bench import SPARE_STEPS, TEMPERATURE, DecodeBench, add_arguments
 from benchmarks.gpu_timing import in_turns
 from benchmarks.options import plain_options
 from benchmarks.report import save_result
-from benchmarks.tune import MAX_ERROR, TEMPERATURE, logits_error, step_medians_ms
+from benchmarks.tune import MAX_ERROR, logits_error, step_medians_ms
 from moe_engine.ops import hopper
 
 NUM_TURNS = 4
 PROMPT_TURNS = 8
-# Steps of a batch beside those that are timed again and again.
-SPARE_STEPS = 32
 
 
 def main() -> None:

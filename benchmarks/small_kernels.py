@@ -24,6 +24,8 @@ from moe_engine.ops import hopper, moe
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 
+VOCAB_SIZE = 151_936
+"""Qwen3's."""
 EPS = 1e-6
 # Hidden size -> (input, output) of the fused projection and of the output projection: those of
 # Qwen3-30B-A3B and of Qwen3-235B-A22B.

@@ -25,13 +25,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.decode_bench import TEMPERATURE, DecodeBench, add_arguments
 from benchmarks.options import plain_options
 from benchmarks.report import save_result
 
 WARM_UP_STEPS, RECORDED_STEPS = 8, 5
-# Greedy sequences may come to repeat one token, and then need fewer experts.
-TEMPERATURE = 1.0
 SHORT_NAME_LENGTH = 60
 
 

@@ -31,7 +31,10 @@ from benchmarks.report import save_result
 from benchmarks.small_kernels import (
     VOCAB_SIZE,
     against_reading,
+    bench_embedding,
     bench_linear,
+    bench_linear_onto,
+    bench_norm_and_route,
     bench_norm_router,
     bench_small,
     describe,
@@ -92,6 +95,10 @@ def main() -> None:
         ]
         results["linear"] = bench_linear(reading)
         results["norm_router"] = bench_norm_router(dims.num_experts, dims.top_k, reading)
+        results["norm_and_route"] = bench_norm_and_route(dims.num_experts, dims.top_k, reading)
+        multiplying = ceilings.rate(results["ceilings"], "matmul")
+        results["linear_onto"] = bench_linear_onto(reading, multiplying)
+        results["embedding"] = bench_embedding(reading)
         results["greedy"] = [bench_greedy(num_rows, reading) for num_rows in GREEDY_ROWS]
     if options.json:
         save_result(options.json, results)

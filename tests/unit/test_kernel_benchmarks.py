@@ -18,7 +18,7 @@ from benchmarks import (
     tune_moe,
 )
 from benchmarks.moe_workload import Batch, Dims, Layer, check_routing, check_rows
-from moe_engine.ops import hopper, moe
+from moe_engine.ops import hopper, linear, moe
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 
@@ -239,6 +239,77 @@ def test_a_wrong_hopper_kernel_is_not_timed(name: str, monkeypatch: Any) -> None
     bench = small_kernels.bench_linear if is_linear else small_kernels.bench_norm_router
     with pytest.raises(SystemExit, match=f"{name}.* is wrong"):
         bench(*arguments)
+
+
+@pytest.fixture
+def few_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks of many rows with as many as a CPU has time for."""
+    monkeypatch.setattr(small_kernels, "LINEAR_LAYERS", {64: ((64, 96), (128, 64))})
+    monkeypatch.setattr(small_kernels, "VOCAB_SIZE", 500)
+    monkeypatch.setattr(small_kernels, "NORM_AND_ROUTE_ROWS", (5, 9))
+    monkeypatch.setattr(small_kernels, "LINEAR_ONTO_ROWS", (9,))
+    monkeypatch.setattr(small_kernels, "EMBEDDING_ROWS", (1, 9))
+    monkeypatch.setattr(small_kernels, "num_rotations", lambda num_bytes: 3)
+    monkeypatch.setattr(linear, "adds_in_place", lambda x: True)
+
+
+@pytest.mark.usefixtures("few_of_many_rows")
+def test_norm_and_router_of_many_rows_are_timed_with_and_without_an_addition() -> None:
+    timed = small_kernels.bench_norm_and_route(8, 3, READING)
+    assert [(row["kernel"], row["rows"]) for row in timed] == [
+        *(("norm_and_route", 5), ("add_norm_and_route", 5)),
+        *(("norm_and_route", 9), ("add_norm_and_route", 9)),
+    ]
+    others = 2 * (64 + 8 * 64) + 5 * 3 * 8
+    for row, num_rows in zip(timed, (2 * 5, 4 * 5), strict=False):
+        num_bytes = num_rows * 64 * 2 + others
+        assert row["share_of_reading"] == pytest.approx(num_bytes / 2e-6 / READING)
+
+
+@pytest.mark.usefixtures("few_of_many_rows")
+def test_a_product_that_is_added_is_held_against_reading_and_multiplying(monkeypatch: Any) -> None:
+    (row,) = small_kernels.bench_linear_onto(READING, 1e12)
+    case = {"kernel": "linear_onto", "hidden": 64, "rows": 9, "in": 128, "out": 64}
+    assert case.items() <= row.items()
+    num_bytes = 2 * (9 * 128 + 64 * 128 + 2 * 9 * 64)
+    assert row["share_of_reading"] == pytest.approx(num_bytes / 2e-6 / READING)
+    assert row["share_of_multiplying"] == pytest.approx(2 * 9 * 128 * 64 / 2e-6 / 1e12)
+    monkeypatch.setattr(linear, "adds_in_place", lambda x: False)
+    assert small_kernels.bench_linear_onto(READING, 1e12) == []
+
+
+@pytest.mark.usefixtures("few_of_many_rows")
+def test_the_embedding_is_timed_with_the_rows_that_it_copies() -> None:
+    timed = small_kernels.bench_embedding(READING)
+    assert [(row["hidden"], row["rows"]) for row in timed] == [(64, 1), (64, 9)]
+    num_bytes = 9 * (2 * 2 * 64 + 8)
+    assert timed[1]["share_of_reading"] == pytest.approx(num_bytes / 2e-6 / READING)
+
+
+@pytest.mark.usefixtures("few_of_many_rows")
+def test_a_wrong_kernel_of_many_rows_is_not_timed(monkeypatch: Any) -> None:
+    right_norm, right_onto, right_embedding = (
+        *(moe.norm_and_route, linear.linear_onto),
+        small_kernels.embedding,
+    )
+
+    def wrong_norm(*arguments: Any) -> Any:
+        normed, *others = right_norm(*arguments)
+        return normed.flip(0), *others
+
+    def wrong_onto(*arguments: Any) -> Any:
+        return linear.AddedOutput(1.1 * right_onto(*arguments).stream_TO)
+
+    monkeypatch.setattr(small_kernels, "microseconds", lambda calls: pytest.fail("timed"))
+    monkeypatch.setattr(moe, "norm_and_route", wrong_norm)
+    monkeypatch.setattr(linear, "linear_onto", wrong_onto)
+    monkeypatch.setattr(small_kernels, "embedding", lambda *a: 1.1 * right_embedding(*a))
+    with pytest.raises(SystemExit, match=r"norm_and_route's norm .* is wrong"):
+        small_kernels.bench_norm_and_route(8, 3, READING)
+    with pytest.raises(SystemExit, match="linear_onto, 9 x 128 to 64, is wrong"):
+        small_kernels.bench_linear_onto(READING, 1e12)
+    with pytest.raises(SystemExit, match="embedding of 1 tokens is wrong"):
+        small_kernels.bench_embedding(READING)
 
 
 @pytest.mark.parametrize("number", range(4))

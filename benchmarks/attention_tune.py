@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import attention_cases as cases
-from benchmarks.gpu_timing import num_rotations, seconds_per_call
+from benchmarks.gpu_timing import errors_of_fit, num_rotations, seconds_per_call
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
@@ -83,12 +83,16 @@ def tune(cache: cases.Cache) -> list[Timed]:
 
 
 def _compile(calls: Iterable[Callable[[], object]]) -> list[bool]:
-    """Run each call once, many at a time, so that their kernels compile side by side."""
+    """Run each call once, many at a time, so that their kernels compile side by side.
+
+    Returns:
+        Which of them fit this GPU.
+    """
 
     def attempt(call: Callable[[], object]) -> bool:
         try:
             call()
-        except Exception as error:  # too much shared memory, most likely
+        except errors_of_fit() as error:
             print(f"left out: {type(error).__name__}: {str(error)[:120]}")
             return False
         return True

@@ -10,7 +10,8 @@ values, unless ``--heads`` and ``--kv-heads`` say otherwise: Qwen3-235B-A22B has
 four of it 16 and 1. Every kernel is checked against float32 attention first. The ceilings
 (`benchmarks.ceilings`) are measured in the same run: decode is held against reading, prefill
 against a matrix product, and the preparation of queries and keys, which writes as much as it reads,
-against copying.
+against copying. Beside them stand other libraries' times, if those in
+``benchmarks/results/attention_peers.json`` are of this GPU and these heads.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from benchmarks.forced_choices import forced_choices
 from benchmarks.gpu_timing import num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
 from benchmarks.options import launch_list, launch_name
+from benchmarks.report import save_result
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
@@ -43,11 +45,6 @@ from moe_engine.ops.rope import norm_rope_write as norm_rope_write_operator
 from moe_engine.ops.tuning import INF, DecodeChoices, Launch
 
 BATCHES = (1, 8, 32, 64, 128, 256)
-# FlashInfer 0.6's tensor-core decode on an H200, microseconds, with 32 and 4 heads.
-PEER_US = {
-    576: (8.8, 12.3, 18.0, 27.6, 49.7, 91.0),
-    2048: (9.5, 15.4, 45.0, 70.0, 134.0, 257.0),
-}
 PREFILLS = {
     "16x512": [(512, 512)] * 16,
     "1x8192": [(8192, 8192)],
@@ -55,12 +52,14 @@ PREFILLS = {
     "2048 after 6144": [(2048, 8192)],
     "mixed": [(n, n) for n in (3000, 100, 700, 40, 1500, 260, 2000, 592)],
 }
-# H200, microseconds, with 32 and 4 heads: cuDNN, FlashInfer's FA3.
-PREFILL_PEER_US = {"16x512": 97.0, "1x8192": 892.0}
 NORM_ROPE_TOKENS = (1, 8, 64, 256, 2048, 8192)
+# Other libraries' figures, of one GPU and one number of heads.
+PEERS = Path(__file__).parent / "results" / "attention_peers.json"
 
 Row = dict[str, Any]
 Cache = cases.Cache
+Peers = dict[tuple[str, str], float]
+"""Microseconds by operation and case."""
 
 
 def main() -> None:
@@ -76,7 +75,6 @@ def main() -> None:
         help="warps of a block (0: clusters):most shares:least tokens of a share, ...",
     )
     arguments = parser.parse_args()
-    has_peers = (arguments.heads, arguments.kv_heads) == (cases.NUM_HEADS, cases.NUM_KV_HEADS)
     try:
         cases.set_heads(arguments.heads, arguments.kv_heads)
     except ValueError as error:
@@ -99,25 +97,29 @@ def main() -> None:
     elif arguments.launches:
         result["launches"] = launch_rows(arguments.launches, cache)
     else:
-        result["rows"] = measure(cache, machine_ceilings, has_peers)
+        device = machine_ceilings["device"]
+        peers = read_peers(PEERS, device, arguments.heads, arguments.kv_heads)
+        result["rows"] = measure(cache, machine_ceilings, peers)
     result["seconds"] = time.perf_counter() - start
     print(f"{result['seconds']:.0f} s in all")
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    save_result(arguments.json, result)
 
 
-def measure(cache: Cache, machine_ceilings: dict[str, Any], has_peers: bool) -> list[Row]:
-    """Check and time every kernel as it is committed.
+def read_peers(path: Path, device: str, heads: int, kv_heads: int) -> Peers:
+    """The figures of other libraries; none where they are of another GPU or other heads."""
+    saved = json.loads(path.read_text())
+    if (saved["device"], saved["heads"], saved["kv_heads"]) != (device, heads, kv_heads):
+        return {}
+    return {(row["operation"], row["case"]): row["us"] for row in saved["rows"]}
 
-    Args:
-        has_peers: whether the peers' figures are of these heads.
-    """
+
+def measure(cache: Cache, machine_ceilings: dict[str, Any], peers: Peers) -> list[Row]:
+    """Check and time every kernel as it is committed."""
     rows: list[Row] = []
 
     def add(row: Row) -> None:
         rate = row["bytes_per_s" if "bytes_per_s" in row else "flop_per_s"]
         row["share_of_ceiling"] = rate / ceilings.rate(machine_ceilings, row["ceiling"])
-        if not has_peers:
-            row["peer_us"] = None
         peer = f"{row['peer_us']:7.1f}" if row.get("peer_us") else "      -"
         print(
             f"{row['kernel']:<22} {row['case']:<18} {row['us']:8.1f} us  peer {peer}  "
@@ -130,8 +132,8 @@ def measure(cache: Cache, machine_ceilings: dict[str, Any], has_peers: bool) -> 
     for num_tokens in NORM_ROPE_TOKENS:
         add(norm_rope_row(num_tokens, cache))
     for context in (576, 2048, "mixed"):
-        for index, batch_size in enumerate(BATCHES):
-            peer = PEER_US[context][index] if isinstance(context, int) else None
+        for batch_size in BATCHES:
+            peer = peers.get(("decode", f"{batch_size} x {context}"))
             add(decode_row(batch_size, context, cache, "decode", peer))
             for row in prepared_decode_rows(batch_size, context, cache):
                 add(row)
@@ -143,7 +145,7 @@ def measure(cache: Cache, machine_ceilings: dict[str, Any], has_peers: bool) -> 
     for batch_size in (64, 256):
         add(decode_row(batch_size, 576, narrow, "decode, fp8"))
     for name, lens in PREFILLS.items():
-        for row in prefill_rows(name, lens, cache):
+        for row in prefill_rows(name, lens, cache, peers.get(("prefill", name))):
             add(row)
     for length in (4352, 4608, 4864):
         print(f"cuDNN's first call of 1x{length}: {cudnn_first_call_ms(length, cache):.0f} ms")
@@ -281,7 +283,9 @@ def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> l
     return rows
 
 
-def prefill_rows(name: str, lens: list[tuple[int, int]], cache: Cache) -> list[Row]:
+def prefill_rows(
+    name: str, lens: list[tuple[int, int]], cache: Cache, peer_us: float | None
+) -> list[Row]:
     """Prefill by the operator, by the Triton kernel and, for equal whole prompts, by cuDNN."""
     inputs = [cases.make_inputs(lens) for _ in range(3)]
     own_kv = {id(one): one.own_kv(cache) for one in inputs}
@@ -311,7 +315,6 @@ def prefill_rows(name: str, lens: list[tuple[int, int]], cache: Cache) -> list[R
     ways = {"prefill, operator": operator, "prefill, triton": triton}
     if set(lens) == {(lens[0][0], lens[0][0])}:
         ways["prefill, cudnn"] = cudnn
-    peer_us = PREFILL_PEER_US.get(name)
     return [
         {"kernel": kernel, "case": name, "peer_us": peer_us} | _timed(inputs, cache, way, flop=flop)
         for kernel, way in ways.items()

@@ -12,9 +12,12 @@ repeat the same token and need fewer, as the share of distinct tokens in the res
 - A decode step's time is the mean interval between the last ``output / 2`` tokens that all prompts
   of a run decode together, the median over the repetitions. Percentiles of the same intervals stand
   beside it.
-- Prefill is the slope between prompts for 8 and for 16 steps of ``--prefill-tokens`` tokens.
+- Prefill is the slope between prompts for 1 and for 8 steps of ``--prefill-tokens`` tokens, medians
+  of 5 and 3 repetitions at least (more if ``--repetitions`` is more), as the peers' is (`peer`). A
+  median of two would be their mean, and one hiccup in the fewer steps would flatten the slope.
 - The start is the time that ``MoEEngine(...)`` takes; what this process had imported before stands
-  beside it as ``imports_s``.
+  beside it as ``imports_s``, and whether Triton's cache was empty, so that kernels had to be
+  compiled, as ``triton_cache``.
 - The floor is the time to read once what a step must read (`decode_floor`), at the rate of
   reading that this machine showed just before (`ceilings`).
 - After the run, what the memory ledger sums up to is held against what the driver says is used.
@@ -26,11 +29,8 @@ repeat the same token and need fewer, as the share of distinct tokens in the res
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,18 @@ from benchmarks import ceilings
 from benchmarks.clock import process_start
 from benchmarks.decode_floor import slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts, run_batch
-from benchmarks.gpu_state import gpu_state
+from benchmarks.gpu_state import gpu_state, triton_cache
 from benchmarks.options import MODELS, find_model, int_list, plain_options
 from benchmarks.peer import read_peer
-from benchmarks.report import print_decode, print_prefill
+from benchmarks.report import print_decode, print_prefill, save_result
 from moe_engine import MoEEngine
 from moe_engine.checkpoint.skew import zipf_popularity
 from moe_engine.config import ModelConfig
 from moe_engine.config.engine import GIB
 from moe_engine.types.messages import MemoryLedger
 
-PREFILL_STEPS = (8, 16)
+# Steps' worth of prompts -> repetitions, at least.
+PREFILL_STEPS = {1: 5, 8: 3}
 CHECKED_PROMPTS, CHECKED_TOKENS = 8, 32
 
 
@@ -60,9 +61,10 @@ def main() -> None:
     arguments = parse_arguments()
     options = engine_options(arguments)
     peers = [read_peer(path) for path in arguments.peer]
+    for peer in peers:
+        peer.check_temperature(arguments.temperature)
     device = "cpu" if options["device"] == "cpu" else "cuda"
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "options": options,
         "workload": {
             name: getattr(arguments, name)
@@ -73,6 +75,7 @@ def main() -> None:
     }
     if device == "cuda":
         result["gpu_before"] = gpu_state()
+        result["triton_cache"] = triton_cache()
     started = time.perf_counter()
     with MoEEngine(**options) as engine:
         result["start_s"] = time.perf_counter() - started
@@ -92,12 +95,9 @@ def main() -> None:
             result["gpu_after"] = gpu_state()
             result["memory"] = planned_and_used(engine.info.memory, result["gpu_after"])
             print(describe_memory(result["memory"]))
-    result["peers"] = [asdict(peer) for peer in peers]
+    result["peers"] = [peer.to_json() for peer in peers]
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=2).replace(f"{MODELS}/", "")  # not where this checkout is
-        arguments.json.write_text(text + "\n")
-        print(f"written to {arguments.json}")
+        save_result(arguments.json, result, leave_out=f"{MODELS}/")  # not where this checkout is
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -128,7 +128,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     longest = max(arguments.input + arguments.output + 1, arguments.prefill_tokens + 1)
     most = max([*arguments.batches, 2 * CHECKED_PROMPTS])
     if arguments.prefill_tokens:
-        most = max(most, PREFILL_STEPS[-1] * arguments.prefill_tokens // arguments.input)
+        most = max(most, max(PREFILL_STEPS) * arguments.prefill_tokens // arguments.input)
         values["max_num_batched_tokens"] = arguments.prefill_tokens
     values |= {
         "device": values.get("device", "auto"),
@@ -229,13 +229,14 @@ class EngineBench:
         results = []
         for length in (self._arguments.input, tokens_per_step):
             per_step = tokens_per_step // length
-            self._timed(per_step, length, 1)  # warm up
+            for _ in range(2):  # warm up
+                self._timed(per_step, length, 1)
             seconds = {
                 steps: [
                     self._timed(per_step * steps, length, 1).seconds
-                    for _ in range(self._arguments.repetitions)
+                    for _ in range(max(at_least, self._arguments.repetitions))
                 ]
-                for steps in PREFILL_STEPS
+                for steps, at_least in PREFILL_STEPS.items()
             }
             step_s = slope(*((n, statistics.median(s)) for n, s in seconds.items()))
             results.append(

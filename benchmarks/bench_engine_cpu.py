@@ -23,14 +23,12 @@ the same core.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is import
 from benchmarks import ceilings, workload
 from benchmarks.clock import time_call
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.report import save_result
 from benchmarks.transformers_baseline import TransformersBaseline
 from moe_engine import MoEEngine, SamplingParams
 
@@ -61,9 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         result = measure(Path(name), arguments.repetitions, stack)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {arguments.output}")
+    save_result(arguments.output, result)
 
 
 def measure(directory: Path, repetitions: int, stack: ExitStack) -> dict[str, Any]:
@@ -102,7 +99,6 @@ def measure(directory: Path, repetitions: int, stack: ExitStack) -> dict[str, An
         repetitions,
     )
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": describe_machine(),
         "load_average": {"before": load_before, "after": load_average()},
         "ceilings": machine_ceilings,

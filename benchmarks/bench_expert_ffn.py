@@ -27,9 +27,14 @@ from benchmarks import ceilings
 from benchmarks.machine import describe_machine
 from benchmarks.moe_workload import Batch, Dims, Layer, make_batches, microseconds
 from benchmarks.options import int_list
+from benchmarks.report import save_result
 from benchmarks.small_kernels import (
+    VOCAB_SIZE,
     against_reading,
+    bench_embedding,
     bench_linear,
+    bench_linear_onto,
+    bench_norm_and_route,
     bench_norm_router,
     bench_small,
     describe,
@@ -42,7 +47,6 @@ from moe_engine.ops.sampling import greedy_tokens
 NUM_LAYERS = 3
 # An implementation this many times slower than the floor is not timed at larger batches.
 HOPELESS = 6.0
-VOCAB_SIZE = 151_936
 GREEDY_ROWS = (1, 8, 64, 256)
 
 
@@ -91,10 +95,13 @@ def main() -> None:
         ]
         results["linear"] = bench_linear(reading)
         results["norm_router"] = bench_norm_router(dims.num_experts, dims.top_k, reading)
+        results["norm_and_route"] = bench_norm_and_route(dims.num_experts, dims.top_k, reading)
+        multiplying = ceilings.rate(results["ceilings"], "matmul")
+        results["linear_onto"] = bench_linear_onto(reading, multiplying)
+        results["embedding"] = bench_embedding(reading)
         results["greedy"] = [bench_greedy(num_rows, reading) for num_rows in GREEDY_ROWS]
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        save_result(options.json, results)
 
 
 def graphable_implementations(dims: Dims, layer: Layer) -> list[str]:

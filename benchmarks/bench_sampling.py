@@ -14,7 +14,6 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -26,11 +25,11 @@ import torch
 from benchmarks import ceilings
 from benchmarks.gpu_timing import eager_seconds, num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
-from benchmarks.small_kernels import against_reading
+from benchmarks.report import save_result
+from benchmarks.small_kernels import VOCAB_SIZE, against_reading
 from moe_engine.ops.reference import sampling as reference
 from moe_engine.ops.sampling import any_filter, greedy_tokens, sample_tokens
 
-VOCAB_SIZE = 151_936
 DEVICE = "cuda"
 BATCHES = (1, 64, 256)
 TOLERANCE = 1e-5
@@ -75,7 +74,7 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
     }
     print(f"{result['seconds']:.0f} s in all")
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    save_result(arguments.json, result)
 
 
 def make_logits(num_rows: int, spread: float) -> list[torch.Tensor]:

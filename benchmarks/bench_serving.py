@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from benchmarks import fake_core
 from benchmarks.driver import percentile, random_prompts, run_batch
 from benchmarks.gpu_state import gpu_state
 from benchmarks.options import find_model, plain_options
+from benchmarks.report import save_result
 from benchmarks.stream_client import Clients, Stream
 from benchmarks.synthetic_tokenizer import write_tokenizer
 from moe_engine import MoEEngine
@@ -53,12 +53,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_serving-") as name:
         options = engine_options(arguments, Path(name))
         result = measure(options, arguments)
-        text = json.dumps(result, indent=2).replace(f"{name}/", "")  # not where the copy was
     print(json.dumps(result["summary"], indent=2))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(text + "\n")
-        print(f"written to {arguments.json}")
+        save_result(arguments.json, result, leave_out=f"{name}/")  # not where the copy was
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,7 +121,6 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     offline_rate = num_tokens / statistics.median(offline_s)
     online_rate = num_tokens / statistics.median(online_s)
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "options": options,
         "gpu": gpu_state() if shutil.which("nvidia-smi") else None,
         "streams": arguments.streams,

@@ -18,28 +18,25 @@ from __future__ import annotations
 import argparse
 import importlib.machinery
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.decode_bench import SPARE_STEPS, TEMPERATURE, DecodeBench, add_arguments
 from benchmarks.gpu_timing import in_turns
 from benchmarks.options import plain_options
-from benchmarks.tune import MAX_ERROR, TEMPERATURE, logits_error, step_medians_ms
+from benchmarks.report import save_result
+from benchmarks.tune import MAX_ERROR, logits_error, step_medians_ms
 from moe_engine.ops import hopper
 
 NUM_TURNS = 4
 PROMPT_TURNS = 8
-# Steps of a batch beside those that are timed again and again.
-SPARE_STEPS = 32
 
 
 def main() -> None:
@@ -57,14 +54,12 @@ def main() -> None:
     results += [prompts(bench, builds, *case) for case in arguments.prompts]
     if arguments.json:
         output = {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "model": bench.model,
             "results": results,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(output, indent=1) + "\n")
+        save_result(arguments.json, output)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -28,6 +28,12 @@ from moe_engine.types.messages import AddRequest
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import GroupPlan, StepPlan
 
+BLOCK_SIZE = 16
+# Of the tokens drawn: greedy sequences may come to repeat one token, and then need fewer experts.
+TEMPERATURE = 1.0
+# Room for steps beside those of prompts, where one step is timed again and again.
+SPARE_STEPS = 32
+
 Graphs = tuple[DecodeStep | None, DecodeGraphs | None]
 """A runner's captured steps and their static memory."""
 
@@ -74,9 +80,9 @@ class DecodeBench:
             "max_model_len": max(num_input for _, num_input in cases) + more,
             "max_num_seqs": most_sequences,
             "num_blocks": max(
-                batch * (-(-(num_input + more) // 16) + 1) for batch, num_input in cases
+                batch * (-(-(num_input + more) // BLOCK_SIZE) + 1) for batch, num_input in cases
             ),
-            "block_size": 16,
+            "block_size": BLOCK_SIZE,
         }
         config, _ = build_config(options)
         runtime = RankRuntime(config, RankLayout(0, 1, 1), LocalPlace(0, 1))

@@ -1,8 +1,10 @@
-"""What the driver says of the first GPU."""
+"""What a run on the first GPU finds there: what the driver says, and kernels compiled before."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 
@@ -14,3 +16,10 @@ def gpu_state() -> dict[str, Any]:
         [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
     )
     return dict(zip(fields, map(str.strip, done.stdout.strip().split(",")), strict=True))
+
+
+def triton_cache() -> str:
+    """Whether Triton will find compiled kernels on disk: "filled", or "empty"."""
+    home = os.environ.get("TRITON_HOME", Path.home())
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path(home) / ".triton" / "cache"))
+    return "filled" if folder.is_dir() and any(folder.iterdir()) else "empty"

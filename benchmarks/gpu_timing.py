@@ -44,6 +44,18 @@ def eager_seconds(call: Callable[[], object], repetitions: int = REPLAYS) -> flo
     return statistics.median(_event_seconds(call) for _ in range(repetitions))
 
 
+def errors_of_fit() -> tuple[type[Exception], ...]:
+    """What Triton raises for a kernel that needs more than this GPU has; empty without Triton.
+
+    Any other error is a mistake in the kernel or its call, which no benchmark may leave out.
+    """
+    try:
+        from triton.runtime.errors import OutOfResources, PTXASError
+    except ImportError:
+        return ()
+    return OutOfResources, PTXASError
+
+
 def in_turns(calls: Sequence[Callable[[], T]], num_turns: int) -> list[list[T]]:
     """What each call returns in each turn, which go forwards and backwards.
 

@@ -2,16 +2,26 @@
 
     python -m benchmarks.peer JSONL OUTPUT --date YYYY-MM-DD
 
-turns the lines that a vLLM run of the same workload has written (``what`` is init, decode, prefill)
-into the file that ``benchmarks/results/peer_*.json`` holds and `bench_engine --peer` reads::
+turns the lines that a vLLM run of the same workload has written into the file that
+``benchmarks/results/peer_*.json`` holds and `bench_engine --peer` reads::
 
     {"peer": "vLLM 0.26.0", "device": "NVIDIA H200", "date": "2026-11-24", "input": 512,
      "start_s": 99.0, "decode_step_ms": {"1": 4.12, "8": 8.7},
-     "prefill_tok_per_s": {"16x512": 70900, "1x8192": 55300}}
+     "prefill_tok_per_s": {"16x512": 70900, "1x8192": 55300},
+     "temperature": 1.0, "repetitions": 3, "torch": "2.11.0", "raw": [{"what": "init", ...}, ...]}
+
+The keys of the last line but ``raw``, which holds all that the run has written, are left out where
+the run does not say; older files have none of them. The lines of a run, with seconds in ``raw``::
+
+    {"what": "init", "vllm": "0.26.0", "gpu": "NVIDIA H200", "seconds": 99.0, "input": 512,
+     "temperature": 1.0, "reps": 3, "torch": "2.11.0"}
+    {"what": "decode", "batch": 1, "raw": {"129": [0.553, 0.5532], "257": [1.0918, 1.0913]}}
+    {"what": "prefill", "tokens_per_step": 8192, "prompt_len": 512, "slope_tok_s": 70900}
 
 A decode step is what lies between the fastest repetitions of the two longest outputs, because a
 hiccup only ever adds time. A run whose repetitions do not agree is refused: a hiccup in all that
-there are of the shorter output would make the step look faster than it is.
+there are of the shorter output would make the step look faster than it is. Prefill is the slope
+that the run gives: between medians, of five or more repetitions of one step and of three of eight.
 """
 
 from __future__ import annotations
@@ -39,6 +49,10 @@ class Peer:
         start_s: seconds from before its imports until it was ready.
         decode_step_ms: batch size -> milliseconds of a decode step.
         prefill_tok_per_s: ``prompts x length`` of a step -> prompt tokens per second.
+        temperature: at which tokens were drawn; None: not known, as below.
+        repetitions: of a decode run, though long ones may have fewer.
+        torch: version.
+        raw: the lines of the run.
     """
 
     peer: str
@@ -48,6 +62,26 @@ class Peer:
     start_s: float
     decode_step_ms: dict[str, float]
     prefill_tok_per_s: dict[str, float]
+    temperature: float | None = None
+    repetitions: int | None = None
+    torch: str | None = None
+    raw: list[dict[str, Any]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What a file of ``results/`` holds: all that is known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse a comparison with another temperature, as far as the peer's is known.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self.temperature is not None and self.temperature != temperature:
+            raise ValueError(
+                f"{self.peer} drew tokens at temperature {self.temperature:g}, the engine at "
+                f"{temperature:g}: measure both at the same"
+            )
 
 
 def read_peer(path: Path) -> Peer:
@@ -93,6 +127,10 @@ def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
             ]
             for line in by_kind.get("prefill", [])
         },
+        temperature=init.get("temperature", init.get("temp")),
+        repetitions=init.get("reps"),
+        torch=init.get("torch"),
+        raw=lines,
     )
 
 
@@ -144,7 +182,8 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in arguments.jsonl.read_text().splitlines() if line]
     peer = from_lines(lines, arguments.date)
-    arguments.output.write_text(json.dumps(asdict(peer), indent=2) + "\n")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(peer.to_json(), indent=2) + "\n")
     print(f"written to {arguments.output}")
 
 

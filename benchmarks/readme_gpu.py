@@ -22,7 +22,8 @@ def render_gpu(
         serving: what `bench_serving` has saved, on the same kind of GPU; None: nothing yet.
 
     Raises:
-        ValueError: the figures are not to be compared: another GPU or another length of prompts.
+        ValueError: the figures are not to be compared: another GPU, another length of prompts or
+            another temperature.
     """
     _check_comparable(engine, peers, serving)
     their_ms = "".join(f" {peer.peer}, ms | faster |" for peer in peers)
@@ -67,6 +68,7 @@ def _check_comparable(
                 f"{peer.peer} had prompts of {peer.input} tokens, the engine of {num_input}: "
                 "measure both with the same"
             )
+        peer.check_temperature(engine["workload"]["temperature"])
 
 
 def _or_blank(value: float | None, form: str) -> str:
@@ -91,8 +93,8 @@ def _conditions(
     temperature = workload["temperature"]
     sampling = f"temperature {temperature:g}" if temperature else "greedy"
     their_steps = "".join(
-        f" {peer.peer}, measured on {peer.date} on the same kind of GPU, with the fastest "
-        "repetitions."
+        f" {peer.peer}, measured on {peer.date} on the same kind of GPU: a step from the fastest "
+        "repetitions, prefill from medians."
         for peer in peers
     )
     their_starts = "".join(
@@ -104,12 +106,32 @@ def _conditions(
         f"{workload['input']} random tokens, contexts of {context:.0f} on average, {sampling}; "
         f"{_distinct(engine['decode'])}. A step is the mean interval between tokens while the "
         f"whole batch decodes, the median of {workload['repetitions']} repetitions, measured on "
-        f"{engine['date']}.{their_steps} The floor is the time to read once what a step must "
-        f"read, at the {ceilings['read_gb_per_s'] / 1e3:.2f} TB/s at which the same run read. "
+        f"{engine['date']}.{_prefill(engine['prefill'])}{their_steps} The floor is the time to "
+        f"read once what a step must read, at the {ceilings['read_gb_per_s'] / 1e3:.2f} TB/s at "
+        "which the same run read. "
         f"Ready after {engine['imports_s']:.1f} s of imports and {engine['start_s']:.1f} s from "
-        f"`MoEEngine(...)` on, {start['weights']:.1f} s of them filling weights{their_starts}."
+        f"`MoEEngine(...)` on{_triton_cache(engine)}, {start['weights']:.1f} s of them filling "
+        f"weights{their_starts}."
         f"{over_http} torch {ceilings['torch']}."
     )
+
+
+def _prefill(rows: list[dict[str, Any]]) -> str:
+    """How prefill was measured, in a sentence; nothing where the JSON does not say."""
+    seconds = rows[0].get("seconds") if rows else None
+    if not seconds:
+        return ""
+    few, many = sorted(seconds, key=int)
+    return (
+        f" Prefill is the slope between {few} and {many} steps, medians of {len(seconds[few])} and "
+        f"{len(seconds[many])} repetitions."
+    )
+
+
+def _triton_cache(engine: dict[str, Any]) -> str:
+    """Whether kernels were compiled before the start; nothing where the JSON does not say."""
+    state = engine.get("triton_cache")
+    return "" if state is None else f" with Triton's cache of kernels {state}"
 
 
 def _over_http(serving: dict[str, Any]) -> str:

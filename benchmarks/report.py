@@ -1,11 +1,62 @@
-"""Prints the engine's figures as tables, those of its peers beside them."""
+"""Prints the engine's figures as tables, those of its peers beside them, and saves results."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from benchmarks.peer import Peer
+
+ROOT = Path(__file__).parents[1]
+
+
+def save_result(
+    path: Path, result: dict[str, Any], *, indent: int | None = 2, leave_out: str | None = None
+) -> None:
+    """Write a benchmark's JSON, with today's date and the commit; folders are made.
+
+    Args:
+        leave_out: a text that the file shall not hold, such as where the checkout is.
+    """
+    result = {"date": today(), "commit": commit()} | result
+    text = json.dumps(result, indent=indent)
+    if leave_out is not None:
+        text = text.replace(leave_out, "")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+    print(f"written to {path}", flush=True)
+
+
+def today() -> str:
+    """For results: 2026-11-24."""
+    return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of a working tree, ``+changes`` behind it if a file in it differs; None: no tree.
+
+    Files that git does not know do not count, nor does what benchmarks save themselves.
+    """
+    try:
+        top, head = _git(root, "rev-parse", "--show-toplevel", "HEAD").split()
+        if not Path(top).samefile(root):
+            return None  # of a repository around this copy
+        saved = ":(exclude)benchmarks/results"
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", saved)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+changes" if changes else head
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
 
 
 def print_decode(rows: list[dict[str, Any]], peers: Sequence[Peer] = ()) -> None:

@@ -1,12 +1,12 @@
-"""The kernels around the experts and attention: router, grouping, sums, norms, linear layers.
+"""The kernels around experts and attention: router, grouping, sums, norms, linears, embedding.
 
 Each is compared with float32 first, and the benchmark ends if one is wrong. The bytes that a kernel
 must read and write, over its time, are set against the rate of reading. Rows and outputs of a few
 tokens stay in the L2 cache, as they do in the model, so such a share may exceed 1; the matrices
-change from call to call and come from memory.
+change from call to call and come from memory, and so do the rows of many tokens.
 
 Shape legend: T tokens, R rows, H hidden size, E experts, K experts per token, P = T × K pairs,
-X input width, O output width, S parts of the depth X.
+X input width, O output width, S parts of the depth X, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,19 +18,26 @@ from typing import Any
 import torch
 
 from benchmarks import moe_workload
-from benchmarks.gpu_timing import ROTATED_BYTES
+from benchmarks.gpu_timing import ROTATED_BYTES, num_rotations
 from benchmarks.moe_workload import Batch, Dims, Layer, check_routing, check_rows, microseconds
-from moe_engine.ops import hopper, moe
+from moe_engine.ops import hopper, linear, moe
+from moe_engine.ops.embedding import embedding
+from moe_engine.ops.linear import AddedOutput
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 
+VOCAB_SIZE = 151_936
+"""Qwen3's."""
 EPS = 1e-6
 # Hidden size -> (input, output) of the fused projection and of the output projection: those of
 # Qwen3-30B-A3B and of Qwen3-235B-A22B.
 LINEAR_LAYERS = {2048: ((2048, 5120), (4096, 2048)), 4096: ((4096, 9216), (8192, 4096))}
 LINEAR_ROWS = (1, 4, 8, 16)
 SPLIT_LINEAR_ROWS = (17, 32, 64)
-ROUTER_ROWS = (1, 4, 8, 16)
+ROUTER_ROWS = (1, 4, 8, 16, 32, 64)
+NORM_AND_ROUTE_ROWS = (1024, 8192)
+LINEAR_ONTO_ROWS = (8192,)
+EMBEDDING_ROWS = (1, 64, 1024, 8192)
 
 Timed = dict[str, float]
 
@@ -168,24 +175,109 @@ def bench_norm_router(num_experts: int, top_k: int, reading: float) -> list[dict
     return timed
 
 
+def bench_norm_and_route(num_experts: int, top_k: int, reading: float) -> list[dict[str, Any]]:
+    """Times of norm and router of many rows, at both hidden sizes.
+
+    Without an addition, as after `ops.linear.linear_onto`, and with one.
+    """
+    timed = []
+    for hidden in LINEAR_LAYERS:
+        gates = make_matrices(num_experts, hidden)
+        weight_H = torch.rand(hidden, device=gates.device).bfloat16()
+        for num_rows in NORM_AND_ROUTE_ROWS:
+            num_streams = num_rotations(2 * num_rows * hidden)
+            streams = [_random(num_rows, hidden) for _ in range(num_streams)]
+            steps = [
+                (stream_RH, gates[i % len(gates)], _random(num_rows, hidden))
+                for i, stream_RH in enumerate(streams)
+            ]
+            for name, adds in (("norm_and_route", False), ("add_norm_and_route", True)):
+                call = partial(_norm_and_route, weight_H, top_k, adds)
+                stream_RH, gate_EH, x_RH = steps[0]
+                found = call(*steps[0])
+                x_RH = x_RH if adds else torch.zeros_like(x_RH)
+                check_norm_router(x_RH, stream_RH, weight_H, gate_EH, found, name)
+                # x is read and the sum is written, or neither.
+                normed_RH, _, ids_RK, weights_RK = found
+                rows = (stream_RH, normed_RH, *((x_RH, stream_RH) if adds else ()))
+                others = (weight_H, gate_EH, ids_RK, weights_RK)
+                num_bytes = sum(tensor.nbytes for tensor in (*rows, *others))
+                case = {"hidden": hidden, "rows": num_rows, "experts": num_experts}
+                calls = [partial(call, *step) for step in steps]
+                timed.append(_time(name, case, calls, num_bytes, reading))
+    return timed
+
+
+def bench_linear_onto(reading: float, multiplying: float) -> list[dict[str, Any]]:
+    """Times of the output projection of many rows, which is added in place, at both hidden sizes.
+
+    Args:
+        reading: the machine's bytes/s.
+        multiplying: its FLOP/s in a large matrix product, which bounds this one.
+    """
+    timed = []
+    for hidden, (_, (num_in, num_out)) in LINEAR_LAYERS.items():
+        weights = make_matrices(num_out, num_in)
+        for num_rows in LINEAR_ONTO_ROWS:
+            x_RX, residual_RO = _random(num_rows, num_in), _random(num_rows, num_out)
+            shape = f"{num_rows} x {num_in} to {num_out}"
+            if not linear.adds_in_place(x_RX):
+                print(f"linear_onto does not add in place for {shape}")
+                continue
+            expected_RO = residual_RO.float() + x_RX.float() @ weights[0].float().t()
+            out = linear.linear_onto(x_RX, weights[0], residual_RO)
+            assert isinstance(out, AddedOutput), type(out)
+            check_rows(f"linear_onto, {shape},", out.stream_TO, expected_RO)
+            num_bytes = x_RX.nbytes + weights[0].nbytes + 2 * residual_RO.nbytes
+            case = {"hidden": hidden, "rows": num_rows, "in": num_in, "out": num_out}
+            calls = [partial(linear.linear_onto, x_RX, w_OX, residual_RO) for w_OX in weights]
+            row = _time("linear_onto", case, calls, num_bytes, reading)
+            rate = 2 * num_rows * num_in * num_out / row["us"] * 1e6
+            row |= {"tflop_per_s": rate / 1e12, "share_of_multiplying": rate / multiplying}
+            print(f"    {rate / 1e12:.0f} TFLOP/s ({rate / multiplying:.0%})", flush=True)
+            timed.append(row)
+    return timed
+
+
+def bench_embedding(reading: float) -> list[dict[str, Any]]:
+    """Times of the embedding, at both hidden sizes; each call has tokens of its own."""
+    timed = []
+    for hidden in LINEAR_LAYERS:
+        weight_VH = _random(VOCAB_SIZE, hidden)
+        for num_rows in EMBEDDING_ROWS:
+            row_bytes = 2 * num_rows * hidden
+            ids = [
+                torch.randint(VOCAB_SIZE, (num_rows,), device=weight_VH.device)
+                for _ in range(num_rotations(row_bytes))
+            ]
+            found_RH = embedding(ids[0], weight_VH, 0, VOCAB_SIZE)
+            check_rows(f"embedding of {num_rows} tokens", found_RH, weight_VH[ids[0]].float())
+            calls = [partial(embedding, ids_R, weight_VH, 0, VOCAB_SIZE) for ids_R in ids]
+            case = {"hidden": hidden, "rows": num_rows}
+            num_bytes = 2 * row_bytes + ids[0].nbytes
+            timed.append(_time("embedding", case, calls, num_bytes, reading))
+    return timed
+
+
 def check_norm_router(
     x_RH: torch.Tensor,
     residual_RH: torch.Tensor,
     weight_H: torch.Tensor,
     gate_EH: torch.Tensor,
     found: tuple[torch.Tensor, ...],
+    name: str = "norm_router",
 ) -> None:
-    """`SystemExit` if ``found``, what `hopper.norm_router` returned, is wrong."""
+    """`SystemExit` if ``found``, what ``name`` returned, is wrong."""
     normed_RH, new_residual_RH, ids_RK, weights_RK = found
     at = f"at {len(x_RH)} rows of {x_RH.shape[1]}"
     expected_normed_RH, expected_RH = norm_reference.add_rms_norm(
         x_RH.float(), residual_RH.float(), weight_H.float(), EPS
     )
-    check_rows(f"norm_router's norm {at}", normed_RH, expected_normed_RH)
-    check_rows(f"norm_router's residual {at}", new_residual_RH, expected_RH)
-    # As the kernel does it: the sum is rounded, its norm is not.
+    check_rows(f"{name}'s norm {at}", normed_RH, expected_normed_RH)
+    check_rows(f"{name}'s residual {at}", new_residual_RH, expected_RH)
+    # As the kernels do it: the sum is rounded, its norm is not.
     unrounded_RH = norm_reference.rms_norm((x_RH + residual_RH).float(), weight_H.float(), EPS)
-    check_routing("norm_router", unrounded_RH @ gate_EH.float().t(), ids_RK, weights_RK)
+    check_routing(name, unrounded_RH @ gate_EH.float().t(), ids_RK, weights_RK)
 
 
 def make_matrices(num_rows: int, num_columns: int) -> torch.Tensor:
@@ -203,6 +295,18 @@ def _norm_router(
     gate_EH: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     return hopper.norm_router(x_RH, residual_RH, weight_H, EPS, gate_EH, top_k, True, None)
+
+
+def _norm_and_route(
+    weight_H: torch.Tensor,
+    top_k: int,
+    adds: bool,
+    stream_RH: torch.Tensor,
+    gate_EH: torch.Tensor,
+    x_RH: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    x = x_RH if adds else AddedOutput(stream_RH)
+    return moe.norm_and_route(x, stream_RH, weight_H, EPS, gate_EH, top_k, True)
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from typing import Any
 
 from benchmarks.clock import process_start
 from benchmarks.options import find_model, plain_options
+from benchmarks.report import save_result
 from moe_engine.config.flat import build_config
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import open_store
@@ -105,7 +105,7 @@ def main() -> None:
         seconds = {name: dict(stages) for name, stages in log.seconds.items()}
         variants = {name: dict(counts) for name, counts in log.variants.items()}
         result = {"startup_s": clock.seconds, "kernel_s": seconds, "variants": variants}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        save_result(arguments.json, result)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -15,24 +15,21 @@ wider and those times hardly longer: their sum is to be trusted, the span less s
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.decode_bench import DecodeBench, add_arguments
+from benchmarks.decode_bench import TEMPERATURE, DecodeBench, add_arguments
 from benchmarks.options import plain_options
+from benchmarks.report import save_result
 
 WARM_UP_STEPS, RECORDED_STEPS = 8, 5
-# Greedy sequences may come to repeat one token, and then need fewer experts.
-TEMPERATURE = 1.0
 SHORT_NAME_LENGTH = 60
 
 
@@ -63,7 +60,6 @@ def main() -> None:
         results.append(summarize(batch, kernels, bench.num_layers))
         print_summary(results[-1])
     output = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "model": bench.model,
@@ -73,9 +69,7 @@ def main() -> None:
         "steps": results,
     }
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(output) + "\n")
-        print(f"written to {arguments.json}")
+        save_result(arguments.json, output, indent=None)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

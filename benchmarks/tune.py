@@ -27,7 +27,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -35,10 +34,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode_bench import DecodeBench, Graphs, add_arguments
+from benchmarks.decode_bench import (
+    SPARE_STEPS,
+    TEMPERATURE,
+    DecodeBench,
+    Graphs,
+    add_arguments,
+)
 from benchmarks.gpu_state import gpu_state
 from benchmarks.gpu_timing import in_turns
 from benchmarks.options import int_list, launch_list, launch_name, plain_options
+from benchmarks.report import today
 from benchmarks.tune_limits import Timed
 from benchmarks.tune_operators import DecodeAttention, Operator, operators_of
 from moe_engine.ops import tuning
@@ -47,11 +53,8 @@ from moe_engine.types.step import StepPlan
 
 BATCHES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256]
 INPUTS = [512, 8192]
-TEMPERATURE = 1.0
 # Steps of a variant in each of its turns; the first ones of a turn are not timed.
 NUM_TURNS, WARM_UP_STEPS, TIMED_STEPS = 2, 3, 16
-# Steps beside those of prompts that a sequence needs room for.
-SPARE_STEPS = 32
 # Sequences of a batch with longer prompts than the first ``--inputs``.
 MAX_LONG_BATCH = 16
 # Share of the logits' norm, median over the rows. Near-ties between experts that kernels break
@@ -97,7 +100,7 @@ def main() -> None:
     if not measured:
         raise SystemExit(f"{device_name} has one kernel for each operator: nothing to choose")
     run = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": today(),
         "command": command(arguments),
         "torch": torch.__version__,
         "driver": driver,

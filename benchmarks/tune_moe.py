@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import moe_workload
+from benchmarks.gpu_timing import errors_of_fit
 from benchmarks.moe_workload import (
     Batch,
     Dims,
@@ -71,7 +72,7 @@ def time_candidates(
     candidates: Sequence[Any],
     num_batches: int,
 ) -> dict[Any, float]:
-    """Microseconds of every candidate that runs, each compared with ``expected`` first.
+    """Microseconds of every candidate that fits, each compared with ``expected`` first.
 
     Args:
         run: called with the index of a batch and a candidate.
@@ -81,8 +82,7 @@ def time_candidates(
     for config in candidates:
         try:
             out = run(0, config)
-        except Exception as error:
-            # Too much shared memory or too many registers: not a candidate here.
+        except errors_of_fit() as error:
             print(f"{name}, {config}: {type(error).__name__}")
             continue
         check_rows(f"{name}, {config},", out, expected)

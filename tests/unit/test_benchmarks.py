@@ -19,6 +19,7 @@ from benchmarks.bench_engine import (
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
+from benchmarks.gpu_state import triton_cache
 from benchmarks.options import MODELS, find_model, launch_list, launch_name
 from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
@@ -122,6 +123,22 @@ def test_distinct_tokens_are_counted_step_by_step() -> None:
     assert run.share_of_distinct_tokens() == pytest.approx((3 / 4 + 3 / 4 + 1 / 4) / 3)
 
 
+def test_a_hiccup_does_not_change_the_rate_of_prefill(monkeypatch):
+    bench = object.__new__(bench_engine.EngineBench)
+    bench._arguments = SimpleNamespace(input=16, repetitions=1)
+    hiccups = {1: iter([0.0, 0.0, 0.9, 0.0, 0.9, 0.0, 0.0] * 2), 8: iter([0.9, 0.0, 0.0] * 2)}
+
+    def timed(batch, num_input, num_output):
+        steps = batch * num_input // 64
+        return Run(0.25 + 0.5 * steps + next(hiccups[steps]), [], [])
+
+    monkeypatch.setattr(bench, "_timed", timed, raising=False)
+    for row, shape in zip(bench.prefill(64), ("4x16", "1x64"), strict=True):
+        assert row["shape"] == shape
+        assert row["tok_per_s"] == pytest.approx(64 / 0.5)
+        assert max(row["seconds"]["1"]) > 1.5, "all repetitions are saved"
+
+
 def test_percentiles_interpolate_and_do_without_values():
     assert percentile([float(n) for n in range(101)], 0.99) == pytest.approx(99)
     assert percentile([3.0], 0.5) == 3.0
@@ -161,6 +178,8 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     assert machine["read_gb_per_s"] == max(machine["copy_gb_per_s"], machine["sum_gb_per_s"]) > 0.1
     assert all(row["floor_ms"] > 0 and row["interval_ms"]["p50"] > 0 for row in result["decode"])
     assert [row["shape"] for row in result["prefill"]] == ["4x16", "1x64"]
+    for row in result["prefill"]:
+        assert [(n, len(seconds)) for n, seconds in row["seconds"].items()] == [("1", 5), ("8", 3)]
     assert result["check"]["num_equal_together"] == result["check"]["num_equal_mixed"] == 8
     assert 0 < sum(result["engine"]["startup_s"].values()) <= result["start_s"]
     assert result["engine"]["memory"]["weights"] > 0
@@ -169,6 +188,22 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     assert result["peers"] == 2 * [json.loads(peer.read_text())]
     assert str(MODELS.parents[1]) not in output.read_text()
     assert "memory" not in result, "there is no driver to ask about a CPU's memory"
+
+
+def test_triton_s_cache_is_empty_until_a_kernel_is_in_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    assert triton_cache() == "empty"
+    (tmp_path / ".triton" / "cache").mkdir(parents=True)
+    assert triton_cache() == "empty"
+    (tmp_path / ".triton" / "cache" / "kernel").mkdir()
+    assert triton_cache() == "filled"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "other"))
+    assert triton_cache() == "empty"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.delenv("TRITON_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert triton_cache() == "filled"
 
 
 def test_the_ledger_is_held_against_what_the_driver_says_is_used():

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import bench_sampling, moe_workload, small_kernels, tune_moe
+from benchmarks import (
+    attention_tune,
+    bench_attention,
+    bench_sampling,
+    gpu_timing,
+    moe_workload,
+    small_kernels,
+    tune_moe,
+)
 from benchmarks.moe_workload import Batch, Dims, Layer, check_routing, check_rows
-from moe_engine.ops import hopper, moe
+from moe_engine.ops import hopper, linear, moe
 from moe_engine.ops.reference import moe as reference
 from moe_engine.ops.reference import norm as norm_reference
 
@@ -64,13 +73,43 @@ def test_the_products_references_are_those_of_the_experts() -> None:
     torch.testing.assert_close(found_TH, expected_TH)
 
 
+class TooLarge(Exception):
+    """Stands for what Triton raises."""
+
+
+def test_what_does_not_fit_is_triton_s_to_say(monkeypatch: Any) -> None:
+    pytest.importorskip("triton")
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    assert gpu_timing.errors_of_fit() == (OutOfResources, PTXASError)
+    monkeypatch.setitem(sys.modules, "triton.runtime.errors", None)
+    assert gpu_timing.errors_of_fit() == ()
+
+
+def test_only_candidates_that_do_not_fit_are_left_out(monkeypatch: Any) -> None:
+    monkeypatch.setattr(attention_tune, "errors_of_fit", lambda: (TooLarge,))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def too_large() -> None:
+        raise TooLarge
+
+    def broken() -> None:
+        raise ValueError("a mistake in the kernel")
+
+    assert attention_tune._compile([list, too_large, dict]) == [True, False, True]
+    with pytest.raises(ValueError, match="a mistake"):
+        attention_tune._compile([list, broken])
+
+
 def test_a_wrong_candidate_ends_the_tuning_before_it_is_timed(monkeypatch: Any) -> None:
     expected, timed = torch.randn(4, 64), []
 
     def run(index: int, config: str) -> torch.Tensor:
         timed.append((config, index))
         if config == "too large":
-            raise RuntimeError
+            raise TooLarge
+        if config == "broken":
+            raise RuntimeError("a mistake in the kernel")
         return expected if config == "right" else -expected
 
     def microseconds(calls: Any) -> float:
@@ -80,12 +119,15 @@ def test_a_wrong_candidate_ends_the_tuning_before_it_is_timed(monkeypatch: Any) 
         return 7.0
 
     monkeypatch.setattr(tune_moe, "microseconds", microseconds)
+    monkeypatch.setattr(tune_moe, "errors_of_fit", lambda: (TooLarge,))
     times = tune_moe.time_candidates("down", run, expected, ["too large", "right"], 2)
     assert times == {"right": 7.0}
     assert timed == [("right", 0), ("right", 1)]
     with pytest.raises(SystemExit, match="down, wrong, is wrong"):
         tune_moe.time_candidates("down", run, expected, ["right", "wrong"], 2)
     assert timed[-1] == ("wrong", 0), "it was timed"
+    with pytest.raises(RuntimeError, match="a mistake"):
+        tune_moe.time_candidates("down", run, expected, ["right", "broken"], 2)
 
 
 READING = 1e9
@@ -199,6 +241,77 @@ def test_a_wrong_hopper_kernel_is_not_timed(name: str, monkeypatch: Any) -> None
         bench(*arguments)
 
 
+@pytest.fixture
+def few_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks of many rows with as many as a CPU has time for."""
+    monkeypatch.setattr(small_kernels, "LINEAR_LAYERS", {64: ((64, 96), (128, 64))})
+    monkeypatch.setattr(small_kernels, "VOCAB_SIZE", 500)
+    monkeypatch.setattr(small_kernels, "NORM_AND_ROUTE_ROWS", (5, 9))
+    monkeypatch.setattr(small_kernels, "LINEAR_ONTO_ROWS", (9,))
+    monkeypatch.setattr(small_kernels, "EMBEDDING_ROWS", (1, 9))
+    monkeypatch.setattr(small_kernels, "num_rotations", lambda num_bytes: 3)
+    monkeypatch.setattr(linear, "adds_in_place", lambda x: True)
+
+
+@pytest.mark.usefixtures("few_of_many_rows")
+def test_norm_and_router_of_many_rows_are_timed_with_and_without_an_addition() -> None:
+    timed = small_kernels.bench_norm_and_route(8, 3, READING)
+    assert [(row["kernel"], row["rows"]) for row in timed] == [
+        *(("norm_and_route", 5), ("add_norm_and_route", 5)),
+        *(("norm_and_route", 9), ("add_norm_and_route", 9)),
+    ]
+    others = 2 * (64 + 8 * 64) + 5 * 3 * 8
+    for row, num_rows in zip(timed, (2 * 5, 4 * 5), strict=False):
+        num_bytes = num_rows * 64 * 2 + others
+        assert row["share_of_reading"] == pytest.approx(num_bytes / 2e-6 / READING)
+
+
+@pytest.mark.usefixtures("few_of_many_rows")
+def test_a_product_that_is_added_is_held_against_reading_and_multiplying(monkeypatch: Any) -> None:
+    (row,) = small_kernels.bench_linear_onto(READING, 1e12)
+    case = {"kernel": "linear_onto", "hidden": 64, "rows": 9, "in": 128, "out": 64}
+    assert case.items() <= row.items()
+    num_bytes = 2 * (9 * 128 + 64 * 128 + 2 * 9 * 64)
+    assert row["share_of_reading"] == pytest.approx(num_bytes / 2e-6 / READING)
+    assert row["share_of_multiplying"] == pytest.approx(2 * 9 * 128 * 64 / 2e-6 / 1e12)
+    monkeypatch.setattr(linear, "adds_in_place", lambda x: False)
+    assert small_kernels.bench_linear_onto(READING, 1e12) == []
+
+
+@pytest.mark.usefixtures("few_of_many_rows")
+def test_the_embedding_is_timed_with_the_rows_that_it_copies() -> None:
+    timed = small_kernels.bench_embedding(READING)
+    assert [(row["hidden"], row["rows"]) for row in timed] == [(64, 1), (64, 9)]
+    num_bytes = 9 * (2 * 2 * 64 + 8)
+    assert timed[1]["share_of_reading"] == pytest.approx(num_bytes / 2e-6 / READING)
+
+
+@pytest.mark.usefixtures("few_of_many_rows")
+def test_a_wrong_kernel_of_many_rows_is_not_timed(monkeypatch: Any) -> None:
+    right_norm, right_onto, right_embedding = (
+        *(moe.norm_and_route, linear.linear_onto),
+        small_kernels.embedding,
+    )
+
+    def wrong_norm(*arguments: Any) -> Any:
+        normed, *others = right_norm(*arguments)
+        return normed.flip(0), *others
+
+    def wrong_onto(*arguments: Any) -> Any:
+        return linear.AddedOutput(1.1 * right_onto(*arguments).stream_TO)
+
+    monkeypatch.setattr(small_kernels, "microseconds", lambda calls: pytest.fail("timed"))
+    monkeypatch.setattr(moe, "norm_and_route", wrong_norm)
+    monkeypatch.setattr(linear, "linear_onto", wrong_onto)
+    monkeypatch.setattr(small_kernels, "embedding", lambda *a: 1.1 * right_embedding(*a))
+    with pytest.raises(SystemExit, match=r"norm_and_route's norm .* is wrong"):
+        small_kernels.bench_norm_and_route(8, 3, READING)
+    with pytest.raises(SystemExit, match="linear_onto, 9 x 128 to 64, is wrong"):
+        small_kernels.bench_linear_onto(READING, 1e12)
+    with pytest.raises(SystemExit, match="embedding of 1 tokens is wrong"):
+        small_kernels.bench_embedding(READING)
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_every_output_of_norm_and_router_is_checked(number: int) -> None:
     x_RH, residual_RH = torch.randn(2, 5, 64).bfloat16()
@@ -209,6 +322,18 @@ def test_every_output_of_norm_and_router_is_checked(number: int) -> None:
     found[number] = found[number].flip(0)
     with pytest.raises(SystemExit, match="norm_router"):
         small_kernels.check_norm_router(x_RH, residual_RH, weight_H, gate_EH, tuple(found))
+
+
+def test_other_libraries_figures_are_of_one_gpu_and_its_heads() -> None:
+    peers = bench_attention.read_peers(bench_attention.PEERS, "NVIDIA H200", 32, 4)
+    assert peers[("decode", "8 x 576")] == 12.3
+    assert peers[("prefill", "1x8192")] == 892.0
+    decodes = {f"{batch} x {n}" for batch in bench_attention.BATCHES for n in (576, 2048)}
+    assert {case for operation, case in peers if operation == "decode"} == decodes
+    prefills = {case for operation, case in peers if operation == "prefill"}
+    assert prefills < bench_attention.PREFILLS.keys()
+    for other in (("NVIDIA H100", 32, 4), ("NVIDIA H200", 64, 4), ("NVIDIA H200", 32, 8)):
+        assert bench_attention.read_peers(bench_attention.PEERS, *other) == {}
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.peer import from_lines, read_peer
+from benchmarks.peer import from_lines, main, read_peer
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -58,6 +60,36 @@ def test_a_peers_lines_become_its_figures() -> None:
     assert peer.prefill_tok_per_s == {"16x512": 73447}
     with pytest.raises(ValueError, match="no line"):
         from_lines([BATCH_1], "2026-11-24")
+
+
+def test_the_file_keeps_the_workload_and_all_lines(tmp_path: Path, monkeypatch: Any) -> None:
+    init = INIT | {"torch": "2.11.0+cu130", "reps": 3, "temperature": 1.0}
+    lines = [init, BATCH_1, PREFILL | {"raw1": [0.12], "raw8": [0.9]}, END]
+    jsonl, output = tmp_path / "vllm.jsonl", tmp_path / "new" / "peer.json"
+    jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = f"peer {jsonl} {output} --date 2026-11-24"
+    monkeypatch.setattr(sys, "argv", command.split())
+    main()
+    peer = read_peer(output)
+    assert (peer.temperature, peer.repetitions, peer.torch) == (1.0, 3, "2.11.0+cu130")
+    assert peer.raw == lines
+    assert peer == from_lines(lines, "2026-11-24")
+
+
+def test_what_a_run_does_not_say_is_left_out() -> None:
+    saved = from_lines([INIT, BATCH_1], "2026-11-24").to_json()
+    assert {"temperature", "repetitions", "torch"}.isdisjoint(saved)
+    old = RESULTS / "peer_vllm_h200.json"
+    assert read_peer(old).raw is None
+    assert read_peer(old).to_json() == json.loads(old.read_text())
+    read_peer(old).check_temperature(0.7)
+
+
+def test_another_temperature_is_refused() -> None:
+    peer = from_lines([INIT | {"temp": 0.0}], "2026-11-24")
+    peer.check_temperature(0.0)
+    with pytest.raises(ValueError, match="temperature 0, the engine at 1: measure both"):
+        peer.check_temperature(1.0)
 
 
 def test_repetitions_that_disagree_are_refused_by_batch_and_figures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ ENGINE: dict[str, Any] = {
     "ceilings": {"device": "NVIDIA H200", "torch": "2.11", "read_gb_per_s": 4340.0},
     "engine": {"startup_s": {"process and imports": 3.0, "weights": 1.5, "warm-up": 6.0}},
     "decode": [STEP, STEP | {"batch": 512, "distinct_tokens": 0.99996}],
-    "prefill": [{"shape": "16x512", "tok_per_s": 90000.0}],
+    "prefill": [
+        {"shape": "16x512", "tok_per_s": 90000.0, "seconds": {"8": [0.8] * 3, "1": [0.1] * 5}}
+    ],
 }
 PEER = Peer("vLLM 1", "NVIDIA H200", "2026-01-03", 512, 99.0, {"8": 10.0}, {"16x512": 60000.0})
 OTHER = Peer("Other 2", "NVIDIA H200", "2026-01-04", 512, 50.0, {"512": 4.0}, {})
@@ -76,7 +79,9 @@ def test_without_a_peer_the_engine_stands_alone() -> None:
         "contexts of 705",
         "temperature 1; 99.9% or more of the tokens drawn in one step differ",
         "median of 3 repetitions, measured on 2026-01-02",
-        "vLLM 1, measured on 2026-01-03 on the same kind of GPU",
+        "Prefill is the slope between 1 and 8 steps, medians of 5 and 3 repetitions.",
+        "vLLM 1, measured on 2026-01-03 on the same kind of GPU: a step from the fastest",
+        "prefill from medians.",
         "4.34 TB/s",
         "Ready after 2.5 s of imports and 10.6 s from `MoEEngine(...)` on, 1.5 s of them filling",
         "; vLLM 1 99 s, its imports among them",
@@ -96,6 +101,12 @@ def test_the_conditions_follow_the_json() -> None:
     skewed = conditions(options=ENGINE["options"] | {"dummy_expert_skew": 1.5})
     assert "dummy weights, tokens routed by Zipf's law with exponent 1.5, prompts" in skewed
     assert "Zipf" not in greedy
+    old = conditions(prefill=[{"shape": "16x512", "tok_per_s": 90000.0}])
+    assert "slope" not in old
+    for state in ("empty", "filled"):
+        start = f"from `MoEEngine(...)` on with Triton's cache of kernels {state}, 1.5 s of them"
+        assert start in conditions(triton_cache=state)
+    assert "Triton" not in old
     loaded = conditions(options=ENGINE["options"] | {"load_format": "auto"})
     assert "the checkpoint's weights" in loaded
     assert "dummy" not in loaded
@@ -118,3 +129,6 @@ def test_figures_of_another_gpu_or_workload_are_refused() -> None:
     longer = Peer("vLLM 1", "NVIDIA H200", "2026-01-03", 1024, 99.0, {"8": 10.0}, {})
     with pytest.raises(ValueError, match="prompts of 1024 tokens, the engine of 512"):
         render_gpu(ENGINE, [longer], SERVING)
+    render_gpu(ENGINE, [replace(PEER, temperature=1.0)], SERVING)
+    with pytest.raises(ValueError, match="vLLM 1 drew tokens at temperature 0, the engine at 1"):
+        render_gpu(ENGINE, [replace(PEER, temperature=0.0)], SERVING)

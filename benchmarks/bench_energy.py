@@ -13,11 +13,9 @@ Shape legend: T tokens, H hidden size, X input width, O output width.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import torch
 
 from benchmarks import attention_cases as cases
 from benchmarks.moe_workload import DEVICE, Batch, Dims, Layer, check_routing, check_rows
+from benchmarks.report import save_result
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.ops import cudnn_prefill, moe
@@ -63,15 +62,13 @@ def main() -> None:
     rows = [measure(work, meter, arguments.seconds) for work in works]
     if arguments.json:
         result = {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "power_limit_w": meter.limit_w(),
             "tokens": arguments.tokens,
             "operators": rows,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        save_result(arguments.json, result)
 
 
 class Meter:

@@ -78,4 +78,5 @@ def test_every_flag_in_the_readme_exists() -> None:
         *("--peer", "--date"),
     }
     switches = {"--no-prefix-cache", "--no-cuda-graphs"}
-    assert named - own - torchrun - benchmarks - switches == set()
+    sanitizer = {"--tool", "--error-exitcode"}
+    assert named - own - torchrun - benchmarks - switches - sanitizer == set()

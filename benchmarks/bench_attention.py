@@ -31,6 +31,7 @@ from benchmarks import attention_cases as cases
 from benchmarks import ceilings
 from benchmarks.attention_tune import tune
 from benchmarks.forced_choices import forced_choices
+from benchmarks.gpu_state import require_gpu
 from benchmarks.gpu_timing import num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
 from benchmarks.options import launch_list, launch_name
@@ -75,6 +76,7 @@ def main() -> None:
         help="warps of a block (0: clusters):most shares:least tokens of a share, ...",
     )
     arguments = parser.parse_args()
+    require_gpu()
     try:
         cases.set_heads(arguments.heads, arguments.kv_heads)
     except ValueError as error:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import attention_cases as cases
+from benchmarks.gpu_state import require_gpu
 from benchmarks.moe_workload import DEVICE, Batch, Dims, Layer, check_routing, check_rows
 from benchmarks.report import save_result
 from moe_engine.kernels.launch import supports_pdl
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="that each is measured for")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    require_gpu()
     meter = Meter()
     works = [*attention_works(arguments.tokens), *moe_works(arguments.tokens)]
     rows = [measure(work, meter, arguments.seconds) for work in works]

@@ -40,7 +40,7 @@ from benchmarks import ceilings
 from benchmarks.clock import process_start
 from benchmarks.decode_floor import slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts, run_batch
-from benchmarks.gpu_state import gpu_state, triton_cache
+from benchmarks.gpu_state import gpu_state, require_gpu, triton_cache
 from benchmarks.options import MODELS, find_model, int_list, plain_options
 from benchmarks.peer import read_peer
 from benchmarks.report import print_decode, print_prefill, save_result
@@ -64,6 +64,8 @@ def main() -> None:
     for peer in peers:
         peer.check_temperature(arguments.temperature)
     device = "cpu" if options["device"] == "cpu" else "cuda"
+    if device == "cuda":
+        require_gpu()
     result: dict[str, Any] = {
         "options": options,
         "workload": {

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import ceilings
+from benchmarks.gpu_state import require_gpu
 from benchmarks.machine import describe_machine
 from benchmarks.moe_workload import Batch, Dims, Layer, make_batches, microseconds
 from benchmarks.options import int_list
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--skew", choices=["even", "zipf"], default="even")
     parser.add_argument("--tune", action="store_true", help="time candidate configurations")
     options = parser.parse_args()
+    require_gpu()
 
     torch.manual_seed(0)
     dims = Dims(options.hidden, options.intermediate, options.experts, options.top_k)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import ceilings
+from benchmarks.gpu_state import require_gpu
 from benchmarks.gpu_timing import eager_seconds, num_rotations, seconds_per_call
 from benchmarks.machine import describe_machine
 from benchmarks.report import save_result
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     arguments = parser.parse_args()
+    require_gpu()
     if not torch.cuda.is_available():
         sys.exit("bench_sampling needs an NVIDIA GPU")
     torch.manual_seed(0)

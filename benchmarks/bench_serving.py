@@ -35,7 +35,7 @@ import httpx
 
 from benchmarks import fake_core
 from benchmarks.driver import percentile, random_prompts, run_batch
-from benchmarks.gpu_state import gpu_state
+from benchmarks.gpu_state import gpu_state, require_gpu
 from benchmarks.options import find_model, plain_options
 from benchmarks.report import save_result
 from benchmarks.stream_client import Clients, Stream
@@ -52,6 +52,8 @@ def main() -> None:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="bench_serving-") as name:
         options = engine_options(arguments, Path(name))
+        if options.get("device") == "cuda" and arguments.fake_step_ms is None:
+            require_gpu()
         result = measure(options, arguments)
     print(json.dumps(result["summary"], indent=2))
     if arguments.json:

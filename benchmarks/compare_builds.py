@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.decode_bench import SPARE_STEPS, TEMPERATURE, DecodeBench, add_arguments
+from benchmarks.gpu_state import require_gpu
 from benchmarks.gpu_timing import in_turns
 from benchmarks.options import plain_options
 from benchmarks.report import save_result
@@ -42,6 +43,7 @@ PROMPT_TURNS = 8
 def main() -> None:
     """Compare, print and save."""
     arguments = parse_arguments()
+    require_gpu()
     builds = {str(path): load_build(path) for path in arguments.builds}
     decodes = [(batch, arguments.input) for batch in arguments.batches]
     options = plain_options(arguments.config, arguments.set)

@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
+def require_gpu() -> None:
+    """`SystemExit` without an NVIDIA GPU that PyTorch can use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("needs an NVIDIA GPU, and a build of PyTorch for CUDA")
+
+
 def gpu_state() -> dict[str, Any]:
     """Name, driver and memory of the first GPU, from nvidia-smi, in its units (MiB)."""
     fields = ("name", "driver_version", "memory.used", "memory.total")

@@ -5,6 +5,7 @@ Needs matplotlib (the extra [bench]).
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ PAPER = "#ffffff"
 
 def main() -> None:
     """Bring plots and README up to date with the JSON."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     result = json.loads(RESULTS.read_text())
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     draw(result, PLOT)

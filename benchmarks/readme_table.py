@@ -59,6 +59,13 @@ def speed_ratio(batch: dict[str, Any]) -> float:
     return float(ours / theirs)
 
 
+def widest_spread(batches: list[dict[str, Any]]) -> float:
+    """The most that a way's slowest repetition took, over its fastest."""
+    return max(
+        max(seconds) / min(seconds) for batch in batches for seconds in batch["seconds"].values()
+    )
+
+
 def _conditions(result: dict[str, Any]) -> str:
     """How and on what it was measured, in a paragraph."""
     machine, model, ceilings = result["machine"], result["model"], result["ceilings"]
@@ -68,8 +75,9 @@ def _conditions(result: dict[str, Any]) -> str:
     num_checked = sum(check["num_equal"].values())
     load = result["load_average"]
     return (
-        f"Output tokens per second, median of {result['repetitions']} repetitions; best / best "
-        "divides moe_engine's best layout by transformers' best way. "
+        f"Output tokens per second, median of {result['repetitions']} repetitions, of which the "
+        f"slowest took up to {widest_spread(batches):.1f} times as long as the fastest; best / "
+        "best divides moe_engine's best layout by transformers' best way. "
         f"{result['num_output_tokens']} output tokens per request, greedy, float32. "
         f"Model: random weights, {model['total_parameters'] / 1e6:.0f} M parameters, "
         f"{model['active_parameters'] / 1e6:.0f} M active ({model['num_hidden_layers']} layers, "

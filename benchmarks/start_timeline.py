@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import process_start
+from benchmarks.gpu_state import require_gpu
 from benchmarks.options import find_model, plain_options
 from benchmarks.report import save_result
 from moe_engine.config.flat import build_config
@@ -83,6 +84,7 @@ class CollectorClock:
 def main() -> None:
     """Start once, and print."""
     arguments = parse_arguments()
+    require_gpu()
     import triton
 
     collector, log = CollectorClock(), CompileLog()

@@ -26,6 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.decode_bench import TEMPERATURE, DecodeBench, add_arguments
+from benchmarks.gpu_state import require_gpu
 from benchmarks.options import plain_options
 from benchmarks.report import save_result
 
@@ -45,6 +46,7 @@ class Kernel:
 def main() -> None:
     """Record, print and save."""
     arguments = parse_arguments()
+    require_gpu()
     bench = DecodeBench(
         plain_options(arguments.config, arguments.set),
         arguments.model,

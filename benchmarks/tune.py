@@ -41,7 +41,7 @@ from benchmarks.decode_bench import (
     Graphs,
     add_arguments,
 )
-from benchmarks.gpu_state import gpu_state
+from benchmarks.gpu_state import gpu_state, require_gpu
 from benchmarks.gpu_timing import in_turns
 from benchmarks.options import int_list, launch_list, launch_name, plain_options
 from benchmarks.report import today
@@ -70,6 +70,7 @@ Measured = dict[str, list[Timed]]
 def main() -> None:
     """Measure, derive, print and write."""
     arguments = parse_arguments()
+    require_gpu()
     started = time.perf_counter()
     device_name = torch.cuda.get_device_name()
     driver = gpu_state()["driver_version"]

@@ -230,6 +230,7 @@ def run_tuner(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(tune, "gpu_state", lambda: {"driver_version": "1.2"})
+    monkeypatch.setattr(tune, "require_gpu", lambda: None)
 
     def run(more: str = "") -> dict[str, Any]:
         path = tmp_path / "some.json"

@@ -311,6 +311,7 @@ def test_recorded_steps_draw_their_tokens(monkeypatch, tmp_path):
     monkeypatch.setattr(step_timeline, "DecodeBench", FakeBench)
     monkeypatch.setattr(step_timeline, "record", lambda step: [Kernel("a", 0.0, 2.0)])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(step_timeline, "require_gpu", lambda: None)
     step_timeline.main()
     assert prepared == [(1, 16, 1.0), (8, 16, 1.0)]
     assert json.loads(output.read_text())["temperature"] == 1.0

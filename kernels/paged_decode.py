@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .floats import LOG2_E
 from .launch import arrival_counters, launch_kernel, prefetch_to_l2
 from .norm_rope import load_norm_weights, prepare_heads, write_cache
 from .paged_decode_chunks import (
@@ -40,8 +41,6 @@ from .paged_decode_table import (
     decode_launch,
     decode_tiles,
 )
-
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -372,7 +371,7 @@ def paged_decode(
         launch.num_splits,
         launch.min_tokens,
         eps,
-        scale * k_scale * LOG2_E,
+        scale * k_scale * LOG2_E.value,
         v_scale,
         L=block_size,
         A=min(num_prepared, 2 * max(16, rows)),

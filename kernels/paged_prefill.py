@@ -15,10 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_engine.kernels.launch import launch_kernel
-from moe_engine.kernels.paged_prefill_table import PrefillTiles, prefill_tiles
-
-LOG2_E = 1.4426950408889634
+from .floats import LOG2_E
+from .launch import launch_kernel
+from .paged_prefill_table import PrefillTiles, prefill_tiles
 
 
 @triton.jit
@@ -226,7 +225,7 @@ def paged_prefill(
         block_tables_SB.stride(0),
         first_span,
         len(query_lens),
-        scale * k_scale * LOG2_E,
+        scale * k_scale * LOG2_E.value,
         v_scale,
         N=num_heads,
         G=num_kv_heads,

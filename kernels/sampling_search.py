@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .floats import keys_of, values_of
 from .sampling_row import (
     ABOVE,
     BY_COUNT,
@@ -41,13 +42,11 @@ from .sampling_row import (
     SEARCH,
     TARGET,
     TOP_P,
-    keys_of,
     load_keys,
     load_scale,
     pick,
     share_of,
     tally,
-    values_of,
     weights_of,
 )
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .floats import keys_of, values_of
 from .sampling_row import (
     ABOVE,
     BY_COUNT,
@@ -45,11 +46,9 @@ from .sampling_row import (
     TOP_K,
     TOP_P,
     UNIFORM,
-    keys_of,
     load_logits,
     load_scale,
     scale_of,
-    values_of,
     weights_of_values,
 )
 

@@ -35,12 +35,7 @@ from .paged_decode_chunks import (
     merge_kernel,
     store_output,
 )
-from .paged_decode_table import (
-    DecodeLaunch,
-    DecodeTiles,
-    decode_launch,
-    decode_tiles,
-)
+from .paged_decode_table import DecodeLaunch, DecodeTiles, decode_launch, decode_tiles
 
 
 @triton.jit
@@ -57,7 +52,11 @@ def _prefetch_cache(
     BLOCK_D: tl.constexpr,
     NUM_TOKENS: tl.constexpr,
 ):
-    """Call the keys and values of up to NUM_TOKENS positions, first .. end - 1, into L2."""
+    """Call the keys and values of up to NUM_TOKENS positions, first .. end - 1, into L2.
+
+    Shapes: k and v [B, L, G, D]; table int32, of this sequence. Example, NUM_TOKENS = 4, first 0,
+    end 3, D = 128 in bfloat16: positions 0, 1, 2 and 2, of each 2 lines of keys and 2 of values.
+    """
     LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
     NUM_LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
     # Those past the end call the last one again.

@@ -82,7 +82,13 @@ def store_padding(
     TOP_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Ids -1 and weights 0 for rows that stand for no token."""
+    """Ids -1 and weights 0 for rows that stand for no token.
+
+    Shapes: rows int32 [T]; ids int32 and weights float32 [num_rows, TOP_K].
+
+    Example, TOP_K = 2, num_rows = 3, rows = [2, 3]: ids[2] = [-1, -1] and weights[2] = [0, 0]; row
+    3 does not exist.
+    """
     columns_1K = tl.arange(0, BLOCK_K)[None, :]
     offsets_TK = rows_T.to(tl.int64)[:, None] * TOP_K + columns_1K
     mask_TK = (rows_T < num_rows)[:, None] & (columns_1K < TOP_K)

@@ -1,7 +1,12 @@
+// How many of the ids that the router has chosen name each expert.
+//
+// A block counts its ids in shared memory, then adds what is not zero to the counts: ids of the
+// same expert, of which there are many, meet in shared memory and not all in the L2 cache.
 #include <algorithm>
 
 #include "check.h"
 #include "expert_counts.h"
+#include "launch.cuh"
 
 namespace moe_engine {
 namespace {
@@ -13,6 +18,13 @@ constexpr int kTileExperts = 4096;
 constexpr int kIdsPerThread = 8;
 
 // Block (x, y) counts every gridDim.x-th slice of the ids, for the experts of tile y.
+//
+// Shapes: ids int32 or int64 [num_ids], those that are no expert's are not counted; counts
+// [num_experts], zero before.
+//
+// Example: 5000 ids and 128 experts are 3 slices of up to 2048 ids to give a block and one tile, so
+// the grid is (3, 1), and the blocks take 256 ids in turn: the first those from 0, 768, 1536 on.
+// Ids [3, -1, 3, 128] make counts[3] = 2 and no other.
 template <typename Id>
 __global__ void __launch_bounds__(kThreads)
     expert_counts_kernel(const Id* __restrict__ ids, std::int64_t num_ids, int num_experts,
@@ -56,10 +68,7 @@ void expert_token_counts(const ExpertCountsArgs& args, cudaStream_t stream) {
   const std::int64_t num_ids = args.num_tokens * args.top_k;
   if (num_ids == 0) return;
 
-  int device = 0;
-  int num_sms = 0;
-  CHECK_CUDA(cudaGetDevice(&device));
-  CHECK_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  const int num_sms = num_multiprocessors();
   if (args.ids_are_int64) {
     launch<std::int64_t>(args, num_ids, num_sms, stream);
   } else {

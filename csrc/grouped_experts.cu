@@ -93,6 +93,19 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
   }
 }
 
+// One of the two products of all pairs with their experts' weights. A block walks over tiles, each
+// a group of an expert's pairs by S::kRows rows of the expert's weight.
+//
+// Shapes, kGateUp: weights is gate_up, bfloat16 [num_experts, 2 * intermediate, hidden]; x bfloat16
+// [rows, hidden] with a row stride; out is h, bfloat16 [num_pairs, intermediate], whose rows are in
+// the order of `pairs`. Else weights is down, bfloat16 [num_experts, hidden, intermediate]; h as
+// above; out bfloat16 [num_pairs, hidden], whose rows are numbered as pairs are. offsets int32
+// [num_experts + 1] and pairs int32 [num_pairs], or instead expert_ids int32 [num_pairs].
+//
+// Example: gate_up with hidden 2048 and intermediate 768, tiles of 16 pairs by 64 rows (32 of gate
+// and 32 of up). Expert 3 has 40 pairs, in groups of 14, 13 and 13, and expert 5 has 2, one group.
+// Each group has 1536 / 64 = 24 tiles, 96 in all: the first 96 of 132 blocks take one each, in
+// 2048 / 128 = 16 steps of the depth.
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap weights,

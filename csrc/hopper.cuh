@@ -270,6 +270,12 @@ __device__ __forceinline__ float2 unpack_bf16(std::uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000));
 }
 
+// Elements 2 i and 2 i + 1 of eight.
+__device__ __forceinline__ float2 pair_of(const uint4& eight, int i) {
+  const std::uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+  return unpack_bf16(words[i]);
+}
+
 // Stores four 8x8 matrices of 16-bit elements, transposed: lane l gives the address of row l % 8 of
 // matrix l / 8, and holds elements 2 * (l % 4) and the next of column l / 4 of each.
 __device__ __forceinline__ void store_transposed_x4(std::uint32_t address, std::uint32_t a,

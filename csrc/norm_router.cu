@@ -25,7 +25,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kThreadsPerToken = kThreads / kTokens;
 constexpr int kStep = 32;  // elements of the depth that a warp multiplies at once
-constexpr int kMaxExperts = 256;
+constexpr int kMaxRoutedExperts = 256;
 constexpr int kMaxColumns = 512;                                // of a block
 constexpr int kMaxPieces = kMaxColumns / 8 / kThreadsPerToken;  // of 8 elements, of a thread
 constexpr int kMaxSharedBytes = 220 * 1024;
@@ -78,10 +78,9 @@ __device__ __forceinline__ void load_x(const Problem& p, std::int64_t offset, fl
   if (p.num_parts == 0) {
     const uint4 raw =
         *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + offset);
-    const std::uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack_bf16(words[i]);
+      const float2 pair = pair_of(raw, i);
       values[2 * i] = pair.x;
       values[2 * i + 1] = pair.y;
     }
@@ -141,7 +140,7 @@ __device__ __forceinline__ void select(const Problem& p, int token, const float*
 #pragma unroll
     for (int i = 0; i < kMaxExpertsPerLane; ++i) best = max(best, keys[i]);
     best = __reduce_max_sync(0xFFFFFFFF, best);
-    int expert = kMaxExperts;
+    int expert = kMaxRoutedExperts;
 #pragma unroll
     for (int i = kMaxExpertsPerLane - 1; i >= 0; --i) {
       if (keys[i] == best) expert = 32 * i + lane;
@@ -236,10 +235,9 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
     const std::int64_t offset = std::int64_t{token} * p.hidden + first_column + 8 * piece;
     const uint4 raw = *reinterpret_cast<const uint4*>(p.residual + offset);
     load_x(p, offset, values[i]);
-    const std::uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float2 pair = unpack_bf16(words[j]);
+      const float2 pair = pair_of(raw, j);
       values[i][2 * j] = rounded(values[i][2 * j] + pair.x);
       values[i][2 * j + 1] = rounded(values[i][2 * j + 1] + pair.y);
       square = fmaf(values[i][2 * j], values[i][2 * j], square);
@@ -260,10 +258,9 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
     if (piece >= num_pieces) continue;
     float products[8] = {};
     if (token < p.num_tokens) {
-      const std::uint32_t words[4] = {weights[i].x, weights[i].y, weights[i].z, weights[i].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float2 weight = unpack_bf16(words[j]);
+        const float2 weight = pair_of(weights[i], j);
         products[2 * j] = values[i][2 * j] * weight.x;
         products[2 * j + 1] = values[i][2 * j + 1] * weight.y;
       }
@@ -308,7 +305,7 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
     if (p.num_experts <= 128) {
       select<4>(p, first_token + rank, logits, scale_of(rank), lane);
     } else {
-      select<kMaxExperts / 32>(p, first_token + rank, logits, scale_of(rank), lane);
+      select<kMaxRoutedExperts / 32>(p, first_token + rank, logits, scale_of(rank), lane);
     }
   }
   if (token >= p.num_tokens) return;
@@ -317,10 +314,9 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
   for (int i = 0; i < kMaxPieces; ++i) {
     const int piece = part + i * kThreadsPerToken;
     if (piece >= num_pieces) continue;
-    const std::uint32_t words[4] = {weights[i].x, weights[i].y, weights[i].z, weights[i].w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float2 weight = unpack_bf16(words[j]);
+      const float2 weight = pair_of(weights[i], j);
       values[i][2 * j] = rounded(values[i][2 * j] * scale) * weight.x;
       values[i][2 * j + 1] = rounded(values[i][2 * j + 1] * scale) * weight.y;
     }
@@ -333,7 +329,7 @@ __global__ void __launch_bounds__(kThreads) __cluster_dims__(kBlocks, 1, 1)
 }  // namespace
 
 bool norm_router_fits(int num_experts, int hidden, int top_k) {
-  return num_experts % 8 == 0 && num_experts <= kMaxExperts && top_k <= 32 &&
+  return num_experts % 8 == 0 && num_experts <= kMaxRoutedExperts && top_k <= 32 &&
          top_k <= num_experts && hidden % (kBlocks * kStep) == 0 &&
          hidden <= kBlocks * kMaxColumns && shared_bytes(num_experts, hidden) <= kMaxSharedBytes;
 }

@@ -16,12 +16,6 @@ struct Head {
   uint4 second;
 };
 
-// Elements 2 i and 2 i + 1 of eight.
-__device__ __forceinline__ float2 pair_of(const uint4& eight, int i) {
-  const std::uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
-  return unpack_bf16(words[i]);
-}
-
 // The norm and the rotation of a head by its eight threads. The roundings and the order of the sum
 // are those of kernels/norm_rope.py, so that the cache gets the same bits from both.
 __device__ __forceinline__ Head norm_and_rotate(const Head& head, const Head& weight,

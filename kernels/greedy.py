@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .floats import LOWEST_KEY, keys_of
 from .launch import COUNTERS_PER_STREAM, arrival_counters, launch_kernel, supports_pdl
 
 # Logits that a program looks at together.
@@ -18,8 +19,6 @@ BLOCK = 2048
 NUM_PROGRAMS = 2048
 MAX_SEGMENTS = 128
 
-# Below the key of -inf.
-_LOWEST_KEY = tl.constexpr(-(2**31))
 _LARGEST_ID = tl.constexpr(2**31 - 1)
 
 
@@ -39,8 +38,7 @@ def _argmax_kernel(
 ):
     """Program (segment, row): the best logit of a segment; the row's last one to arrive decides.
 
-    Logits are compared through int32 keys that sort like them (the bits of a float32, with all but
-    the sign flipped if it is negative); NaN counts as -inf, and -0.0 as 0.0.
+    Logits are compared through their keys (`kernels.floats`); NaN counts as -inf.
 
     Shapes: logits [B, V] of any float dtype with a row stride; partial int32 [B, 2, S], keys and
     ids; counters int32, one a row, zero before and after; tokens int64 [B].
@@ -54,7 +52,7 @@ def _argmax_kernel(
     row = tl.program_id(1).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     lanes = tl.arange(0, BLOCK)
-    best_keys = tl.full([BLOCK], _LOWEST_KEY, tl.int32)
+    best_keys = tl.full([BLOCK], LOWEST_KEY, tl.int32)
     best_ids = tl.full([BLOCK], _LARGEST_ID, tl.int32)
     first = segment * BLOCKS_PER_SEGMENT * BLOCK
     for block in range(BLOCKS_PER_SEGMENT):
@@ -62,9 +60,7 @@ def _argmax_kernel(
         in_row = ids < vocab_size
         logits = tl.load(row_ptr + ids, mask=in_row, other=float("-inf")).to(tl.float32)
         logits = tl.where(logits == logits, logits, float("-inf"))
-        logits = tl.where(logits == 0.0, 0.0, logits)
-        bits = logits.to(tl.int32, bitcast=True)
-        keys = tl.where(in_row, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST_KEY)
+        keys = tl.where(in_row, keys_of(logits), LOWEST_KEY)
         # Later blocks hold larger ids, which lose a tie.
         is_better = keys > best_keys
         best_keys = tl.where(is_better, keys, best_keys)
@@ -87,7 +83,7 @@ def _argmax_kernel(
             exists = segments < NUM_SEGMENTS
             # Past the L1 cache, which may hold what was there before.
             keys = tl.load(
-                partial_ptr + segments, mask=exists, other=_LOWEST_KEY, cache_modifier=".cg"
+                partial_ptr + segments, mask=exists, other=LOWEST_KEY, cache_modifier=".cg"
             )
             tokens = tl.load(
                 partial_ptr + NUM_SEGMENTS + segments,

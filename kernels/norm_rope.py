@@ -110,7 +110,13 @@ def write_cache(
     F: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Store those of the rows that are keys and values and have a slot, in the cache's dtype."""
+    """Store those of the rows that are keys and values and have a slot, in the cache's dtype.
+
+    Shapes: slot int64 [R], or one for all; head int32 [R]; there bool [R]; first and second, the
+    halves of the heads, float32 [R, F]; k and v [B * L, G, D].
+
+    Example, N = 4, G = 2, slot 7: head 5 goes to k[7, 1], head 6 to v[7, 0], heads 0 to 3 nowhere.
+    """
     dims_F = tl.arange(0, BLOCK_F)[None, :]
     written_R = there_R & (slot_R >= 0)
     offset_RF = ((slot_R * G + (head_R - N) % G) * (2 * F))[:, None] + dims_F

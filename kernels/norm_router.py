@@ -202,7 +202,17 @@ def norm_router(
     """``(normed, new_residual, ids, weights)``; `takes` has said yes, the caller has checked.
 
     Args:
-        x_TH: None: ``residual_TH`` is the sum already, and comes back as it is.
+        x_TH: of the dtype of ``residual_TH``, weight and gate; None: ``residual_TH`` is the sum
+            already, and comes back as it is.
+        num_tokens_1: int32, how many rows are tokens; the others get ids -1 and weights 0. None:
+            all.
+
+    Returns:
+        Normed and new residual [T, H] of that dtype, ids int32 [T, K] and weights float32 [T, K].
+
+    Example, eps 0, top_k 1, normalize: x = [[2, 1]], residual = [[1, 3]], weight = [1, 10], gate =
+    [[1, 0], [0, 1]] give normed = [[0.849, 11.314]], new_residual = [[3, 4]], ids = [[1]] and
+    weights = [[1]].
     """
     num_rows, hidden = residual_TH.shape
     num_experts = gate_EH.shape[0]

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .floats import LOG2_E
 from .launch import arrival_counters, launch_kernel, prefetch_to_l2
 from .norm_rope import load_norm_weights, prepare_heads, write_cache
 from .paged_decode_chunks import (
@@ -34,14 +35,7 @@ from .paged_decode_chunks import (
     merge_kernel,
     store_output,
 )
-from .paged_decode_table import (
-    DecodeLaunch,
-    DecodeTiles,
-    decode_launch,
-    decode_tiles,
-)
-
-LOG2_E = 1.4426950408889634
+from .paged_decode_table import DecodeLaunch, DecodeTiles, decode_launch, decode_tiles
 
 
 @triton.jit
@@ -58,7 +52,11 @@ def _prefetch_cache(
     BLOCK_D: tl.constexpr,
     NUM_TOKENS: tl.constexpr,
 ):
-    """Call the keys and values of up to NUM_TOKENS positions, first .. end - 1, into L2."""
+    """Call the keys and values of up to NUM_TOKENS positions, first .. end - 1, into L2.
+
+    Shapes: k and v [B, L, G, D]; table int32, of this sequence. Example, NUM_TOKENS = 4, first 0,
+    end 3, D = 128 in bfloat16: positions 0, 1, 2 and 2, of each 2 lines of keys and 2 of values.
+    """
     LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth
     NUM_LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
     # Those past the end call the last one again.
@@ -372,7 +370,7 @@ def paged_decode(
         launch.num_splits,
         launch.min_tokens,
         eps,
-        scale * k_scale * LOG2_E,
+        scale * k_scale * LOG2_E.value,
         v_scale,
         L=block_size,
         A=min(num_prepared, 2 * max(16, rows)),

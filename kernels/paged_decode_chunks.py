@@ -26,7 +26,11 @@ def head_dims(F: tl.constexpr, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def cut(context, TILE: tl.constexpr, MAX_CHUNKS: tl.constexpr):
-    """Tiles of a context, tiles a chunk, and chunks: the cut that depends on the length alone."""
+    """Tiles of a context, tiles a chunk, and chunks: the cut that depends on the length alone.
+
+    Numbers, int32. Example, TILE = 64, MAX_CHUNKS = 16: 576 tokens give (9, 1, 9), 2048 give
+    (32, 2, 16), and none (0, 1, 0).
+    """
     num_tiles = tl.cdiv(context, TILE)
     tiles_per_chunk = tl.maximum(tl.cdiv(num_tiles, MAX_CHUNKS), 1)
     return num_tiles, tiles_per_chunk, tl.cdiv(num_tiles, tiles_per_chunk)
@@ -41,7 +45,12 @@ def count_chunks_per_program(context, num_chunks, num_splits, min_tokens):
 
 @triton.jit
 def fold(m_R, l_R, acc_RD, chunk_m_R, chunk_l_R, chunk_acc_RD):
-    """Append one chunk to a running softmax; the fused multiply-adds leave no rounding open."""
+    """Append one chunk to a running softmax; the fused multiply-adds leave no rounding open.
+
+    Shapes: m and l float32 [R], maximum and sum, in powers of two; acc float32 [R, D].
+
+    Example, D = 1: (m, l, acc) = (0, 1, 1) and (log2 3, 1, 5) give (log2 3, 1/3 + 1, 1/3 + 5).
+    """
     new_m_R = tl.maximum(m_R, chunk_m_R)
     old_R = tl.exp2(m_R - new_m_R)
     new_R = tl.exp2(chunk_m_R - new_m_R)
@@ -63,7 +72,14 @@ def merge(
     MAX_CHUNKS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Fold the chunks of one (sequence, KV head) in order; the loads go around the L1 cache."""
+    """Fold the chunks of one (sequence, KV head) in order; the loads go around the L1 cache.
+
+    Shapes: partial float32 [S * G, MAX_CHUNKS, R, D]; stats float32 [S * G, MAX_CHUNKS, 2, R], m
+    and l. Returns l [R] and acc [R, 2 * BLOCK_F], float32.
+
+    Example, D = 2 with only the first dimension in use: two chunks with the stats [0, 1] and
+    [log2 3, 1] and the partials 1 and 5 give l = 4/3 and acc = 16/3.
+    """
     D: tl.constexpr = 2 * F
     rows_R = tl.arange(0, R)
     dims_D, in_head_D = head_dims(F, BLOCK_F)
@@ -95,7 +111,12 @@ def store_output(
     out_ptr, sequence, head, l_R, acc_RD, v_scale, N: tl.constexpr, GROUP: tl.constexpr,
     F: tl.constexpr, R: tl.constexpr, BLOCK_F: tl.constexpr
 ):  # fmt: skip
-    """Divide by the softmax's sum and write the group's rows; an empty context gives zeros."""
+    """Divide by the softmax's sum and write the group's rows; an empty context gives zeros.
+
+    Shapes: l float32 [R]; acc float32 [R, 2 * BLOCK_F]; out [S, N, D] of any float dtype.
+
+    Example: l = 4/3, acc = 16/3 and v_scale 0.5 give 2.
+    """
     D: tl.constexpr = 2 * F
     rows_R = tl.arange(0, R)
     dims_D, in_head_D = head_dims(F, BLOCK_F)

@@ -15,10 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_engine.kernels.launch import launch_kernel
-from moe_engine.kernels.paged_prefill_table import PrefillTiles, prefill_tiles
-
-LOG2_E = 1.4426950408889634
+from .floats import LOG2_E
+from .launch import launch_kernel
+from .paged_prefill_table import PrefillTiles, prefill_tiles
 
 
 @triton.jit
@@ -58,7 +57,16 @@ def _attend(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Attend to the positions first .. end - 1 (whole tiles); MASKED: causally, to the context."""
+    """Attend to the positions first .. end - 1 (whole tiles); MASKED: causally, to the context.
+
+    Shapes: m and l float32 [M], the running maximum of the scores times qk_scale and the sum of
+    their powers of two; acc float32 and q [M, D]; last_position int32 [M]; k and v [B, L, G, D];
+    table int32, of this span. Returns m, l and acc.
+
+    Example, D = 1, qk_scale = log2(e), from nothing (m = -inf, l = acc = 0): the query 1 with the
+    keys [0, ln 3] and values [1, 5] gives m = log2 3, l = 1/3 + 1 and acc = 1/3 + 5. MASKED, with
+    the last position 0: m = 0, l = 1 and acc = 1.
+    """
     dims_D = tl.arange(0, BLOCK_D)
     tokens_K = tl.arange(0, BLOCK_K)
     head_D = head * D + dims_D
@@ -226,7 +234,7 @@ def paged_prefill(
         block_tables_SB.stride(0),
         first_span,
         len(query_lens),
-        scale * k_scale * LOG2_E,
+        scale * k_scale * LOG2_E.value,
         v_scale,
         N=num_heads,
         G=num_kv_heads,

@@ -1,8 +1,7 @@
 """What the sampling kernels know of a row: logits as keys, weights as integers, and its state.
 
-**Keys.** Logits are compared through int32 keys that sort like them: the bits of a float32, with
-all but the sign flipped if it is negative. NaN counts as -inf, -0.0 as 0.0, +inf as the largest
-float32. A cut of the row is a key, so it is exact, however many logits are equal.
+**Keys.** Logits are compared through their keys (`kernels.floats`). NaN counts as -inf, +inf as the
+largest float32. A cut of the row is a key, so it is exact, however many logits are equal.
 
 **Weights.** The weight of a logit is ``exp((logit - largest) / temperature)`` in multiples of
 2**-40, so the largest logit weighs 2**40 and one that is 27.8 temperatures below it nothing.
@@ -19,6 +18,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .floats import LOG2_E, WEIGHT_ONE, keys_of, values_of
 
 # Rows of the parameters, float64 [5, B].
 TEMPERATURE = tl.constexpr(0)
@@ -53,7 +54,6 @@ MINUS_INF_KEY = tl.constexpr(-0x7F800001)
 LARGEST_ID = tl.constexpr(2**31 - 1)
 # Logits that a thread reads at once.
 WIDTH = tl.constexpr(4)
-_WEIGHT_ONE = tl.constexpr(2.0**40)
 
 
 @triton.jit
@@ -70,20 +70,6 @@ def load_keys(row_ptr, ids, vocab_size):
 
 
 @triton.jit
-def keys_of(values):
-    """int32 keys of float32 values, no NaN."""
-    values = tl.where(values == 0.0, 0.0, values)
-    bits = values.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def values_of(keys):
-    """The float32 values of int32 keys."""
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def load_scale(params_ptr, params_stride):
     """`scale_of` a row's temperature; ``params_ptr``: of the row."""
     return scale_of(tl.load(params_ptr + TEMPERATURE * params_stride))
@@ -93,7 +79,7 @@ def load_scale(params_ptr, params_stride):
 def scale_of(temperature):
     """log2(e) / temperature (float64 > 0) in float32, the steepness of the weights."""
     temperature = temperature.to(tl.float32)
-    return (1.4426950408889634 / temperature.to(tl.float64)).to(tl.float32)
+    return (LOG2_E.value / temperature.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -110,7 +96,7 @@ def weights_of(keys, largest, scale):
 @triton.jit
 def weights_of_values(values, largest, scale):
     """`weights_of` of float32 values themselves; ``largest`` is finite."""
-    return (tl.exp2((values - largest) * scale) * _WEIGHT_ONE).to(tl.int64)
+    return (tl.exp2((values - largest) * scale) * WEIGHT_ONE).to(tl.int64)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .floats import keys_of, values_of
 from .sampling_row import (
     ABOVE,
     BY_COUNT,
@@ -41,13 +42,11 @@ from .sampling_row import (
     SEARCH,
     TARGET,
     TOP_P,
-    keys_of,
     load_keys,
     load_scale,
     pick,
     share_of,
     tally,
-    values_of,
     weights_of,
 )
 
@@ -252,7 +251,13 @@ def select_kernel(
 ):
     """Program (row): the cut, and the last id that stays of the logits equal to it.
 
-    Shapes: as for the other kernels.
+    Shapes: logits [B, V] of any float dtype with a row stride; params float64 [5, B] with a stride;
+    state int64 [B, NUM_FIELDS], of which CUT and LAST_ID are written; listed keys and ids int32
+    [B, C].
+
+    Example, top_p 0.6 alone: logits with the weights [4, 2, 2, 1] have the total 9, of which 5.4
+    are to be reached. From 4 up there is a mass of 4, from 2 up one of 8: the cut is the key of the
+    logits that weigh 2, of which one is enough. The last id that stays is 1.
     """
     if USE_PDL:
         cuda.gdc_launch_dependents()
@@ -288,7 +293,16 @@ def _select(
     BLOCK: tl.constexpr,
     IS_LISTED: tl.constexpr,
 ):
-    """Find the cut among ``length`` elements: the list, which is all of an interval, or the row."""
+    """Find the cut among ``length`` elements: the list, which is all of an interval, or the row.
+
+    Pointers are those of the row. top_k comes before top_p, and keeps all logits equal to its cut.
+
+    Shapes: values and ids as `tally` takes them, ``length`` of each; params float64, one of each
+    kind a stride apart; state int64 [NUM_FIELDS].
+
+    Example, top_k 2 and top_p 0.6: of the weights [4, 2, 2, 1] top_k leaves 4, 2 and 2, of whose 8
+    top_p wants 4.8: 4 and one 2, so the cut is the key of those that weigh 2, and the last id 1.
+    """
     top_p = tl.load(params_ptr + TOP_P * params_stride)
     scale = load_scale(params_ptr, params_stride)
     largest = tl.load(state_ptr + LARGEST).to(tl.int32)

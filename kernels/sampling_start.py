@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .floats import keys_of, values_of
 from .sampling_row import (
     ABOVE,
     BY_COUNT,
@@ -45,11 +46,9 @@ from .sampling_row import (
     TOP_K,
     TOP_P,
     UNIFORM,
-    keys_of,
     load_logits,
     load_scale,
     scale_of,
-    values_of,
     weights_of_values,
 )
 
@@ -203,9 +202,18 @@ def _draw(
     Each time the first one is taken whose cumulative weight exceeds the target.
 
     Args:
-        keys_S, masses_S: the key of each part's largest logit, and its mass relative to that; past
-            the last part the key of -inf.
-        largest_key: the key of the row's largest logit, which is above -inf.
+        row_ptr: logits [V] of any float dtype.
+        keys_S, masses_S: int32 and int64; the key of each part's largest logit, and its mass
+            relative to that; past the last part the key of -inf.
+        largest_key: int32, the key of the row's largest logit, which is above -inf.
+        scale, uniform: float32 of `scale_of`, and float64 below 1.
+
+    Returns:
+        The token, int64.
+
+    Example, in units of 2**40: parts of 2 with the largest logits log 2 and log 4 and the masses
+    1.5 and 2, temperature 1. Scaled to log 4 the masses are 0.75 and 2; uniform 0.5 is at 1.375, in
+    the second part, 0.625 from its start. Its weights are 1 and 1, so the token is 2.
     """
     largest = tl.minimum(values_of(largest_key), LARGEST_FINITE)
     values_S = tl.minimum(values_of(keys_S), LARGEST_FINITE)
@@ -249,7 +257,12 @@ def _begin_search(params_ptr, params_stride, state_ptr, largest_key, smallest_ke
     ``weight < min_p * largest weight`` where ``logit < largest + temperature * log(min_p)``.
 
     Args:
-        largest_key, smallest_key: of the row's logits above -inf.
+        params_ptr, state_ptr: of the row; float64, one of each kind a stride apart, and int64
+            [NUM_FIELDS].
+        largest_key, smallest_key: int32, of the row's logits above -inf.
+
+    Example: logits [0, 1, 2, 3], temperature 1, min_p 0.2, top_k 2: LOW and CUT are the key of
+    3 + log 0.2 = 1.39, HIGH is one above the key of 3, SEARCH is BY_COUNT and TARGET 2.
     """
     largest = tl.minimum(largest_key, LARGEST_FINITE_KEY)
     min_p = tl.load(params_ptr + MIN_P * params_stride).to(tl.float32)

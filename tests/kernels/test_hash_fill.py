@@ -5,25 +5,13 @@ On a machine without a GPU, the kernel runs in Triton's interpreter.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 
 from moe_engine.ops import fill as ops
 from moe_engine.ops.fill import HashedFill, fill_hashed
+from tests.kernels.triton_device import DEVICE, INTERPRETED, needs_gpu, needs_triton
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs triton, and a GPU or TRITON_INTERPRET=1",
-)
-needs_gpu = pytest.mark.skipif(
-    not HAS_TRITON or not torch.cuda.is_available(), reason="needs an NVIDIA GPU and triton"
-)
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element, vectors, rows narrower and wider than a tile, an odd matrix, many short rows.
 SHAPES = [(1,), (1025,), (1, 1), (3, 7), (2, 2500), (37, 128), (600, 3)]

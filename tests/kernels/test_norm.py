@@ -7,24 +7,14 @@ Legend: T tokens, H the normalised size.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 
 from moe_engine.ops import norm
 from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.reference import norm as reference
+from tests.kernels.triton_device import DEVICE, INTERPRETED, needs_gpu, needs_triton
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs triton, and a GPU or TRITON_INTERPRET=1",
-)
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Nothing, one, odd, a head, a hidden size that is no power of two, a row longer than a tile, heads.
 SHAPES = [(0, 64), (1, 1), (3, 7), (37, 128), (5, 1536), (2, 4096), (3, 5, 128), (64,)]
@@ -151,9 +141,7 @@ def test_triton_row_offsets_pass_two_to_the_31() -> None:
     torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or not HAS_TRITON, reason="needs an NVIDIA GPU and triton"
-)
+@needs_gpu
 def test_cuda_tensors_take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_engine.kernels import rms_norm as kernels
 

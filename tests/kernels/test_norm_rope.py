@@ -7,9 +7,7 @@ Legend: T tokens, N query heads, G KV heads, D head dimension, P positions, F = 
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,15 +15,10 @@ import torch
 
 from moe_engine.ops import rope
 from moe_engine.ops.reference import rope as reference
+from tests.kernels.triton_device import DEVICE, needs_gpu, needs_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs triton, and a GPU or TRITON_INTERPRET=1",
-)
+pytestmark = needs_triton
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 NUM_POSITIONS = 64
 EPS = 1e-6
 # A unit in the last place of the result; the interpreter cuts float32 off to bfloat16.

@@ -241,7 +241,7 @@ def test_projected_heads_far_apart() -> None:
 
 @pytest.mark.parametrize("contexts", [[0, 1, 3000], [262_144, 5]])
 def test_far_blocks_and_the_longest_context_by_the_cuda_kernels(contexts: list[int]) -> None:
-    """Past 2^31 elements in the projection, past 2^31 bytes in the cache."""
+    """Past 2^31 elements in the projection, where its last row lies, and in the cache."""
     needs_hopper()
     decode = Decode.random(contexts, 32, 4)
     qkv_SX = torch.randn(len(contexts), decode.width).to(BF16)
@@ -252,9 +252,10 @@ def test_far_blocks_and_the_longest_context_by_the_cuda_kernels(contexts: list[i
     for tensor, original in zip(far, case_cache, strict=True):
         tensor[-near:] = original.cuda()
     arguments = decode.arguments((far[0], far[1]), block_shift=num_blocks - near)
+    apart = far_apart(qkv_SX, stride=LIMIT // (len(contexts) - 1))
+    assert apart[-1].storage_offset() >= LIMIT
     outputs = [
-        decode_attention.decode_attention(launch, far_apart(qkv_SX), **arguments).cpu()
-        for launch in LAUNCHES
+        decode_attention.decode_attention(launch, apart, **arguments).cpu() for launch in LAUNCHES
     ]
     expected_SND = decode.expected(qkv_SX)
     for out_SND in outputs:

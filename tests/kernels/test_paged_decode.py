@@ -5,9 +5,7 @@ On a machine without a GPU, the kernel runs in Triton's interpreter.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -17,19 +15,14 @@ from moe_engine.ops import attention
 from moe_engine.ops.reference import rope as rope_reference
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 from tests.kernels.paged import Case, expected, make_case
+from tests.kernels.triton_device import DEVICE, HAS_TRITON, INTERPRETED, needs_gpu, needs_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs triton, and a GPU or TRITON_INTERPRET=1",
-)
-if importlib.util.find_spec("triton") is not None:
+pytestmark = needs_triton
+if HAS_TRITON:
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
     from moe_engine.kernels.paged_decode_table import DecodeLaunch, DecodeTiles
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Outputs are averages of values around 1; the weights are rounded to the dtype as well.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -5,9 +5,7 @@ On a machine without a GPU, the Triton kernel runs in its interpreter.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -18,21 +16,12 @@ from moe_engine.ops import attention, cudnn_prefill, prefill_plan
 from moe_engine.ops.attention import paged_attention
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 from tests.kernels.paged import Case, expected, make_case
+from tests.kernels.triton_device import DEVICE, HAS_TRITON, needs_gpu, needs_triton
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_gpu = pytest.mark.skipif(
-    not (torch.cuda.is_available() and HAS_TRITON), reason="needs an NVIDIA GPU and triton"
-)
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs triton, and a GPU or TRITON_INTERPRET=1",
-)
 if HAS_TRITON:
     from moe_engine.kernels.paged_prefill import paged_prefill
     from moe_engine.kernels.paged_prefill_table import PrefillTiles
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FP8 = torch.float8_e4m3fn

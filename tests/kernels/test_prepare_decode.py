@@ -7,21 +7,13 @@ Legend: S rows, N slots of the table, C longest context, B blocks, L tokens a bl
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 
 from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
 from moe_engine.ops.reference import decode as reference
+from tests.kernels.triton_device import DEVICE, needs_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs triton, and a GPU or TRITON_INTERPRET=1",
-)
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # (rows, of them padding, longest context, L): one block copied, several, one token a block.
 CASES = [(1, 0, 5, 16), (4, 1, 64, 4), (9, 9, 64, 4), (130, 3, 600, 1), (17, 0, 5000, 16)]
 

@@ -1,0 +1,55 @@
+"""Limits that C++ and Python both state are the same; read from the sources, without a build."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_engine.ops import hopper
+from moe_engine.ops.tuning import ExpertChoices, Launch
+from tests.unit.hopper_on_cpu import choose_as_on_hopper, zeros
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+def numbers(file: str, pattern: str) -> list[int]:
+    """What the group of ``pattern`` matches in a file of csrc/, which must be something."""
+    found = [int(number) for number in re.findall(pattern, (CSRC / file).read_text())]
+    assert found, f"csrc/{file} has nothing like {pattern}"
+    return found
+
+
+def test_rows_of_the_linear_kernels() -> None:
+    streaming = numbers("streaming_linear.cu", r"args\.num_tokens > (\d+)")
+    assert streaming == [hopper.LINEAR_MAX_ROWS]
+    split = numbers("split_linear.h", r"constexpr int kSplitLinearMaxTokens = (\d+);")
+    assert split == [hopper.SPLIT_LINEAR_MAX_ROWS]
+
+
+def test_experts_of_the_grouped_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    (most,) = numbers("expert_tiles.cuh", r"constexpr int kMaxExperts = (\d+);")
+    choose_as_on_hopper(monkeypatch)
+    x_RH = zeros(1, 64)
+    assert hopper.takes_experts(x_RH, torch.empty(most, 128, 64))
+    assert not hopper.takes_experts(x_RH, torch.empty(most + 1, 128, 64))
+
+
+def test_tiles_of_the_grouped_kernels() -> None:
+    tiles = ExpertChoices.VALUES["tiles"]
+    assert numbers("grouped_experts.cu", r"case (\d+):") == list(tiles)
+
+
+def test_warps_of_a_block_of_decode_attention() -> None:
+    taken = []
+    for warps in range(65):
+        try:
+            Launch(warps, 1, 1)
+        except ValueError:
+            continue
+        taken.append(warps)
+    blocks = sorted(numbers("block_decode.cu", r"num_warps == (\d+)"))
+    assert taken == [0, *blocks]  # 0 stands for the other kernel
+    assert sorted(numbers("block_decode.cu", r"launch_blocks<(\d+)>")) == blocks

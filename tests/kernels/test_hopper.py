@@ -26,10 +26,7 @@ from tests.kernels.hopper_cases import (
     scattered,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or hopper.extension(torch.device("cuda", 0)) is None,
-    reason="needs a GPU of compute capability 9.0 and moe_engine._C",
-)
+pytestmark = pytest.mark.usefixtures("needs_hopper")
 
 BF16 = torch.bfloat16
 CASES = [(f"{kernel}: {name}", run) for kernel, cases in all_cases().items() for name, run in cases]

@@ -109,7 +109,7 @@ def main() -> None:
 def graphable_implementations(dims: Dims, layer: Layer) -> list[str]:
     """Those that run here, without the reference, which waits for the device."""
     batch = Batch.random(dims, layer, 1, zipf=False)
-    if not hopper.takes_experts(batch.x_TH, layer.gate_up_EJH):
+    if not hopper.takes_experts(batch.x_TH, layer.gate_up_EJH, layer.down_EHI):
         return ["triton"]
     return [name for name in moe.EXPERT_FFNS if name != "reference"]
 

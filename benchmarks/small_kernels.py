@@ -161,7 +161,7 @@ def bench_norm_router(num_experts: int, top_k: int, reading: float) -> list[dict
         weight_H = torch.rand(hidden, device=gates.device).bfloat16()
         for num_rows in ROUTER_ROWS:
             x_RH, residual_RH = _random(num_rows, hidden), _random(num_rows, hidden)
-            if not hopper.takes_norm_router(residual_RH, gates[0], top_k):
+            if not hopper.takes_norm_router(x_RH, residual_RH, weight_H, gates[0], top_k):
                 print(f"norm_router is not used for {num_rows} x {hidden}, {num_experts} experts")
                 continue
             call = partial(_norm_router, x_RH, residual_RH, weight_H, top_k)

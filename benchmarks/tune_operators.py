@@ -206,8 +206,9 @@ class NormRouter(Operator):
 
     def runs(self, batch: int) -> str:
         """See `Operator`."""
-        residual_RH = self._gate.new_empty(batch, self.shape[0])
-        is_fused = hopper.takes_norm_router(residual_RH, self._gate, self._top_k)
+        x_RH = self._gate.new_empty(batch, self.shape[0])
+        weight_H = self._gate.new_empty(self.shape[0])
+        is_fused = hopper.takes_norm_router(x_RH, x_RH, weight_H, self._gate, self._top_k)
         return "fused" if is_fused else "separate"
 
     def derive(self, timed: Sequence[Timed]) -> NormRouterChoices:

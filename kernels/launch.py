@@ -89,7 +89,8 @@ def arrival_counters(device: torch.device) -> torch.Tensor:
     same stream must not be replayed at the same time on different ones.
 
     Raises:
-        RuntimeError: the first call for a device is made while a CUDA graph is captured.
+        RuntimeError: the first call for a device is made while a CUDA graph is captured, or more
+            than `NUM_STREAMS` streams of a device have asked.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _stream_counters(device, stream)
@@ -101,7 +102,14 @@ def _stream_counters(device: torch.device, stream: int) -> torch.Tensor:
     # A capture cannot wait for an event from before it, and need not: it starts on an idle device.
     if is_zero is not None and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).wait_event(is_zero)
-    return pool[next(_slices[device]) % NUM_STREAMS]
+    number = next(_slices[device])
+    if number >= NUM_STREAMS:
+        raise RuntimeError(
+            f"kernels that count arrivals were launched on more than {NUM_STREAMS} streams of "
+            f"{device}; streams that shared counters could wait for each other forever, so launch "
+            "on fewer or raise NUM_STREAMS"
+        )
+    return pool[number]
 
 
 _slices: defaultdict[torch.device, Iterator[int]] = defaultdict(itertools.count)

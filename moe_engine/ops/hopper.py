@@ -1,8 +1,9 @@
 """The CUDA kernels for Hopper: experts, linear layers of few rows, the norm with the router.
 
-Whether they take given arguments, and their launches. The callers are `ops.moe` and `ops.linear`,
-which have checked that shapes and dtypes fit together. Decode attention is in
-`ops.decode_attention`.
+Whether they take given arguments, and their launches, which pass addresses on unchecked. The
+callers are `ops.moe` and `ops.linear`, which have checked that shapes and dtypes fit together;
+what else the kernels need, dtypes and alignment above all, the `takes_` functions check. Decode
+attention is in `ops.decode_attention`.
 
 Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
 I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X.
@@ -31,11 +32,13 @@ def extension(device: torch.device) -> ModuleType | None:
     return native.cuda_extension(device)
 
 
-def takes_experts(x_RH: torch.Tensor, gate_up_EJH: torch.Tensor) -> bool:
+def takes_experts(x_RH: torch.Tensor, gate_up_EJH: torch.Tensor, down_EHI: torch.Tensor) -> bool:
     """Whether the experts' kernels take these rows and weights."""
     doubled, hidden = gate_up_EJH.shape[1:]
     return (
         x_RH.dtype == torch.bfloat16
+        and _is_packed(gate_up_EJH, x_RH.device)
+        and _is_packed(down_EHI, x_RH.device)
         and hidden % 64 == 0
         and doubled % 128 == 0
         and gate_up_EJH.shape[0] <= 1024
@@ -46,6 +49,8 @@ def takes_experts(x_RH: torch.Tensor, gate_up_EJH: torch.Tensor) -> bool:
 
 def takes_streaming_experts(top_k: int, down_EHI: torch.Tensor, num_rows: int) -> bool:
     """Whether the streaming kernel takes these sizes; `takes_experts` has said yes."""
+    if not _is_packed(down_EHI, down_EHI.device):
+        return False
     library = extension(down_EHI.device)
     assert library is not None
     with torch.cuda.device(down_EHI.device):
@@ -80,7 +85,7 @@ def _is_best(kernel: str, x_RX: torch.Tensor, weight_OX: torch.Tensor) -> bool:
     """Whether this linear kernel is best, if rows and weight are as each of ours needs them."""
     if x_RX.dtype != torch.bfloat16:
         return False
-    if not (rows_are_aligned(x_RX) and weight_OX.is_contiguous()):
+    if not (rows_are_aligned(x_RX) and _is_packed(weight_OX, x_RX.device)):
         return False
     out_features, in_features = weight_OX.shape
     chosen = tuning.choices(tuning.LinearChoices, weight_OX.device, in_features, out_features)
@@ -95,16 +100,31 @@ def _num_splits(library: ModuleType, weight_OX: torch.Tensor) -> int:
     return num_splits
 
 
-def takes_norm_router(residual_RH: torch.Tensor, gate_EH: torch.Tensor, top_k: int) -> bool:
-    """Whether the kernel of norm and router is best for these rows and takes this gate."""
+def takes_norm_router(
+    x: torch.Tensor,
+    residual_RH: torch.Tensor,
+    norm_weight_H: torch.Tensor,
+    gate_EH: torch.Tensor,
+    top_k: int,
+) -> bool:
+    """Whether the kernel of norm and router is best for these rows and takes them and the weights.
+
+    Args:
+        x: [R, H], or parts of it [S, R, H].
+    """
     num_experts, hidden = gate_EH.shape
     chosen = tuning.choices(tuning.NormRouterChoices, gate_EH.device, hidden, num_experts)
-    is_best = tuning.pick(chosen.kernels, len(residual_RH)) == "fused"
-    if not is_best or residual_RH.dtype != torch.bfloat16:
+    if tuning.pick(chosen.kernels, len(residual_RH)) != "fused":
         return False
-    if not (residual_RH.is_contiguous() and gate_EH.is_contiguous()):
+    device = residual_RH.device
+    if not all(_is_packed(t, device) for t in (residual_RH, norm_weight_H, gate_EH)):
         return False
-    library = extension(residual_RH.device)
+    if x.dtype != (torch.float32 if x.dim() == 3 else torch.bfloat16):
+        return False
+    # The launch copies rows that do not lie one after the other.
+    if x.device != device or x.data_ptr() % 16 != 0:
+        return False
+    library = extension(device)
     return library is not None and library.norm_router_fits(
         num_experts=num_experts, hidden=hidden, top_k=top_k
     )
@@ -297,3 +317,13 @@ def norm_router(
 def rows_are_aligned(x: torch.Tensor) -> bool:
     """Whether the rows lie side by side in themselves and begin at multiples of 16 bytes."""
     return x.stride(-1) == 1 and x.stride(-2) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def _is_packed(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether it is bfloat16 without gaps, beginning at a multiple of 16 bytes, on the device."""
+    return (
+        tensor.dtype == torch.bfloat16
+        and tensor.device == device
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % 16 == 0
+    )

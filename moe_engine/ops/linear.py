@@ -51,7 +51,7 @@ def linear(
     x_TX: torch.Tensor, weight_OX: torch.Tensor, bias_O: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x weight^T + bias``, [T, O]; the vendor's library but for a few tokens on Hopper."""
-    assert x_TX.shape[1] == weight_OX.shape[1], (x_TX.shape, weight_OX.shape)
+    _check(x_TX, weight_OX)
     if bias_O is None and x_TX.is_cuda and hopper.takes_linear(x_TX, weight_OX):
         return hopper.linear(x_TX, weight_OX)
     return F.linear(x_TX, weight_OX, bias_O)
@@ -59,7 +59,7 @@ def linear(
 
 def unsummed_linear(x_TX: torch.Tensor, weight_OX: torch.Tensor) -> torch.Tensor | SplitSums:
     """``x weight^T``, [T, O], in parts where that is faster."""
-    assert x_TX.shape[1] == weight_OX.shape[1], (x_TX.shape, weight_OX.shape)
+    _check(x_TX, weight_OX)
     if x_TX.is_cuda and hopper.takes_split_linear(x_TX, weight_OX):
         return SplitSums(hopper.split_linear(x_TX, weight_OX), x_TX.dtype)
     return linear(x_TX, weight_OX)
@@ -85,3 +85,9 @@ def linear_onto(
 def adds_in_place(x_TX: torch.Tensor) -> bool:
     """Whether the vendor's library adds the product of these rows to the residual stream."""
     return x_TX.is_cuda and len(x_TX) > MANY_ROWS and x_TX.dtype in (torch.bfloat16, torch.float16)
+
+
+def _check(x_TX: torch.Tensor, weight_OX: torch.Tensor) -> None:
+    assert x_TX.dim() == weight_OX.dim() == 2, (x_TX.shape, weight_OX.shape)
+    assert x_TX.shape[1] == weight_OX.shape[1], (x_TX.shape, weight_OX.shape)
+    assert x_TX.dtype == weight_OX.dtype, (x_TX.dtype, weight_OX.dtype)

@@ -74,8 +74,7 @@ def route(
         num_tokens_1: int32 [1] on the device; the rows from there on are padding, with ids -1 and
             weights 0. None: there is no padding.
     """
-    assert x_TH.shape[1] == router_EH.shape[1], (x_TH.shape, router_EH.shape)
-    assert 1 <= top_k <= router_EH.shape[0], (top_k, router_EH.shape)
+    _check_router(x_TH, router_EH, top_k, num_tokens_1)
     if _runs_triton(x_TH):
         from moe_engine.kernels import router as kernels
 
@@ -109,13 +108,29 @@ def norm_and_route(
     Returns:
         ``(normed, new_residual, ids, weights)``.
     """
+    stream_TH = x.stream_TO if isinstance(x, AddedOutput) else residual_TH
+    assert norm_weight_H.shape == stream_TH.shape[1:], (norm_weight_H.shape, stream_TH.shape)
+    assert norm_weight_H.dtype == stream_TH.dtype, (norm_weight_H.dtype, stream_TH.dtype)
+    _check_router(stream_TH, router_EH, top_k, num_tokens_1)
+    if isinstance(x, SplitSums):
+        assert x.parts_STO.shape[1:] == residual_TH.shape, (x.parts_STO.shape, residual_TH.shape)
+        assert x.parts_STO.dtype == torch.float32, x.parts_STO.dtype
+        assert x.dtype == residual_TH.dtype, (x.dtype, residual_TH.dtype)
+    elif isinstance(x, torch.Tensor):
+        assert x.shape == residual_TH.shape, (x.shape, residual_TH.shape)
+        assert x.dtype == residual_TH.dtype, (x.dtype, residual_TH.dtype)
     router = (router_EH, top_k, normalize, num_tokens_1)
     if isinstance(x, AddedOutput):
         if _takes_many_rows(x.stream_TO, router_EH):
             return _norm_router(None, x.stream_TO, norm_weight_H, eps, *router)
         normed_TH, new_residual_TH = norm.rms_norm(x.stream_TO, norm_weight_H, eps), x.stream_TO
-    elif residual_TH.is_cuda and hopper.takes_norm_router(residual_TH, router_EH, top_k):
-        parts = x.parts_STO if isinstance(x, SplitSums) else x
+    elif residual_TH.is_cuda and hopper.takes_norm_router(
+        parts := x.parts_STO if isinstance(x, SplitSums) else x,
+        residual_TH,
+        norm_weight_H,
+        router_EH,
+        top_k,
+    ):
         return hopper.norm_router(parts, residual_TH, norm_weight_H, eps, *router)
     elif isinstance(x, SplitSums):
         normed_TH, new_residual_TH = norm.split_add_rms_norm(x, residual_TH, norm_weight_H, eps)
@@ -148,11 +163,6 @@ def _norm_router(
     num_tokens_1: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`norm_and_route` of many rows; without ``x_TH`` their residual stream has it already."""
-    hidden = residual_TH.shape[1]
-    assert x_TH is None or x_TH.shape == residual_TH.shape, (x_TH.shape, residual_TH.shape)
-    assert norm_weight_H.shape == (hidden,), (norm_weight_H.shape, residual_TH.shape)
-    assert router_EH.shape[1] == hidden, (router_EH.shape, residual_TH.shape)
-    assert 1 <= top_k <= router_EH.shape[0], (top_k, router_EH.shape)
     from moe_engine.kernels import norm_router as kernels
 
     with torch.cuda.device(residual_TH.device):
@@ -189,9 +199,11 @@ def expert_ffn(
     num_slots, doubled, hidden = gate_up_EJH.shape
     assert x_RH.shape == (slot_ids_RK.shape[0], hidden), (x_RH.shape, gate_up_EJH.shape)
     assert down_EHI.shape == (num_slots, hidden, doubled // 2), down_EHI.shape
+    assert x_RH.dtype == gate_up_EJH.dtype == down_EHI.dtype, (gate_up_EJH.dtype, down_EHI.dtype)
     assert gate_up_EJH.is_contiguous(), gate_up_EJH.stride()
     assert down_EHI.is_contiguous(), down_EHI.stride()
     assert slot_ids_RK.shape == weights_RK.shape, (slot_ids_RK.shape, weights_RK.shape)
+    assert weights_RK.dtype == torch.float32, weights_RK.dtype
     implementation = EXPERT_FFNS[choose_expert_ffn(x_RH, slot_ids_RK, gate_up_EJH, down_EHI)]
     return implementation(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
 
@@ -260,7 +272,7 @@ def choose_expert_ffn(
     """The name of the implementation that is best for these arguments."""
     if not _runs_triton(x_RH):
         return "reference"
-    if not hopper.takes_experts(x_RH, gate_up_EJH):
+    if not hopper.takes_experts(x_RH, gate_up_EJH, down_EHI):
         return "triton"
     num_rows, top_k = slot_ids_RK.shape
     kernel = tuning.pick(_choices(down_EHI, top_k).kernels, num_rows)
@@ -349,6 +361,16 @@ EXPERT_FFNS: dict[str, ExpertFFN] = {
     "grouped": _grouped_expert_ffn,
     "streaming": _streaming_expert_ffn,
 }
+
+
+def _check_router(
+    x_TH: torch.Tensor, router_EH: torch.Tensor, top_k: int, num_tokens_1: torch.Tensor | None
+) -> None:
+    assert x_TH.shape[1:] == router_EH.shape[1:], (x_TH.shape, router_EH.shape)
+    assert x_TH.dtype == router_EH.dtype, (x_TH.dtype, router_EH.dtype)
+    assert 1 <= top_k <= router_EH.shape[0], (top_k, router_EH.shape)
+    assert num_tokens_1 is None or num_tokens_1.dtype == torch.int32, num_tokens_1.dtype
+    assert num_tokens_1 is None or num_tokens_1.shape == (1,), num_tokens_1.shape
 
 
 def _check_choices(y_PH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor) -> None:

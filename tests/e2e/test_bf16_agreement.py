@@ -3,8 +3,9 @@
 All three models read the same weights, which are bfloat16 in the file, and the same tokens; what
 differs is the arithmetic. The float32 reference is transformers on the same device. Prompts are
 computed whole and in chunks, decode steps in batches that take different kernels. On a CPU the
-operators are the references in PyTorch and the models are small; on a GPU all kernels run, in
-sizes that they take.
+operators are the references in PyTorch and the models are small. On a GPU the models have sizes
+that the kernels take, and on Hopper it is recorded that all its CUDA kernels ran with the first of
+the random checkpoints and with the trained one, and those of experts and attention with the other.
 
 Where a bound of 99 % is asked for, the checkpoint is one for which it can be: see
 `bf16_checkpoints` for the random ones; the trained one is sure of most tokens because it has learnt
@@ -22,6 +23,7 @@ import torch
 from moe_engine.config import ModelConfig
 from moe_engine.demo.build import ensure_demo_checkpoint
 from tests.e2e import bf16_checkpoints, trained_checkpoint
+from tests.e2e.hopper_world import DECODE_KERNELS, PREFILL_KERNELS, KernelRecord, record_kernels
 from tests.e2e.teacher_forcing import (
     Errors,
     ForcedEngine,
@@ -30,6 +32,7 @@ from tests.e2e.teacher_forcing import (
     random_sequences,
     transformers_logits,
 )
+from tests.hopper_device import on_hopper
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 MAX_ERROR = 2e-2
@@ -40,6 +43,30 @@ PROMPT_LENS = {"cpu": (1, 3, 17, 64, 200, 333), "cuda": (1, 17, 64, 200, 333, 51
 CHUNK = {"cpu": 100, "cuda": 150}
 DECODE_BATCHES = {"cpu": (1, 7), "cuda": (1, 3, 16, 33)}
 DECODE_STEPS = {"cpu": 40, "cuda": 48}
+# By the random checkpoint, on Hopper: what its decode steps and its prompts run by. The second has
+# biases, so no sum is left to another kernel, and a width that the router's kernel does not take.
+CAPTURED = {
+    "normalised": DECODE_KERNELS,
+    "unnormalised-biased": DECODE_KERNELS - {"split linear", "norm and router"},
+}
+LAUNCHED = {
+    "normalised": PREFILL_KERNELS,
+    "unnormalised-biased": PREFILL_KERNELS - {"output added in place"},
+}
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> KernelRecord:
+    return record_kernels(monkeypatch)
+
+
+def check_kernels(kernels: KernelRecord, captured: set[str], launched: set[str]) -> None:
+    """Exactly the former are in graphs, and the latter have run; elsewhere none that is CUDA's."""
+    if on_hopper():
+        assert kernels.captured == captured
+        assert kernels.launched >= launched
+    else:
+        assert not (kernels.captured | kernels.launched) & DECODE_KERNELS
 
 
 def check(
@@ -120,8 +147,11 @@ def test_random_checkpoint_on_a_cpu(tmp_path: Path, variant: bf16_checkpoints.Va
 
 @needs_gpu
 @pytest.mark.parametrize("variant", bf16_checkpoints.LARGE, ids=lambda variant: variant.name)
-def test_random_checkpoint_on_a_gpu(tmp_path: Path, variant: bf16_checkpoints.Variant) -> None:
+def test_random_checkpoint_on_a_gpu(
+    tmp_path: Path, variant: bf16_checkpoints.Variant, kernels: KernelRecord
+) -> None:
     check_random_checkpoint(tmp_path, variant, "cuda")
+    check_kernels(kernels, CAPTURED[variant.name], LAUNCHED[variant.name])
 
 
 def test_trained_checkpoint_on_a_cpu(tmp_path: Path) -> None:
@@ -131,10 +161,12 @@ def test_trained_checkpoint_on_a_cpu(tmp_path: Path) -> None:
 
 
 @needs_gpu
-def test_trained_checkpoint_on_a_gpu(tmp_path: Path) -> None:
+def test_trained_checkpoint_on_a_gpu(tmp_path: Path, kernels: KernelRecord) -> None:
     options = trained_checkpoint.LARGE
     trained_checkpoint.train_checkpoint(tmp_path, options, "cuda", num_steps=300, rate=2e-3)
     check_trained_checkpoint(tmp_path, "cuda")
+    # Its prompts are too short for cuDNN.
+    check_kernels(kernels, DECODE_KERNELS, PREFILL_KERNELS - {"cuDNN"})
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])

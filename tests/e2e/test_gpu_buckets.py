@@ -7,17 +7,23 @@ bits only, unless two experts are all but equally likely and rounding swaps them
 buckets differ by the order in which their matrix and attention kernels add up, so logits are as
 close as bfloat16 allows; but within a bucket a sequence gets the same bits whoever is beside it,
 padding or other sequences, and a graph gives the bits that single launches give.
+
+On Hopper, what runs in bfloat16 are its CUDA kernels, which is recorded; in float32, and on other
+GPUs, none of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.e2e.bf16_checkpoints import LARGE, save_checkpoint
+from tests.e2e.hopper_world import DECODE_KERNELS, KernelRecord, record_kernels
 from tests.e2e.teacher_forcing import Errors, ForcedEngine, random_sequences
+from tests.hopper_device import on_hopper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -44,6 +50,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[KernelRecord]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield record_kernels(monkeypatch)
+
+
+def kernels_of(bucket: int) -> set[str]:
+    """The CUDA kernels of a decode step of so many rows in bfloat16, with two KV heads."""
+    if not on_hopper():
+        return set()
+    names = {"streaming experts" if bucket <= 4 else "grouped experts"}
+    if bucket <= 64:
+        names |= {"norm and router", "streaming linear" if bucket <= 16 else "split linear"}
+    if bucket <= 66:
+        names.add("warp decode" if bucket <= 4 else "block decode")
+    return names
+
+
 def make_engine(checkpoint: Path, dtype: str, num_sequences: int) -> ForcedEngine:
     limits = {"max_rows": MOST_ROWS, "max_len": max(LENGTHS) + 1, "max_kept": num_sequences}
     engine = ForcedEngine(
@@ -54,8 +78,12 @@ def make_engine(checkpoint: Path, dtype: str, num_sequences: int) -> ForcedEngin
 
 
 @pytest.fixture(scope="module")
-def bfloat16(checkpoint: Path) -> ForcedEngine:
-    return make_engine(checkpoint, "bfloat16", NUM_SEQUENCES)
+def bfloat16(checkpoint: Path, kernels: KernelRecord) -> ForcedEngine:
+    """Its graphs hold all kernels for Hopper, if the GPU is one."""
+    kernels.captured.clear()
+    engine = make_engine(checkpoint, "bfloat16", NUM_SEQUENCES)
+    assert kernels.captured == (DECODE_KERNELS if on_hopper() else set())
+    return engine
 
 
 def decode(engine: ForcedEngine, numbers: list[int], bucket: int) -> torch.Tensor:
@@ -66,8 +94,12 @@ def decode(engine: ForcedEngine, numbers: list[int], bucket: int) -> torch.Tenso
     return torch.stack(logits)
 
 
-def test_float32_gives_the_same_tokens_in_every_bucket(checkpoint: Path) -> None:
+def test_float32_gives_the_same_tokens_in_every_bucket(
+    checkpoint: Path, kernels: KernelRecord
+) -> None:
+    kernels.captured.clear()
     engine = make_engine(checkpoint, "float32", MOST_ROWS)
+    assert not kernels.captured
     together = decode(engine, list(range(MOST_ROWS)), MOST_ROWS)
     for size, bucket in BUCKETS.items():
         logits = decode(engine, list(range(size)), bucket)
@@ -108,12 +140,16 @@ def test_a_sequence_gets_the_same_bits_whoever_is_beside_it(
 
 
 @pytest.mark.parametrize("size", BUCKETS)
-def test_graphs_give_the_bits_that_single_launches_give(bfloat16: ForcedEngine, size: int) -> None:
+def test_graphs_give_the_bits_that_single_launches_give(
+    bfloat16: ForcedEngine, kernels: KernelRecord, size: int
+) -> None:
     numbers = list(range(size))
     replayed = decode(bfloat16, numbers, BUCKETS[size])
+    kernels.launched.clear()
     bfloat16.captured = False
     try:
         launched = decode(bfloat16, numbers, BUCKETS[size])
     finally:
         bfloat16.captured = True
+    assert kernels.launched >= kernels_of(BUCKETS[size])
     assert torch.equal(replayed, launched)

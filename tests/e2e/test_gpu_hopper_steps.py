@@ -8,9 +8,7 @@ Every test says which kernels it is about, and fails if they were not taken.
 """
 
 import pytest
-import torch
 
-from moe_engine.ops import hopper
 from tests.e2e.hopper_world import (
     DECODE_KERNELS,
     LAUNCHES,
@@ -30,10 +28,7 @@ from tests.e2e.test_gpu_steps import (
 )
 from tests.unit.runner_world import ALL_KINDS, DRAWN_KINDS, GREEDY_KINDS
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or hopper.extension(torch.device("cuda", 0)) is None,
-    reason="needs a GPU of compute capability 9.0 and moe_engine._C",
-)
+pytestmark = pytest.mark.usefixtures("needs_hopper")
 
 PLAIN_KINDS = (*DRAWN_KINDS, GREEDY_KINDS[0], {"temperature": 0.6, "top_k": 20, "top_p": 0.95})
 # Every token goes to every expert, so that rounding cannot swap any.

@@ -12,10 +12,7 @@ from moe_engine.ops import hopper, tuning
 from tests.e2e.hopper_world import HOPPER_MODEL
 from tests.unit.runner_world import MODEL
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or hopper.extension(torch.device("cuda", 0)) is None,
-    reason="needs a GPU of compute capability 9.0 and moe_engine._C",
-)
+pytestmark = pytest.mark.usefixtures("needs_hopper")
 
 
 def test_every_operator_is_measured_with_each_of_its_kernels(monkeypatch, tmp_path):

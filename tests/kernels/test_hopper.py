@@ -26,10 +26,7 @@ from tests.kernels.hopper_cases import (
     scattered,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or hopper.extension(torch.device("cuda", 0)) is None,
-    reason="needs a GPU of compute capability 9.0 and moe_engine._C",
-)
+pytestmark = pytest.mark.usefixtures("needs_hopper")
 
 BF16 = torch.bfloat16
 CASES = [(f"{kernel}: {name}", run) for kernel, cases in all_cases().items() for name, run in cases]
@@ -217,7 +214,8 @@ def test_norm_and_router_are_not_one_launch_where_they_do_not_fit() -> None:
     ) -> bool:
         residual_RH = torch.empty(num_rows, hidden, dtype=dtype, device="cuda")
         gate_EH = torch.empty(num_experts, hidden, dtype=dtype, device="cuda")
-        return hopper.takes_norm_router(residual_RH, gate_EH, top_k)
+        norm_weight_H = torch.empty(hidden, dtype=dtype, device="cuda")
+        return hopper.takes_norm_router(residual_RH, residual_RH, norm_weight_H, gate_EH, top_k)
 
     assert takes(0)
     assert takes(64)
@@ -237,8 +235,10 @@ def test_norm_and_router_are_not_one_launch_where_they_do_not_fit() -> None:
 
     wide = torch.empty(32, 512, dtype=BF16, device="cuda")
     rows, gate_EH = wide[:, :256], torch.empty(32, 256, dtype=BF16, device="cuda")
-    assert not hopper.takes_norm_router(rows[:4], gate_EH, 8)
-    assert not hopper.takes_norm_router(gate_EH[:4], rows, 8)
+    four, norm_weight_H = gate_EH[:4], gate_EH[0]
+    assert hopper.takes_norm_router(rows[:4], four, norm_weight_H, gate_EH, 8)
+    assert not hopper.takes_norm_router(four, rows[:4], norm_weight_H, gate_EH, 8)
+    assert not hopper.takes_norm_router(four, four, norm_weight_H, rows, 8)
 
 
 def test_a_router_that_the_kernel_has_no_room_for_is_refused() -> None:

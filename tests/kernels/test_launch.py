@@ -1,11 +1,15 @@
 """Launching a kernel, or only compiling it."""
 
+import itertools
 import threading
+from collections import defaultdict
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from moe_engine.kernels import launch
 from moe_engine.kernels.launch import compile_only, compiles_only, launch_kernel
 
 
@@ -52,3 +56,21 @@ def test_launches_again_after_an_error():
     with pytest.raises(ZeroDivisionError), compile_only():
         _ = 1 / 0
     assert not compiles_only()
+
+
+@pytest.fixture
+def fresh_counters(monkeypatch):
+    """No stream has asked yet, and none that asks here is remembered."""
+    monkeypatch.setattr(launch, "_slices", defaultdict(itertools.count))
+    monkeypatch.setattr(launch, "_stream_counters", launch._stream_counters.__wrapped__)
+
+
+@pytest.mark.usefixtures("fresh_counters")
+def test_each_stream_has_its_own_counters_and_one_too_many_is_refused():
+    device = torch.device("cpu")
+    counters = [launch._stream_counters(device, stream) for stream in range(launch.NUM_STREAMS)]
+    assert len({slice.data_ptr() for slice in counters}) == launch.NUM_STREAMS
+    assert all(len(slice) == launch.COUNTERS_PER_STREAM for slice in counters)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="more than 16 streams of cpu"):
+            launch._stream_counters(device, launch.NUM_STREAMS)

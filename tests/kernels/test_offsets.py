@@ -22,6 +22,7 @@ from moe_engine.ops.expert_counts import expert_token_counts
 from moe_engine.ops.reference import norm as norm_reference
 from moe_engine.ops.reference import rope as rope_reference
 from moe_engine.ops.sampling import greedy_tokens
+from tests.hopper_device import need_hopper
 from tests.kernels.close import check_rows
 from tests.kernels.decode_cases import LAUNCHES, Decode
 from tests.kernels.hopper_cases import TILES
@@ -42,11 +43,6 @@ def has_room() -> bool:
 pytestmark = pytest.mark.skipif(
     not HAS_TRITON or not has_room(), reason="needs an NVIDIA GPU with 40 GiB, and triton"
 )
-
-
-def needs_hopper() -> None:
-    if hopper.extension(torch.device("cuda", torch.cuda.current_device())) is None:
-        pytest.skip("needs a GPU of compute capability 9.0 and moe_engine._C")
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +87,7 @@ class TestExperts:
         self, weights: tuple[torch.Tensor, torch.Tensor], name: str, num_rows: int
     ) -> None:
         if name in ("grouped", "streaming"):
-            needs_hopper()
+            need_hopper()
         x_RH = torch.randn(num_rows, self.HIDDEN, device="cuda").to(BF16)
         last = self.NUM_EXPERTS - 1
         ids_RK = torch.tensor([[last, 0, last - 1, 130]], dtype=torch.int32, device="cuda")
@@ -103,7 +99,7 @@ class TestExperts:
     def test_weights_at_every_tile(
         self, weights: tuple[torch.Tensor, torch.Tensor], tile: int
     ) -> None:
-        needs_hopper()
+        need_hopper()
         x_RH = torch.randn(2, self.HIDDEN, device="cuda").to(BF16)
         ids_RK = torch.tensor([[self.NUM_EXPERTS - 1], [129]], dtype=torch.int32, device="cuda")
         groups = moe.group_by_expert(ids_RK, self.NUM_EXPERTS)
@@ -116,7 +112,7 @@ class TestExperts:
     @pytest.mark.parametrize("name", ["triton", "grouped", "streaming"])
     def test_rows_far_apart(self, name: str) -> None:
         if name != "triton":
-            needs_hopper()
+            need_hopper()
         case = Case.random(3, 4, 8, 512, 256, BF16)
         apart = replace(case, x_RH=far_apart(case.x_RH))
         assert apart.x_RH[2].data_ptr() - apart.x_RH.data_ptr() >= LIMIT
@@ -128,7 +124,7 @@ class TestExperts:
     def test_outputs_and_what_lies_between_the_products(
         self, hidden: int, intermediate: int
     ) -> None:
-        needs_hopper()
+        need_hopper()
         num_rows = 140_000
         case = Case.random(num_rows, 8, 4, hidden, intermediate, BF16)
         assert num_rows * 8 * max(hidden, intermediate) > LIMIT
@@ -137,7 +133,7 @@ class TestExperts:
             check(out_RH[some], case.rows(some))
 
     def test_rows_of_a_linear_layer_far_apart(self) -> None:
-        needs_hopper()
+        need_hopper()
         x_RX = torch.randn(3, 512, device="cuda").to(BF16)
         weight_OX = torch.randn(100, 512, device="cuda").to(BF16)
         apart = far_apart(x_RX)
@@ -145,7 +141,7 @@ class TestExperts:
         assert torch.equal(hopper.linear(apart, weight_OX), hopper.linear(x_RX, weight_OX))
 
     def test_rows_of_a_split_linear_layer_far_apart(self) -> None:
-        needs_hopper()
+        need_hopper()
         x_RX = torch.randn(17, 1024, device="cuda").to(BF16)
         weight_OX = (torch.randn(104, 1024, device="cuda") / 32).to(BF16)
         apart = far_apart(x_RX, stride=2**27)
@@ -242,7 +238,7 @@ def test_projected_heads_far_apart() -> None:
 @pytest.mark.parametrize("contexts", [[0, 1, 3000], [262_144, 5]])
 def test_far_blocks_and_the_longest_context_by_the_cuda_kernels(contexts: list[int]) -> None:
     """Past 2^31 elements in the projection, where its last row lies, and in the cache."""
-    needs_hopper()
+    need_hopper()
     decode = Decode.random(contexts, 32, 4)
     qkv_SX = torch.randn(len(contexts), decode.width).to(BF16)
     case_cache = decode.case.cache

@@ -195,7 +195,7 @@ def hopper_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "norm_router", norm_router)
     monkeypatch.setattr(hopper, "takes_linear", lambda x, weight: len(x) <= 16)
     monkeypatch.setattr(hopper, "takes_split_linear", lambda x, weight: 16 < len(x) <= 32)
-    monkeypatch.setattr(hopper, "takes_norm_router", lambda x, gate, top_k: len(x) <= 8)
+    monkeypatch.setattr(hopper, "takes_norm_router", lambda x, *others: len(x) <= 8)
 
 
 @pytest.mark.usefixtures("hopper_on_the_cpu")

@@ -327,15 +327,13 @@ def test_a_kernel_is_not_taken_for_more_rows_than_it_takes(
 
 
 def test_norm_and_router_follow_their_table(table: tuning.Table) -> None:
-    gate_EH = zeros(8, 256)
+    def takes(num_rows: int) -> bool:
+        x_RH = zeros(num_rows, 256)
+        return hopper.takes_norm_router(x_RH, x_RH, zeros(256), zeros(8, 256), 2)
 
-    def rows() -> list[int]:
-        return rows_taken(lambda num: hopper.takes_norm_router(zeros(num, 256), gate_EH, 2))
-
-    assert rows() == [0, 64]
-    steps = ((33, "fused"), (INF, "separate"))
-    table[NormRouterChoices, (256, 8)] = NormRouterChoices(steps)
-    assert rows() == [0, 33]
+    assert rows_taken(takes) == [0, 64]
+    table[NormRouterChoices, (256, 8)] = NormRouterChoices(((33, "fused"), (INF, "separate")))
+    assert rows_taken(takes) == [0, 33]
 
 
 def test_experts_follow_their_table(table: tuning.Table, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,27 @@
+"""Whether tests of the CUDA kernels for Hopper can run: they skip elsewhere, but not for a build.
+
+The fixture `needs_hopper` calls `need_hopper` for whole modules.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_engine.ops import hopper
+
+
+def on_hopper() -> bool:
+    """Whether the current device is a GPU of compute capability 9.0."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def need_hopper() -> None:
+    """Skip the test elsewhere; on Hopper, fail it if the kernels are missing."""
+    if not on_hopper():
+        pytest.skip("needs a GPU of compute capability 9.0")
+    if hopper.extension(torch.device("cuda", torch.cuda.current_device())) is None:
+        pytest.fail(
+            "this GPU has compute capability 9.0, but moe_engine._C cannot be imported or was not "
+            "built for it; to see why: MOE_ENGINE_REQUIRE_CUDA=1 pip install -v ."
+        )

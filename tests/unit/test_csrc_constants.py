@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from moe_engine.ops import hopper
 from moe_engine.ops.tuning import ExpertChoices, Launch
@@ -33,8 +32,9 @@ def test_experts_of_the_grouped_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     (most,) = numbers("expert_tiles.cuh", r"constexpr int kMaxExperts = (\d+);")
     choose_as_on_hopper(monkeypatch)
     x_RH = zeros(1, 64)
-    assert hopper.takes_experts(x_RH, torch.empty(most, 128, 64))
-    assert not hopper.takes_experts(x_RH, torch.empty(most + 1, 128, 64))
+    for number, is_taken in ((most, True), (most + 1, False)):
+        gate_up_EJH, down_EHI = zeros(number, 128, 64), zeros(number, 64, 64)
+        assert hopper.takes_experts(x_RH, gate_up_EJH, down_EHI) == is_taken
 
 
 def test_tiles_of_the_grouped_kernels() -> None:

@@ -274,9 +274,10 @@ def pick_device(wanted: str, place: LocalPlace) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
         return torch.device("cpu")
     if place.local_world_size > num_gpus:
+        number = place.local_world_size
+        ranks = "1 rank needs" if number == 1 else f"{number} ranks need"
         raise ConfigError(
-            f"this machine has {num_gpus} GPUs and {place.local_world_size} ranks, which need "
-            "one each; use fewer ranks or device cpu"
+            f"{ranks} a GPU each, and this machine has {num_gpus}; use fewer ranks or device cpu"
         )
     return torch.device("cuda", place.local_rank)
 

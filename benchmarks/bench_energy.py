@@ -7,7 +7,8 @@ a step takes as long as its energy allows, and what an operator takes alone and 
 So each runs here again and again for seconds, and the driver's meter tells what a call costs.
 Layers are Qwen3-30B-A3B's on one GPU. Every result is compared with float32 first.
 
-Shape legend: T tokens, H hidden size, X input width, O output width.
+Shape legend: T tokens, H hidden size, E experts, K experts per token, G KV heads, D head dimension,
+X input width, O output width.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 
 from benchmarks import attention_cases as cases
 from benchmarks.gpu_state import require_gpu
-from benchmarks.moe_workload import DEVICE, Batch, Dims, Layer, check_routing, check_rows
+from benchmarks.moe_workload import CHECKED_ROWS, DEVICE, Batch, Dims, Layer, check_rows
 from benchmarks.report import save_result
+from benchmarks.small_kernels import EPS, check_norm_router, make_matrices
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.ops import cudnn_prefill, moe
@@ -33,9 +35,7 @@ from moe_engine.ops.linear import AddedOutput, adds_in_place, linear, linear_ont
 from moe_engine.ops.reference import norm as norm_reference
 
 DIMS = Dims(hidden=2048, intermediate=768, num_experts=128, top_k=8)
-EPS = 1e-6
 CALLS_AT_ONCE = 10
-CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def attention_works(num_tokens: int) -> list[Work]:
     width, hidden = cases.projection_width(), DIMS.hidden
     attended = cases.NUM_HEADS * cases.HEAD_DIM
     x_TH = torch.randn(num_tokens, hidden, device=DEVICE, dtype=torch.bfloat16)
-    qkv_OX, out_OX = _matrix(width, hidden), _matrix(hidden, attended)
+    qkv_OX, out_OX = make_matrices(width, hidden)[0], make_matrices(hidden, attended)[0]
     _check_linear("qkv projection", x_TH, qkv_OX, linear(x_TH, qkv_OX))
 
     attended_TX = torch.randn(num_tokens, attended, device=DEVICE, dtype=torch.bfloat16)
@@ -176,16 +176,13 @@ def moe_works(num_tokens: int) -> list[Work]:
     """Norm and router, the experts, the sum of what they made with the next norm."""
     batch = Batch.random(DIMS, Layer.random(DIMS), num_tokens, zipf=False)
     x_TH, ids_TK, weights_TK = batch.x_TH, batch.ids_TK, batch.weights_TK
-    router_EH = _matrix(DIMS.num_experts, DIMS.hidden)
+    router_EH = make_matrices(DIMS.num_experts, DIMS.hidden)[0]
     weight_H = torch.rand(DIMS.hidden, device=DEVICE).bfloat16()
     route = partial(
         moe.norm_and_route, AddedOutput(x_TH), x_TH, weight_H, EPS, router_EH, DIMS.top_k, True
     )
-    normed_TH, _, found_ids_TK, found_weights_TK = route()
-    expected_TH = norm_reference.rms_norm(x_TH.float(), weight_H.float(), EPS)
-    check_rows("norm and router", normed_TH, expected_TH)
-    logits_TE = expected_TH @ router_EH.float().t()
-    check_routing("norm and router", logits_TE, found_ids_TK, found_weights_TK)
+    nothing_TH = torch.zeros_like(x_TH)
+    check_norm_router(nothing_TH, x_TH, weight_H, router_EH, route(), "norm and router")
 
     experts = partial(moe.expert_ffn, *batch.arguments)
     outputs = experts()
@@ -202,12 +199,6 @@ def moe_works(num_tokens: int) -> list[Work]:
         Work("experts", experts, flop),
         Work("sum of experts, norm", add),
     ]
-
-
-def _matrix(num_out: int, num_in: int) -> torch.Tensor:
-    """Weights [O, X] that keep the size of what goes through them."""
-    matrix = torch.empty(num_out, num_in, device=DEVICE, dtype=torch.bfloat16)
-    return matrix.normal_(std=num_in**-0.5)
 
 
 def _check_linear(

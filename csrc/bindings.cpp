@@ -7,6 +7,7 @@
 #include "expert_counts.h"
 #include "grouped_experts.h"
 #include "norm_router.h"
+#include "prefill_attention.h"
 #include "split_linear.h"
 #include "streaming_experts.h"
 #include "streaming_linear.h"
@@ -186,6 +187,32 @@ void decode_attention(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t 
   }
 }
 
+void prefill_attention(std::uintptr_t q, std::uintptr_t k_cache, std::uintptr_t v_cache,
+                       std::uintptr_t block_tables, std::int64_t block_tables_stride,
+                       std::uintptr_t out, std::uintptr_t spans, std::uintptr_t tiles,
+                       std::int64_t num_rows, std::int64_t num_slots, float scale, int num_spans,
+                       int num_tiles, int num_heads, int num_kv_heads, int block_size,
+                       std::uintptr_t stream) {
+  moe_engine::PrefillAttentionArgs args;
+  args.q = reinterpret_cast<const void*>(q);
+  args.k_cache = reinterpret_cast<const void*>(k_cache);
+  args.v_cache = reinterpret_cast<const void*>(v_cache);
+  args.block_tables = reinterpret_cast<const std::int32_t*>(block_tables);
+  args.block_tables_stride = block_tables_stride;
+  args.out = reinterpret_cast<void*>(out);
+  args.spans = reinterpret_cast<const moe_engine::PrefillSpan*>(spans);
+  args.tiles = reinterpret_cast<const std::uint32_t*>(tiles);
+  args.num_rows = num_rows;
+  args.num_slots = num_slots;
+  args.scale = scale;
+  args.num_spans = num_spans;
+  args.num_tiles = num_tiles;
+  args.num_heads = num_heads;
+  args.num_kv_heads = num_kv_heads;
+  args.block_size = block_size;
+  moe_engine::prefill_attention(args, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -225,4 +252,13 @@ PYBIND11_MODULE(_C, m) {
         "block_tables_stride"_a, "context_lens"_a, "out"_a, "eps"_a, "scale"_a, "num_sequences"_a,
         "num_heads"_a, "num_kv_heads"_a, "block_size"_a, "block_warps"_a, "max_shares"_a,
         "min_tokens"_a, "parts"_a, "stats"_a, "arrivals"_a, "stream"_a);
+  m.attr("PREFILL_TILE") = moe_engine::kPrefillTile;
+  m.attr("PREFILL_MAX_SPANS") = moe_engine::kPrefillMaxSpans;
+  m.attr("PREFILL_MAX_TILES") = moe_engine::kPrefillMaxTiles;
+  m.def("prefill_attention_fits", &moe_engine::prefill_attention_fits, "num_heads"_a,
+        "num_kv_heads"_a, "head_dim"_a, "block_size"_a);
+  m.def("prefill_attention", &prefill_attention, py::kw_only(), "q"_a, "k_cache"_a, "v_cache"_a,
+        "block_tables"_a, "block_tables_stride"_a, "out"_a, "spans"_a, "tiles"_a, "num_rows"_a,
+        "num_slots"_a, "scale"_a, "num_spans"_a, "num_tiles"_a, "num_heads"_a, "num_kv_heads"_a,
+        "block_size"_a, "stream"_a);
 }

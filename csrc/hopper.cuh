@@ -287,4 +287,15 @@ __device__ __forceinline__ void store_transposed_x4(std::uint32_t address, std::
       : "memory");
 }
 
+// Stores four 8x8 matrices of 16-bit elements as they are: lane l gives the address of row l % 8 of
+// matrix l / 8, and holds elements 2 * (l % 4) and the next of row l / 4 of each.
+__device__ __forceinline__ void store_matrices_x4(std::uint32_t address, std::uint32_t a,
+                                                  std::uint32_t b, std::uint32_t c,
+                                                  std::uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
+      "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
 }  // namespace moe_engine

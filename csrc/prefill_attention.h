@@ -1,0 +1,51 @@
+// Causal attention of sequences that compute many positions at once, over the paged KV cache.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace moe_engine {
+
+constexpr int kPrefillTile = 128;      // positions of a sequence that a thread block takes at a time
+constexpr int kPrefillMaxSpans = 64;   // of one launch
+constexpr int kPrefillMaxTiles = 512;  // of one launch
+
+// Rows of the queries that are the last positions of a sequence's context.
+struct PrefillSpan {
+  std::int32_t first_row;
+  std::int32_t query_len;
+  std::int32_t context_len;  // with the rows themselves, which are in the cache
+  std::int32_t table_row;
+};
+
+struct PrefillAttentionArgs {
+  const void* q;                     // bfloat16 [num_rows, num_heads, 128], aligned to 16 bytes
+  const void* k_cache;               // bfloat16 [num_slots, num_kv_heads, 128], aligned to 16 bytes
+  const void* v_cache;               // as k_cache
+  const std::int32_t* block_tables;  // [..., ...], on the device
+  std::int64_t block_tables_stride;
+  void* out;  // bfloat16 [num_rows, num_heads, 128]
+  // On the host: the spans, and their tiles in the order in which blocks take them, the longest
+  // first: number of the span << 16 | number of its tile.
+  const PrefillSpan* spans;
+  const std::uint32_t* tiles;
+  std::int64_t num_rows;
+  std::int64_t num_slots;  // a multiple of block_size
+  float scale;             // of the scores
+  int num_spans;           // at most kPrefillMaxSpans
+  int num_tiles;           // at most kPrefillMaxTiles
+  int num_heads;
+  int num_kv_heads;
+  int block_size;
+};
+
+// Attends to the spans' contexts and writes their rows of out. Cache entries outside the contexts
+// are not used. A row's bits do not depend on other rows. Enqueues one kernel on `stream` and
+// returns. Throws std::invalid_argument for sizes that do not fit.
+void prefill_attention(const PrefillAttentionArgs& args, cudaStream_t stream);
+
+// Whether the kernel takes these sizes.
+bool prefill_attention_fits(int num_heads, int num_kv_heads, int head_dim, int block_size);
+
+}  // namespace moe_engine

@@ -252,9 +252,6 @@ PYBIND11_MODULE(_C, m) {
         "block_tables_stride"_a, "context_lens"_a, "out"_a, "eps"_a, "scale"_a, "num_sequences"_a,
         "num_heads"_a, "num_kv_heads"_a, "block_size"_a, "block_warps"_a, "max_shares"_a,
         "min_tokens"_a, "parts"_a, "stats"_a, "arrivals"_a, "stream"_a);
-  m.attr("PREFILL_TILE") = moe_engine::kPrefillTile;
-  m.attr("PREFILL_MAX_SPANS") = moe_engine::kPrefillMaxSpans;
-  m.attr("PREFILL_MAX_TILES") = moe_engine::kPrefillMaxTiles;
   m.def("prefill_attention_fits", &moe_engine::prefill_attention_fits, "num_heads"_a,
         "num_kv_heads"_a, "head_dim"_a, "block_size"_a);
   m.def("prefill_attention", &prefill_attention, py::kw_only(), "q"_a, "k_cache"_a, "v_cache"_a,

@@ -292,10 +292,9 @@ __device__ __forceinline__ void store_transposed_x4(std::uint32_t address, std::
 __device__ __forceinline__ void store_matrices_x4(std::uint32_t address, std::uint32_t a,
                                                   std::uint32_t b, std::uint32_t c,
                                                   std::uint32_t d) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
-      "r"(b), "r"(c), "r"(d)
-      : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
 }
 
 }  // namespace moe_engine

@@ -7,9 +7,9 @@
 
 namespace moe_engine {
 
-constexpr int kPrefillTile = 128;      // positions of a sequence that a thread block takes at a time
-constexpr int kPrefillMaxSpans = 64;   // of one launch
-constexpr int kPrefillMaxTiles = 512;  // of one launch
+constexpr int kPrefillRows = 128;       // of a tile: tokens times query heads
+constexpr int kPrefillMaxSpans = 64;    // of one launch
+constexpr int kPrefillMaxTiles = 1024;  // of one launch
 
 // Rows of the queries that are the last positions of a sequence's context.
 struct PrefillSpan {
@@ -26,8 +26,10 @@ struct PrefillAttentionArgs {
   const std::int32_t* block_tables;  // [..., ...], on the device
   std::int64_t block_tables_stride;
   void* out;  // bfloat16 [num_rows, num_heads, 128]
-  // On the host: the spans, and their tiles in the order in which blocks take them, the longest
-  // first: number of the span << 16 | number of its tile.
+  // On the host: the spans, and their tiles in the order in which blocks take them, those with the
+  // longest context first: number of the span << 16 | number of its tile. A tile is kPrefillRows /
+  // heads tokens, of which it has `heads` query heads of a KV head: the greatest common divisor of
+  // 8 and the number there are.
   const PrefillSpan* spans;
   const std::uint32_t* tiles;
   std::int64_t num_rows;

@@ -11,12 +11,21 @@
 
 namespace moe_engine {
 
-// Describes a matrix of 128-byte rows, swizzled in groups of 8 rows (1024 bytes). Adding bytes / 16
-// moves it: 2 to the next 16 elements of the rows.
-__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address) {
-  constexpr std::uint64_t kGroupStride = 1024 / 16;
+// Describes a matrix of 128-byte rows, swizzled in groups of 8 rows (1024 bytes), group_bytes from
+// one to the next. Adding bytes / 16 moves it: 2 to the next 16 elements of the rows.
+__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address,
+                                                           int group_bytes = 1024) {
   constexpr std::uint64_t kSwizzle128 = 1;
-  return (address & 0x3FFFF) / 16 | kGroupStride << 32 | kSwizzle128 << 62;
+  return (address & 0x3FFFF) / 16 | static_cast<std::uint64_t>(group_bytes / 16) << 32 |
+         kSwizzle128 << 62;
+}
+
+// Describes the transpose B[N, K]^T of a matrix of K rows, whose N columns lie in parts of 64, part
+// by part as above, part_bytes apart.
+__device__ __forceinline__ std::uint64_t transposed_descriptor(std::uint32_t address,
+                                                               int group_bytes, int part_bytes) {
+  return matrix_descriptor(address, group_bytes) | static_cast<std::uint64_t>(part_bytes / 16)
+                                                       << 16;
 }
 
 __device__ __forceinline__ void wgmma_begin() {
@@ -31,14 +40,6 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Describes a matrix of columns of 64 elements that lie side by side in 128-byte rows, swizzled as
-// above, so that it reads as its transpose: B[N, K]^T of K rows and N / 64 columns, column_bytes
-// apart. 16 * 128 / 16 moves it to the next 16 rows.
-__device__ __forceinline__ std::uint64_t transposed_descriptor(std::uint32_t address,
-                                                               int column_bytes) {
-  return matrix_descriptor(address) | static_cast<std::uint64_t>(column_bytes / 16) << 16;
 }
 
 // Keeps what follows from using the registers of a product before it has been awaited.
@@ -122,20 +123,21 @@ __device__ __forceinline__ void wgmma(float* d, std::uint64_t a, std::uint64_t b
 
 // The same with A in registers and B transposed. Thread t holds of A the rows r and r + 8 as of D,
 // and the columns c = 2 * (t % 4), c + 1, c + 8 and c + 9:
-//   a[0] = A[r][c, c + 1], a[1] = A[r + 8][c, c + 1], a[2] = A[r][c + 8, c + 9], a[3] = A[r + 8][..]
+//   a[0] = A[r][c, c + 1], a[1] = A[r + 8][c, c + 1], a[2] = A[r][c + 8, c + 9], a[3] = A[r +
+//   8][..]
 template <int N>
 __device__ __forceinline__ void wgmma_transposed(float* d, const std::uint32_t* a, std::uint64_t b,
                                                  int accumulate);
 
-#define WGMMA_TRANSPOSED_SHAPE(kN, kRegisters, kA0, kA1, kA2, kA3, kB, kFlag)                   \
+#define WGMMA_TRANSPOSED_SHAPE(kN, kRegisters, kA0, kA1, kA2, kA3, kB, kFlag)                  \
   template <>                                                                                  \
   __device__ __forceinline__ void wgmma_transposed<kN>(float* d, const std::uint32_t* a,       \
                                                        std::uint64_t b, int accumulate) {      \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #kFlag                                   \
                  ", 0;\n"                                                                      \
                  "wgmma.mma_async.sync.aligned.m64n" #kN                                       \
-                 "k16.f32.bf16.bf16 {" WGMMA_LIST_##kRegisters "}, {%" #kA0 ", %" #kA1 ", %" #kA2 \
-                 ", %" #kA3 "}, %" #kB ", p, 1, 1, 1;\n}\n"                                    \
+                 "k16.f32.bf16.bf16 {" WGMMA_LIST_##kRegisters                                 \
+                 "}, {%" #kA0 ", %" #kA1 ", %" #kA2 ", %" #kA3 "}, %" #kB ", p, 1, 1, 1;\n}\n" \
                  : WGMMA_REGISTERS_##kRegisters(0)                                             \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));       \
   }

@@ -149,6 +149,36 @@ def streaming_linear(
 ) -> None:
     """Enqueue a linear layer of at most 16 tokens; see ``csrc/streaming_linear.h``."""
 
+def prefill_attention_fits(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> bool:
+    """Whether `prefill_attention` takes these sizes."""
+
+def prefill_attention(
+    *,
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    block_tables: int,
+    block_tables_stride: int,
+    out: int,
+    spans: int,
+    tiles: int,
+    num_rows: int,
+    num_slots: int,
+    scale: float,
+    num_spans: int,
+    num_tiles: int,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    stream: int,
+) -> None:
+    """Enqueue prefill attention; see ``csrc/prefill_attention.h``.
+
+    ``spans`` and ``tiles`` are on the host, the other addresses on the device.
+    """
+
 def decode_attention_fits(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
 ) -> bool:

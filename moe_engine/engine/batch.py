@@ -15,7 +15,8 @@ import torch
 
 from moe_engine.engine.staging import stage
 from moe_engine.engine.table import SequenceTable
-from moe_engine.ops.attention import NeededRows, PagedBatch, PrefillSpan
+from moe_engine.ops.attention import NeededRows, PagedBatch
+from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.types.step import GroupPlan, SequenceStep
 
 

@@ -26,7 +26,8 @@ from moe_engine.engine.sampler import Sampler, SampleRow
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.attention import PagedBatch, PrefillSpan
+from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import NewSequence
 

@@ -26,8 +26,9 @@ from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.attention import NeededRows, PagedBatch, PrefillSpan
+from moe_engine.ops.attention import NeededRows, PagedBatch
 from moe_engine.ops.moe import expert_ffn, group_by_expert, summed
+from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.ops.sampling import (
     greedy_tokens,
     params_device,

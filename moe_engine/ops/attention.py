@@ -11,9 +11,10 @@ from functools import cached_property
 
 import torch
 
-from moe_engine.ops import cudnn_prefill, decode_attention, native
+from moe_engine.ops import cudnn_prefill, decode_attention, native, prefill_attention
 from moe_engine.ops.linear import SplitSums
-from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, plan_prefills
+from moe_engine.ops.prefill_attention import TileOrder, order_tiles
+from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, PrefillSpan, plan_prefills
 from moe_engine.ops.reference import attention as reference
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 
@@ -25,21 +26,6 @@ class HeadNorms:
     q_weight_D: torch.Tensor
     k_weight_D: torch.Tensor
     eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillSpan:
-    """A sequence that computes several positions in a step.
-
-    Attributes:
-        first_row: its first row among the T tokens of the step.
-        query_len: rows of this step; they are the last positions of its context.
-        context_len: tokens in the cache once this step's are written.
-    """
-
-    first_row: int
-    query_len: int
-    context_len: int
 
 
 @dataclass(frozen=True)
@@ -83,6 +69,16 @@ class PagedBatch:
         """Who attends to which prefills on a GPU where cuDNN can; the same in every layer."""
         return plan_prefills(self.prefills, cudnn=True)
 
+    def tile_orders(self, tokens: int) -> list[TileOrder]:
+        """The tiles of ``tokens`` of the prefills on a Hopper GPU; the same in every layer."""
+        if tokens not in self._tile_orders:
+            self._tile_orders[tokens] = order_tiles(self.prefills, self.num_decodes, tokens)
+        return self._tile_orders[tokens]
+
+    @cached_property
+    def _tile_orders(self) -> dict[int, list[TileOrder]]:
+        return {}
+
 
 @dataclass(frozen=True, slots=True)
 class NeededRows:
@@ -107,8 +103,9 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attend causally to the cache, which already holds this step's keys and values; [T, N, D].
 
-    On a GPU with Triton, decodes go to one kernel and prefills to cuDNN or another kernel, as
-    `plan_prefills` has it; nothing waits for the device. Elsewhere the reference does it all.
+    On a GPU with Triton, decodes go to one kernel, and prefills to `prefill_attention` where that
+    takes them, else to cuDNN or another kernel, as `plan_prefills` has it; nothing waits for the
+    device. Elsewhere the reference does it all.
     A decode's output does not depend on the rest of the batch.
 
     Args:
@@ -170,7 +167,9 @@ def attend(
     if not is_fused:
         own_kv_2TGD = None
         # Even if no prompt is for cuDNN: without them it is another kernel, yet to be compiled.
-        if cudnn_prefill.usable(qkv.dtype, num_heads, k_cache_BLGD):
+        if not prefill_attention.takes(qkv.dtype, num_heads, k_cache_BLGD) and (
+            cudnn_prefill.usable(qkv.dtype, num_heads, k_cache_BLGD)
+        ):
             own_kv_2TGD = k_cache_BLGD.new_empty(2, num_tokens, num_kv_heads, head_dim)
         q_TND = norm_rope_write(
             qkv, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
@@ -239,25 +238,17 @@ def _on_gpu(
 ) -> torch.Tensor:
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
-    from moe_engine.kernels.paged_prefill import paged_prefill
 
-    def by_cudnn(rows: slice, group: PrefillGroup) -> torch.Tensor:
-        assert own_kv_2TGD is not None
-        own_k_TGD, own_v_TGD = own_kv_2TGD[:, rows]
-        return cudnn_prefill.attend(
-            q_TND[rows], own_k_TGD, own_v_TGD, group.num_spans, group.padded_len, scale
-        )
-
-    groups = (
-        plan_prefills(batch.prefills, cudnn=False) if own_kv_2TGD is None else batch.prefill_groups
-    )
+    groups = [] if own_kv_2TGD is None else batch.prefill_groups
     if (
         len(groups) == 1
         and groups[0].implementation is Implementation.CUDNN
         and batch.num_decodes == 0
     ):
-        return by_cudnn(slice(None), groups[0])
-
+        assert own_kv_2TGD is not None
+        return cudnn_prefill.attend(
+            q_TND, *own_kv_2TGD, groups[0].num_spans, groups[0].padded_len, scale
+        )
     out_TND = torch.empty_like(q_TND)
     paged_decode(
         q_TND[: batch.num_decodes],
@@ -269,11 +260,46 @@ def _on_gpu(
         out_TND[: batch.num_decodes],
         use_pdl=supports_pdl(q_TND.device),
     )
+    if not batch.prefills:
+        return out_TND
+    num_heads, num_kv_heads = q_TND.shape[1], k_cache_BLGD.shape[2]
+    if prefill_attention.takes(q_TND.dtype, num_heads, k_cache_BLGD):
+        prefill_attention.prefill_attention(
+            q_TND,
+            (k_cache_BLGD, v_cache_BLGD),
+            batch.block_tables_SB,
+            batch.tile_orders(prefill_attention.tile_tokens(num_heads, num_kv_heads)),
+            scale,
+            out_TND,
+        )
+    else:
+        _by_groups(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale, own_kv_2TGD, out_TND)
+    return out_TND
+
+
+def _by_groups(
+    q_TND: torch.Tensor,
+    k_cache_BLGD: torch.Tensor,
+    v_cache_BLGD: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+    own_kv_2TGD: torch.Tensor | None,
+    out_TND: torch.Tensor,
+) -> None:
+    """The prefills, into their rows of ``out_TND``, as `plan_prefills` has it."""
+    from moe_engine.kernels.paged_prefill import paged_prefill
+
+    groups = (
+        plan_prefills(batch.prefills, cudnn=False) if own_kv_2TGD is None else batch.prefill_groups
+    )
     for group in groups:
         spans = batch.prefills[group.first : group.first + group.num_spans]
         if group.implementation is Implementation.CUDNN:
+            assert own_kv_2TGD is not None
             rows = slice(spans[0].first_row, spans[-1].first_row + spans[-1].query_len)
-            out_TND[rows] = by_cudnn(rows, group)
+            out_TND[rows] = cudnn_prefill.attend(
+                q_TND[rows], *own_kv_2TGD[:, rows], group.num_spans, group.padded_len, scale
+            )
         else:
             paged_prefill(
                 q_TND,
@@ -287,4 +313,3 @@ def _on_gpu(
                 scale,
                 out_TND,
             )
-    return out_TND

@@ -1,10 +1,11 @@
-"""Which implementation attends to which of a step's prefill spans, on a GPU with Triton.
+"""Who attends to which of a step's prefill spans on a GPU with Triton, where our kernel for Hopper
+(`ops.prefill_attention`) does not take them.
 
-cuDNN is the fastest where a whole prompt is computed at once (H200, 32 query heads of 128: 616
-TFLOP/s on one prompt of 8192 tokens), but it builds a plan for every new shape, which takes a
-while on the host. So it gets only long prompts, filled up to a multiple of `PAD`, and batches of
-equal prompts; a server then meets a few dozen shapes. Our Triton kernel takes the rest: chunks
-with a context before them, short prompts, and caches that are not in the queries' dtype.
+cuDNN is the fastest where a whole prompt is computed at once, but it builds a plan for every new
+shape, which takes a while on the host. So it gets only long prompts, filled up to a multiple of
+`PAD`, and batches of equal prompts; a server then meets a few dozen shapes. Our Triton kernel takes
+the rest: chunks with a context before them, short prompts, and caches that are not in the queries'
+dtype.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
-from typing import Protocol
 
 # Shorter prompts go to the Triton kernel.
 MIN_PROMPT = 1024
@@ -32,13 +32,19 @@ class Implementation(Enum):
     TRITON = "triton"
 
 
-class Span(Protocol):
-    """What the plan looks at; see `moe_engine.ops.attention.PrefillSpan`."""
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """A sequence that computes several positions in a step.
 
-    @property
-    def query_len(self) -> int: ...
-    @property
-    def context_len(self) -> int: ...
+    Attributes:
+        first_row: its first row among the T tokens of the step.
+        query_len: rows of this step; they are the last positions of its context.
+        context_len: tokens in the cache once this step's are written.
+    """
+
+    first_row: int
+    query_len: int
+    context_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class PrefillGroup:
     reason: str
 
 
-def plan_prefills(spans: Sequence[Span], cudnn: bool) -> list[PrefillGroup]:
+def plan_prefills(spans: Sequence[PrefillSpan], cudnn: bool) -> list[PrefillGroup]:
     """Cut the spans into groups, in order.
 
     Args:
@@ -104,7 +110,7 @@ def _triton(first: int, num_spans: int, reason: str) -> PrefillGroup:
     return PrefillGroup(first, num_spans, Implementation.TRITON, 0, reason)
 
 
-def _runs(spans: Sequence[Span]) -> list[tuple[int, bool, int]]:
+def _runs(spans: Sequence[PrefillSpan]) -> list[tuple[int, bool, int]]:
     """Runs of alike spans: query length, whether it is the whole context, how many."""
     alike = groupby(spans, key=lambda span: (span.query_len, span.query_len == span.context_len))
     return [(query_len, whole, len(list(run))) for (query_len, whole), run in alike]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_engine.ops.attention import PagedBatch, PrefillSpan
+from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops.prefill_plan import PrefillSpan
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 
 from moe_engine.engine.batch import build_batch
 from moe_engine.engine.table import SequenceTable
-from moe_engine.ops.attention import PrefillSpan
 from moe_engine.ops.decode import append_tokens
+from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import NewSequence, SequenceStep
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_engine.ops.attention import PrefillSpan
-from moe_engine.ops.prefill_plan import Implementation, plan_prefills
+from moe_engine.ops.prefill_plan import Implementation, PrefillSpan, plan_prefills
 
 
 def spans(lens: list[tuple[int, int]]) -> list[PrefillSpan]:

@@ -1,0 +1,165 @@
+// How the blocks of prefill attention share out its tiles, and load what these need.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "hopper.cuh"
+#include "prefill_attention.h"
+#include "ring.cuh"
+
+namespace moe_engine {
+
+constexpr int kDim = 128;     // of a head
+constexpr int kTokens = 128;  // of the context, in a stage
+constexpr int kWarpgroups = 2;
+constexpr int kConsumerWarps = 4 * kWarpgroups;
+constexpr int kThreads = 32 * (kConsumerWarps + 4);  // registers move between warpgroups only
+constexpr int kStages = 2;
+// Rows of 128 elements are two halves of 64. Eight rows' first halves are followed by their second
+// halves, and these by the next eight rows, so that a copy brings any multiple of 8 whole rows.
+constexpr int kHalfBytes = 8 * kAtomBytes;
+constexpr int kEightBytes = 2 * kHalfBytes;
+constexpr int kTileBytes = 128 / 8 * kEightBytes;  // of queries, keys or values
+
+// As in PrefillAttentionArgs.
+struct Tiles {
+  PrefillSpan spans[kPrefillMaxSpans];
+  std::uint32_t order[kPrefillMaxTiles];
+};
+
+struct PrefillProblem {
+  const std::int32_t* block_tables;
+  std::int64_t block_tables_stride;
+  __nv_bfloat16* out;
+  float scale_log2;  // of the scores, whose exponentials are powers of 2
+  int num_tiles;
+  int log2_heads;  // query heads of a tile
+  int num_heads;
+  int num_kv_heads;
+  int block_size;
+  int num_slots;
+};
+
+struct Maps {
+  CUtensorMap q, k, v;
+};
+
+struct Barriers {
+  std::uint64_t q_full[2], q_empty[2];
+  std::uint64_t k_full[kStages], k_empty[kStages];
+  std::uint64_t v_full[kStages], v_empty[kStages];
+};
+
+constexpr int kSharedBytes =
+    1024 + (2 + 2 * kStages) * kTileBytes + static_cast<int>(sizeof(Barriers));
+
+// Shared addresses.
+struct Buffers {
+  std::uint32_t base;
+  __device__ __forceinline__ std::uint32_t q(int i) const { return base + i * kTileBytes; }
+  __device__ __forceinline__ std::uint32_t k(int stage) const { return q(2 + stage); }
+  __device__ __forceinline__ std::uint32_t v(int stage) const { return k(kStages + stage); }
+};
+
+// Of 16 bytes, chunk 0 to 15 of a row, in a tile.
+__device__ __forceinline__ std::uint32_t chunk_offset(int row, int chunk) {
+  return row / 8 * kEightBytes + chunk / 8 * kHalfBytes + row % 8 * kAtomBytes +
+         (chunk % 8 ^ row % 8) * 16;
+}
+
+// A tile of a span and some query heads of a KV head. Row r is of head first_head + r % heads and
+// of the span's token first_token + r / heads, where heads is 1 << log2_heads.
+struct Item {
+  PrefillSpan span;
+  int log2_heads;
+  int first_head;
+  int first_token;
+  int num_steps;  // over the context
+
+  __device__ __forceinline__ int token(int row) const { return first_token + (row >> log2_heads); }
+  __device__ __forceinline__ int position(int row) const {
+    return span.context_len - span.query_len + token(row);
+  }
+  __device__ __forceinline__ int head(int row) const {
+    return first_head + (row & ((1 << log2_heads) - 1));
+  }
+};
+
+// The items of a block: there and back over the blocks, so that all get as much work when items
+// come in the order of their lengths.
+struct Walk {
+  const PrefillProblem& p;
+  const Tiles& tiles;
+  int round = 0;
+
+  __device__ __forceinline__ bool next(Item& item) {
+    const int blocks = gridDim.x;
+    const int block = blockIdx.x;
+    const int number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+    ++round;
+    const int items_of_tile = p.num_heads >> p.log2_heads;
+    if (number >= p.num_tiles * items_of_tile) return false;
+    const std::uint32_t tile = tiles.order[number / items_of_tile];
+    item.span = tiles.spans[tile >> 16];
+    item.log2_heads = p.log2_heads;
+    item.first_head = number % items_of_tile << p.log2_heads;
+    const int tokens = kPrefillRows >> p.log2_heads;
+    item.first_token = static_cast<int>(tile & 0xFFFF) * tokens;
+    const int last = min(item.position(kPrefillRows - 1), item.span.context_len - 1);
+    item.num_steps = last / kTokens + 1;
+    return true;
+  }
+};
+
+// One warp: the keys of all items and their queries, or their values.
+template <bool kKeys>
+__device__ __forceinline__ void produce(const PrefillProblem& p, Walk walk, Barriers& barriers,
+                                        const Buffers& buffers, const Maps& maps) {
+  const int lane = threadIdx.x % 32;
+  const int box = min(p.block_size, kTokens);  // tokens of a copy
+  const int token = lane * box;                // this lane's first of a stage
+  RingPosition<2> q_at;
+  RingPosition<kStages> at;
+  Item item;
+  while (walk.next(item)) {
+    if constexpr (kKeys) {
+      std::uint64_t* full = &barriers.q_full[q_at.stage];
+      barrier_wait(&barriers.q_empty[q_at.stage], q_at.parity ^ 1);
+      if (lane == 0) barrier_arrive_expecting(full, kTileBytes);
+      __syncwarp();
+      if (lane < kPrefillRows / 8) {
+        copy_box_5d(buffers.q(q_at.stage) + lane * kEightBytes, &maps.q, full, kEvictFirst, 0,
+                    item.head(8 * lane), item.span.first_row + item.token(8 * lane), 0, 0);
+      }
+      q_at.advance();
+    }
+    const int kv_head = item.first_head / (p.num_heads / p.num_kv_heads);
+    const std::int32_t* table = p.block_tables + item.span.table_row * p.block_tables_stride;
+    // Tokens past the context read as zeros: their slot lies outside the cache.
+    const auto find_slot = [&](int step) {
+      const int position = step * kTokens + token;
+      if (token >= kTokens || step < 0 || position >= item.span.context_len) return p.num_slots;
+      return table[position / p.block_size] * p.block_size + position % p.block_size;
+    };
+    int slot = find_slot(item.num_steps - 1);
+    for (int step = item.num_steps - 1; step >= 0; --step) {
+      const int next_slot = find_slot(step - 1);
+      std::uint64_t* full = kKeys ? &barriers.k_full[at.stage] : &barriers.v_full[at.stage];
+      std::uint64_t* empty = kKeys ? &barriers.k_empty[at.stage] : &barriers.v_empty[at.stage];
+      barrier_wait(empty, at.parity ^ 1);
+      if (lane == 0) barrier_arrive_expecting(full, kTileBytes);
+      __syncwarp();
+      if (token < kTokens) {
+        const std::uint32_t to = kKeys ? buffers.k(at.stage) : buffers.v(at.stage);
+        copy_box_5d(to + token / 8 * kEightBytes, kKeys ? &maps.k : &maps.v, full, kEvictNormal, 0,
+                    0, 0, slot / 8, kv_head);
+      }
+      at.advance();
+      slot = next_slot;
+    }
+  }
+}
+
+}  // namespace moe_engine

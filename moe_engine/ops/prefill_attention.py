@@ -1,0 +1,151 @@
+"""Prefill attention on Hopper: what the CUDA kernel takes, the order of its tiles, and its launch.
+
+Shape legend: T tokens, S sequences, N query heads, G KV heads, D head dimension, B blocks,
+L tokens a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_engine.ops import hopper
+from moe_engine.ops.prefill_plan import PrefillSpan
+
+# As in csrc/prefill_attention.h.
+TILE_ROWS = 128
+MAX_SPANS = 64
+MAX_TILES = 1024
+# Over the context, in a step of a tile.
+STEP_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class TileOrder:
+    """What one launch computes, as ``csrc/prefill_attention.h`` wants it.
+
+    Attributes:
+        spans: int32 [spans, 4]: first row, rows, context, row of the block table.
+        tiles: uint32, span << 16 | tile, those with the longest context first.
+    """
+
+    spans: np.ndarray
+    tiles: np.ndarray
+
+
+def takes(q_dtype: torch.dtype, num_heads: int, k_cache_BLGD: torch.Tensor) -> bool:
+    """Whether the kernel takes such queries and such a cache."""
+    num_blocks, block_size, num_kv_heads, head_dim = k_cache_BLGD.shape
+    library = hopper.extension(k_cache_BLGD.device)
+    return (
+        library is not None
+        and q_dtype == k_cache_BLGD.dtype == torch.bfloat16
+        and num_blocks * block_size < 1 << 31
+        and library.prefill_attention_fits(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size
+        )
+    )
+
+
+def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
+    """Tokens of a tile: its rows are up to 8 query heads of each.
+
+    Example: 32 query heads, 4 KV heads: 16 tokens.
+    """
+    return TILE_ROWS // int(np.gcd(num_heads // num_kv_heads, 8))
+
+
+def order_tiles(spans: Sequence[PrefillSpan], first_table_row: int, tokens: int) -> list[TileOrder]:
+    """The tiles of spans, cut into launches.
+
+    Args:
+        spans: their rows of the block table follow one another.
+        first_table_row: that of the first span.
+        tokens: of a tile.
+
+    Example: whole prompts of 20 and 40 tokens, 16 tokens a tile: 2 and 3 tiles, which all take one
+    step, so they stay in order: ``[0, 1, 1 << 16, 1 << 16 | 1, 1 << 16 | 2]``.
+    """
+    orders = []
+    for first in range(0, len(spans), MAX_SPANS):
+        some = spans[first : first + MAX_SPANS]
+        table = np.array(
+            [
+                (span.first_row, span.query_len, span.context_len, first_table_row + first + i)
+                for i, span in enumerate(some)
+            ],
+            dtype=np.int32,
+        )
+        counts = -(-table[:, 1] // tokens)
+        span_of = np.repeat(np.arange(len(some)), counts)
+        tile_of = np.arange(len(span_of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        _, query_lens, context_lens, _ = table[span_of].T
+        last = np.minimum(context_lens - query_lens + (tile_of + 1) * tokens, context_lens) - 1
+        longest_first = np.argsort(-(last // STEP_TOKENS), kind="stable")
+        tiles = (span_of << 16 | tile_of)[longest_first].astype(np.uint32)
+        orders += [
+            TileOrder(table, tiles[i : i + MAX_TILES]) for i in range(0, len(tiles), MAX_TILES)
+        ]
+    return orders
+
+
+def prefill_attention(
+    q_TND: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    block_tables_SB: torch.Tensor,
+    orders: Sequence[TileOrder],
+    scale: float,
+    out_TND: torch.Tensor,
+) -> None:
+    """Attend causally, from the spans' rows of the queries, into those of ``out_TND``.
+
+    A row's bits depend on nothing but the row and its context.
+
+    Args:
+        q_TND: bfloat16, contiguous, as ``out_TND``.
+        cache: keys and values, each [B, L, G, D], contiguous, that `takes` has said yes to.
+        block_tables_SB: int32, columns side by side.
+        orders: of `order_tiles`, with as many tokens a tile as `tile_tokens` says.
+        scale: positive factor on the scores.
+    """
+    from moe_engine.kernels.launch import compiles_only
+
+    k_cache_BLGD, v_cache_BLGD = cache
+    num_blocks, block_size, num_kv_heads, head_dim = k_cache_BLGD.shape
+    for tensor in (q_TND, out_TND, k_cache_BLGD, v_cache_BLGD):
+        assert tensor.dtype == torch.bfloat16, tensor.dtype
+        assert tensor.is_contiguous(), tensor.stride()
+        assert tensor.data_ptr() % 16 == 0, tensor.data_ptr()
+    assert q_TND.shape == out_TND.shape, (q_TND.shape, out_TND.shape)
+    assert q_TND.shape[2] == head_dim, (q_TND.shape, head_dim)
+    assert v_cache_BLGD.shape == k_cache_BLGD.shape, (v_cache_BLGD.shape, k_cache_BLGD.shape)
+    assert block_tables_SB.dtype == torch.int32, block_tables_SB.dtype
+    assert block_tables_SB.shape[1] == 1 or block_tables_SB.stride(1) == 1, block_tables_SB.stride()
+    if compiles_only():
+        return  # nobody has written the block tables
+    library = hopper.extension(q_TND.device)
+    assert library is not None
+    with torch.cuda.device(q_TND.device):
+        for order in orders:
+            library.prefill_attention(
+                q=q_TND.data_ptr(),
+                k_cache=k_cache_BLGD.data_ptr(),
+                v_cache=v_cache_BLGD.data_ptr(),
+                block_tables=block_tables_SB.data_ptr(),
+                block_tables_stride=block_tables_SB.stride(0),
+                out=out_TND.data_ptr(),
+                spans=order.spans.ctypes.data,
+                tiles=order.tiles.ctypes.data,
+                num_rows=q_TND.shape[0],
+                num_slots=num_blocks * block_size,
+                scale=scale,
+                num_spans=len(order.spans),
+                num_tiles=len(order.tiles),
+                num_heads=q_TND.shape[1],
+                num_kv_heads=num_kv_heads,
+                block_size=block_size,
+                stream=torch.cuda.current_stream().cuda_stream,
+            )

@@ -187,14 +187,20 @@ void decode_attention(std::uintptr_t qkv, std::int64_t qkv_stride, std::int64_t 
   }
 }
 
-void prefill_attention(std::uintptr_t q, std::uintptr_t k_cache, std::uintptr_t v_cache,
-                       std::uintptr_t block_tables, std::int64_t block_tables_stride,
-                       std::uintptr_t out, std::uintptr_t spans, std::uintptr_t tiles,
-                       std::int64_t num_rows, std::int64_t num_slots, float scale, int num_spans,
-                       int num_tiles, int num_heads, int num_kv_heads, int block_size,
-                       std::uintptr_t stream) {
+void prefill_attention(std::uintptr_t q, std::int64_t q_stride, std::uintptr_t q_weight,
+                       std::uintptr_t cos, std::uintptr_t sin, float eps, std::uintptr_t k_cache,
+                       std::uintptr_t v_cache, std::uintptr_t block_tables,
+                       std::int64_t block_tables_stride, std::uintptr_t out, std::uintptr_t spans,
+                       std::uintptr_t tiles, std::int64_t num_rows, std::int64_t num_slots,
+                       float scale, int num_spans, int num_tiles, int num_heads, int num_kv_heads,
+                       int block_size, std::uintptr_t stream) {
   moe_engine::PrefillAttentionArgs args;
   args.q = reinterpret_cast<const void*>(q);
+  args.q_stride = q_stride;
+  args.q_weight = reinterpret_cast<const void*>(q_weight);
+  args.cos = reinterpret_cast<const float*>(cos);
+  args.sin = reinterpret_cast<const float*>(sin);
+  args.eps = eps;
   args.k_cache = reinterpret_cast<const void*>(k_cache);
   args.v_cache = reinterpret_cast<const void*>(v_cache);
   args.block_tables = reinterpret_cast<const std::int32_t*>(block_tables);
@@ -254,8 +260,9 @@ PYBIND11_MODULE(_C, m) {
         "min_tokens"_a, "parts"_a, "stats"_a, "arrivals"_a, "stream"_a);
   m.def("prefill_attention_fits", &moe_engine::prefill_attention_fits, "num_heads"_a,
         "num_kv_heads"_a, "head_dim"_a, "block_size"_a);
-  m.def("prefill_attention", &prefill_attention, py::kw_only(), "q"_a, "k_cache"_a, "v_cache"_a,
-        "block_tables"_a, "block_tables_stride"_a, "out"_a, "spans"_a, "tiles"_a, "num_rows"_a,
-        "num_slots"_a, "scale"_a, "num_spans"_a, "num_tiles"_a, "num_heads"_a, "num_kv_heads"_a,
-        "block_size"_a, "stream"_a);
+  m.def("prefill_attention", &prefill_attention, py::kw_only(), "q"_a, "q_stride"_a, "q_weight"_a,
+        "cos"_a, "sin"_a, "eps"_a, "k_cache"_a, "v_cache"_a, "block_tables"_a,
+        "block_tables_stride"_a, "out"_a, "spans"_a, "tiles"_a, "num_rows"_a, "num_slots"_a,
+        "scale"_a, "num_spans"_a, "num_tiles"_a, "num_heads"_a, "num_kv_heads"_a, "block_size"_a,
+        "stream"_a);
 }

@@ -1,8 +1,9 @@
 // Prefill attention on Hopper's tensor cores.
 //
 // A block takes 128 rows, 64 for each of two warpgroups: some tokens' query heads of a KV head. It
-// walks over the context from its end to its start, 128 tokens at a time. Two more warps keep two
-// stages of keys and two of values on their way, page by page. While the scores of the next tokens
+// walks over the context from its end to its start, 128 tokens at a time. Of four more warps, two
+// keep two stages of keys and two of values on their way, page by page, and two norm and rotate the
+// queries. While the scores of the next tokens
 // are computed, a warpgroup turns the last ones into weights in its registers, from where they are
 // multiplied by the values; and the two warpgroups take turns, so that one's exponentials run
 // beside the other's products. Blocks are persistent, and have their next rows loaded while they
@@ -63,7 +64,7 @@ __device__ __forceinline__ void consume(const PrefillProblem& p, Walk walk, Barr
     const int first_position = min(item.position(warpgroup * 64), item.span.context_len - 1);
 
     int step = item.num_steps - 1;
-    barrier_wait(&barriers.q_full[q_at.stage], q_at.parity);
+    barrier_wait(&barriers.q_ready[q_at.stage], q_at.parity);
     await_keys();
     wgmma_begin();
     multiply_keys(scores, my_q, buffers.k(k_at.stage));
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&maps.v);
     for (int i = 0; i < 2; ++i) {
       barrier_init(&barriers.q_full[i], 1);
+      barrier_init(&barriers.q_ready[i], 2);
       barrier_init(&barriers.q_empty[i], kConsumerWarps);
     }
     for (int i = 0; i < kStages; ++i) {
@@ -157,11 +159,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   let_next_kernel_start();
   const Walk walk{p, tiles};
   if (warp >= kConsumerWarps) {
-    give_registers<40>();
+    give_registers<88>();
     if (warp == kConsumerWarps) produce<true>(p, walk, barriers, buffers, maps);
     if (warp == kConsumerWarps + 1) produce<false>(p, walk, barriers, buffers, maps);
+    if (warp >= kConsumerWarps + 2) {
+      prepare_queries(p, walk, barriers, buffers, warp - (kConsumerWarps + 2));
+    }
   } else {
-    take_registers<232>();
+    take_registers<208>();
     consume(p, walk, barriers, buffers);
   }
 #else
@@ -175,7 +180,7 @@ int heads_of_tile(int num_heads, int num_kv_heads) { return std::gcd(num_heads /
 // Queries, [num_rows, num_heads, 128], in boxes of 8 rows of a tile.
 CUtensorMap map_of_queries(const PrefillAttentionArgs& args) {
   constexpr std::uint64_t kHeadBytes = 2 * kDim;
-  const std::uint64_t row_bytes = args.num_heads * kHeadBytes;
+  const std::uint64_t row_bytes = 2 * args.q_stride;
   const std::uint64_t num_rows = args.num_rows;
   const std::uint32_t heads = heads_of_tile(args.num_heads, args.num_kv_heads);
   return bf16_tensor_map(args.q, {{64, 2, 64},
@@ -229,6 +234,10 @@ void prefill_attention(const PrefillAttentionArgs& args, cudaStream_t stream) {
   PrefillProblem p{};
   p.block_tables = args.block_tables;
   p.block_tables_stride = args.block_tables_stride;
+  p.q_weight = static_cast<const __nv_bfloat16*>(args.q_weight);
+  p.cos = args.cos;
+  p.sin = args.sin;
+  p.eps = args.eps;
   p.out = static_cast<__nv_bfloat16*>(args.out);
   p.scale_log2 = args.scale * 1.44269504f;
   p.num_tiles = args.num_tiles;

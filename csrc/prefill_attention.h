@@ -20,7 +20,13 @@ struct PrefillSpan {
 };
 
 struct PrefillAttentionArgs {
-  const void* q;                     // bfloat16 [num_rows, num_heads, 128], aligned to 16 bytes
+  const void* q;          // bfloat16 [num_rows, num_heads, 128], rows aligned to 16 bytes
+  std::int64_t q_stride;  // elements from row to row
+  // Null: the queries are normed and rotated already. Else they are normed with this weight,
+  // bfloat16 [128], and rotated by their positions in their contexts.
+  const void* q_weight;
+  const float* cos;                  // [positions, 64], aligned to 16 bytes
+  const float* sin;                  // as cos
   const void* k_cache;               // bfloat16 [num_slots, num_kv_heads, 128], aligned to 16 bytes
   const void* v_cache;               // as k_cache
   const std::int32_t* block_tables;  // [..., ...], on the device
@@ -35,6 +41,7 @@ struct PrefillAttentionArgs {
   std::int64_t num_rows;
   std::int64_t num_slots;  // a multiple of block_size
   float scale;             // of the scores
+  float eps;               // of the norm
   int num_spans;           // at most kPrefillMaxSpans
   int num_tiles;           // at most kPrefillMaxTiles
   int num_heads;

@@ -114,8 +114,7 @@ __device__ __forceinline__ void pack(std::uint32_t* weights, const float* scores
 __device__ __forceinline__ void clear_values(std::uint32_t v, int first_token, int warpgroup) {
   const int thread = threadIdx.x % 128;
   for (int i = thread; i < (kTokens - first_token) * 16; i += 128) {
-    const std::uint32_t to = v + chunk_offset(first_token + i / 16, i % 16);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+    store_shared(v + chunk_offset(first_token + i / 16, i % 16), uint4{});
   }
   async_proxy_fence();
   sync_warpgroup(warpgroup);
@@ -151,12 +150,7 @@ __device__ __forceinline__ void store(const PrefillProblem& p, const Item& item,
 #pragma unroll
   for (int i = 0; i < 16; i += 2) {
     const int at = row + i + lane / 16;
-    const std::uint32_t from = q + chunk_offset(at, chunk);
-    uint4 piece;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
-                 : "r"(from)
-                 : "memory");
+    const uint4 piece = load_shared(q + chunk_offset(at, chunk));
     if (item.token(at) < item.span.query_len) {
       const std::int64_t token = item.span.first_row + item.token(at);
       const std::int64_t to = (token * p.num_heads + item.head(at)) * kDim + 8 * chunk;

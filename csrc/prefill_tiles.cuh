@@ -7,11 +7,11 @@
 
 #include "hopper.cuh"
 #include "prefill_attention.h"
+#include "prepared_head.cuh"
 #include "ring.cuh"
 
 namespace moe_engine {
 
-constexpr int kDim = 128;     // of a head
 constexpr int kTokens = 128;  // of the context, in a stage
 constexpr int kWarpgroups = 2;
 constexpr int kConsumerWarps = 4 * kWarpgroups;
@@ -32,7 +32,11 @@ struct Tiles {
 struct PrefillProblem {
   const std::int32_t* block_tables;
   std::int64_t block_tables_stride;
+  const __nv_bfloat16* q_weight;
+  const float* cos;
+  const float* sin;
   __nv_bfloat16* out;
+  float eps;
   float scale_log2;  // of the scores, whose exponentials are powers of 2
   int num_tiles;
   int log2_heads;  // query heads of a tile
@@ -47,7 +51,7 @@ struct Maps {
 };
 
 struct Barriers {
-  std::uint64_t q_full[2], q_empty[2];
+  std::uint64_t q_full[2], q_ready[2], q_empty[2];
   std::uint64_t k_full[kStages], k_empty[kStages];
   std::uint64_t v_full[kStages], v_empty[kStages];
 };
@@ -113,6 +117,21 @@ struct Walk {
   }
 };
 
+__device__ __forceinline__ uint4 load_shared(std::uint32_t address) {
+  uint4 piece;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+               : "r"(address)
+               : "memory");
+  return piece;
+}
+
+__device__ __forceinline__ void store_shared(std::uint32_t address, const uint4& piece) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(piece.x),
+               "r"(piece.y), "r"(piece.z), "r"(piece.w)
+               : "memory");
+}
+
 // One warp: the keys of all items and their queries, or their values.
 template <bool kKeys>
 __device__ __forceinline__ void produce(const PrefillProblem& p, Walk walk, Barriers& barriers,
@@ -159,6 +178,69 @@ __device__ __forceinline__ void produce(const PrefillProblem& p, Walk walk, Barr
       at.advance();
       slot = next_slot;
     }
+  }
+}
+
+// cos and sin of 8 elements of a row.
+struct Angles {
+  float cos[8], sin[8];
+
+  __device__ __forceinline__ void load(const PrefillProblem& p, int position, int eighth) {
+    const std::int64_t vector = std::int64_t{position} * 16 + 2 * eighth;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      *reinterpret_cast<float4*>(cos + 4 * i) =
+          __ldg(reinterpret_cast<const float4*>(p.cos) + vector + i);
+      *reinterpret_cast<float4*>(sin + 4 * i) =
+          __ldg(reinterpret_cast<const float4*>(p.sin) + vector + i);
+    }
+  }
+};
+
+// One of two warps: norms and rotates half of the queries of all items where they lie. Eight
+// threads take a row, four rows at a time.
+__device__ __forceinline__ void prepare_queries(const PrefillProblem& p, Walk walk,
+                                                Barriers& barriers, const Buffers& buffers,
+                                                int half) {
+  const int lane = threadIdx.x % 32;
+  const int eighth = lane % 8;
+  const int first_row = half * (kPrefillRows / 2) + lane / 8;
+  const bool is_raw = p.q_weight != nullptr;
+  Head weight{};
+  if (is_raw) {
+    const uint4* const vectors = reinterpret_cast<const uint4*>(p.q_weight);
+    weight = {vectors[eighth], vectors[8 + eighth]};
+  }
+  RingPosition<2> at;
+  Item item;
+  while (walk.next(item)) {
+    const std::uint32_t q = buffers.q(at.stage);
+    // Rows past the span are there, too, and nobody looks at them.
+    const auto position = [&](int row) {
+      return min(item.position(row), item.span.context_len - 1);
+    };
+    Angles angles;
+    if (is_raw) angles.load(p, position(first_row), eighth);
+    barrier_wait(&barriers.q_full[at.stage], at.parity);
+    if (is_raw) {
+#pragma unroll 1
+      for (int i = 0; i < kPrefillRows / 2; i += 4) {
+        const int row = first_row + i;
+        Angles next;
+        next.load(p, position(min(row + 4, kPrefillRows - 1)), eighth);
+        const std::uint32_t first = q + chunk_offset(row, eighth);
+        const std::uint32_t second = q + chunk_offset(row, 8 + eighth);
+        const Head rotated = norm_and_rotate({load_shared(first), load_shared(second)}, weight,
+                                             angles.cos, angles.sin, p.eps);
+        store_shared(first, rotated.first);
+        store_shared(second, rotated.second);
+        angles = next;
+      }
+      async_proxy_fence();
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&barriers.q_ready[at.stage]);
+    at.advance();
   }
 }
 

@@ -3,7 +3,7 @@
 
 #include <cuda_bf16.h>
 
-#include "context_pieces.cuh"
+#include "decode_attention.h"
 #include "hopper.cuh"
 
 namespace moe_engine {

@@ -157,6 +157,11 @@ def prefill_attention_fits(
 def prefill_attention(
     *,
     q: int,
+    q_stride: int,
+    q_weight: int,
+    cos: int,
+    sin: int,
+    eps: float,
     k_cache: int,
     v_cache: int,
     block_tables: int,

@@ -13,7 +13,7 @@ import torch
 
 from moe_engine.ops import cudnn_prefill, decode_attention, native, prefill_attention
 from moe_engine.ops.linear import SplitSums
-from moe_engine.ops.prefill_attention import TileOrder, order_tiles
+from moe_engine.ops.prefill_attention import QueryPreparation, TileOrder, order_tiles
 from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, PrefillSpan, plan_prefills
 from moe_engine.ops.reference import attention as reference
 from moe_engine.ops.rope import RopeTable, norm_rope_write
@@ -68,6 +68,18 @@ class PagedBatch:
     def prefill_groups(self) -> list[PrefillGroup]:
         """Who attends to which prefills on a GPU where cuDNN can; the same in every layer."""
         return plan_prefills(self.prefills, cudnn=True)
+
+    @cached_property
+    def decodes(self) -> PagedBatch:
+        """The sequences that compute one position, alone."""
+        return PagedBatch(
+            slots_T=self.slots_T[: self.num_decodes],
+            block_tables_SB=self.block_tables_SB[: self.num_decodes],
+            context_lens_S=self.context_lens_S[: self.num_decodes],
+            query_starts_S=self.query_starts_S[: self.num_decodes + 1],
+            num_decodes=self.num_decodes,
+            prefills=(),
+        )
 
     def tile_orders(self, tokens: int) -> list[TileOrder]:
         """The tiles of ``tokens`` of the prefills on a Hopper GPU; the same in every layer."""
@@ -156,36 +168,52 @@ def attend(
         norms: the norms of query and key heads.
         needed: the R rows of the output that are needed; None: all T of them.
     """
-    k_cache_BLGD, v_cache_BLGD = cache
-    is_fused = (
-        k_cache_BLGD.is_cuda and native.has_triton() and not batch.prefills and needed is None
-    )
+    k_cache_BLGD = cache[0]
+    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
     parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
     num_tokens, width = parts.shape[-2:]
-    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
     num_heads = width // head_dim - 2 * num_kv_heads
-    if not is_fused:
-        own_kv_2TGD = None
-        # Even if no prompt is for cuDNN: without them it is another kernel, yet to be compiled.
-        if not prefill_attention.takes(qkv.dtype, num_heads, k_cache_BLGD) and (
-            cudnn_prefill.usable(qkv.dtype, num_heads, k_cache_BLGD)
-        ):
-            own_kv_2TGD = k_cache_BLGD.new_empty(2, num_tokens, num_kv_heads, head_dim)
-        q_TND = norm_rope_write(
-            qkv, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
-            batch.slots_T, own_kv_2TGD,
-        )  # fmt: skip
-        if needed is None:
-            return paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
-        if needed.as_decodes is not None:
-            q_RND = q_TND.index_select(0, needed.rows_R)
-            return paged_attention(q_RND, cache, needed.as_decodes, scale)
-        out_TND = paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
-        return out_TND.index_select(0, needed.rows_R)
+    on_hopper = prefill_attention.takes(qkv.dtype, num_heads, k_cache_BLGD)
+    if needed is None and k_cache_BLGD.is_cuda and native.has_triton():
+        if not batch.prefills:
+            return _attend_decodes(qkv, norms, rope, positions_T, cache, batch, scale)
+        if on_hopper and isinstance(qkv, torch.Tensor):
+            return _attend_on_hopper(qkv, norms, rope, positions_T, cache, batch, scale)
+    own_kv_2TGD = None
+    # Even if no prompt is for cuDNN: without them it is another kernel, yet to be compiled.
+    if not on_hopper and cudnn_prefill.usable(qkv.dtype, num_heads, k_cache_BLGD):
+        own_kv_2TGD = k_cache_BLGD.new_empty(2, num_tokens, num_kv_heads, head_dim)
+    q_TND = norm_rope_write(
+        qkv, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
+        batch.slots_T, own_kv_2TGD,
+    )  # fmt: skip
+    if needed is None:
+        return paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
+    if needed.as_decodes is not None:
+        q_RND = q_TND.index_select(0, needed.rows_R)
+        return paged_attention(q_RND, cache, needed.as_decodes, scale)
+    out_TND = paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
+    return out_TND.index_select(0, needed.rows_R)
 
+
+def _attend_decodes(
+    qkv: torch.Tensor | SplitSums,
+    norms: HeadNorms,
+    rope: RopeTable,
+    positions_T: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    scale: float,
+) -> torch.Tensor:
+    """`attend` on a GPU where every sequence computes one position, in one launch."""
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
 
+    parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
+    k_cache_BLGD, v_cache_BLGD = cache
+    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
+    num_tokens, width = parts.shape[-2:]
+    num_heads = width // head_dim - 2 * num_kv_heads
     assert parts.stride(-1) == 1, parts.stride()
     assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
@@ -225,6 +253,41 @@ def attend(
             eps=norms.eps,
             use_pdl=supports_pdl(parts.device),
         )
+    return out_TND
+
+
+def _attend_on_hopper(
+    qkv_TX: torch.Tensor,
+    norms: HeadNorms,
+    rope: RopeTable,
+    positions_T: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    scale: float,
+) -> torch.Tensor:
+    """`attend` where `prefill_attention` takes the prefills; it prepares their queries itself."""
+    num_kv_heads, head_dim = cache[0].shape[2:]
+    q_width = qkv_TX.shape[1] - 2 * num_kv_heads * head_dim
+    q_TND = qkv_TX[:, :q_width].unflatten(1, (-1, head_dim))
+    out_TND = qkv_TX.new_empty(q_TND.shape)
+    first = batch.num_decodes
+    if first > 0:
+        out_TND[:first] = _attend_decodes(
+            qkv_TX[:first], norms, rope, positions_T[:first], cache, batch.decodes, scale
+        )
+    norm_rope_write(  # keys and values only
+        qkv_TX[first:, q_width:], norms.q_weight_D, norms.k_weight_D, norms.eps, rope,
+        positions_T[first:], cache, batch.slots_T[first:],
+    )  # fmt: skip
+    prefill_attention.prefill_attention(
+        q_TND,
+        cache,
+        batch.block_tables_SB,
+        batch.tile_orders(prefill_attention.tile_tokens(q_TND.shape[1], num_kv_heads)),
+        scale,
+        out_TND,
+        QueryPreparation(norms.q_weight_D, norms.eps, rope.cos_PF, rope.sin_PF),
+    )
     return out_TND
 
 

@@ -36,6 +36,22 @@ class TileOrder:
     tiles: np.ndarray
 
 
+@dataclass(frozen=True)
+class QueryPreparation:
+    """How queries are made of the projection's output: norm, then rotation by their positions.
+
+    Attributes:
+        norm_weight_D: bfloat16.
+        eps: added to the mean of the squares.
+        cos_PF, sin_PF: float32, F = D / 2, of every position.
+    """
+
+    norm_weight_D: torch.Tensor
+    eps: float
+    cos_PF: torch.Tensor
+    sin_PF: torch.Tensor
+
+
 def takes(q_dtype: torch.dtype, num_heads: int, k_cache_BLGD: torch.Tensor) -> bool:
     """Whether the kernel takes such queries and such a cache."""
     num_blocks, block_size, num_kv_heads, head_dim = k_cache_BLGD.shape
@@ -99,17 +115,20 @@ def prefill_attention(
     orders: Sequence[TileOrder],
     scale: float,
     out_TND: torch.Tensor,
+    preparation: QueryPreparation | None = None,
 ) -> None:
     """Attend causally, from the spans' rows of the queries, into those of ``out_TND``.
 
     A row's bits depend on nothing but the row and its context.
 
     Args:
-        q_TND: bfloat16, contiguous, as ``out_TND``.
+        q_TND: bfloat16, whose rows may lie apart.
         cache: keys and values, each [B, L, G, D], contiguous, that `takes` has said yes to.
         block_tables_SB: int32, columns side by side.
         orders: of `order_tiles`, with as many tokens a tile as `tile_tokens` says.
         scale: positive factor on the scores.
+        out_TND: contiguous.
+        preparation: None: the queries are prepared.
     """
     from moe_engine.kernels.launch import compiles_only
 
@@ -117,13 +136,26 @@ def prefill_attention(
     num_blocks, block_size, num_kv_heads, head_dim = k_cache_BLGD.shape
     for tensor in (q_TND, out_TND, k_cache_BLGD, v_cache_BLGD):
         assert tensor.dtype == torch.bfloat16, tensor.dtype
-        assert tensor.is_contiguous(), tensor.stride()
         assert tensor.data_ptr() % 16 == 0, tensor.data_ptr()
+    for tensor in (out_TND, k_cache_BLGD, v_cache_BLGD):
+        assert tensor.is_contiguous(), tensor.stride()
+    assert q_TND.stride()[1:] == (head_dim, 1), q_TND.stride()
+    assert q_TND.stride(0) % 8 == 0, q_TND.stride()
     assert q_TND.shape == out_TND.shape, (q_TND.shape, out_TND.shape)
     assert q_TND.shape[2] == head_dim, (q_TND.shape, head_dim)
     assert v_cache_BLGD.shape == k_cache_BLGD.shape, (v_cache_BLGD.shape, k_cache_BLGD.shape)
     assert block_tables_SB.dtype == torch.int32, block_tables_SB.dtype
     assert block_tables_SB.shape[1] == 1 or block_tables_SB.stride(1) == 1, block_tables_SB.stride()
+    if preparation is not None:
+        cos_PF, sin_PF = preparation.cos_PF, preparation.sin_PF
+        assert preparation.norm_weight_D.dtype == torch.bfloat16, preparation.norm_weight_D.dtype
+        assert preparation.norm_weight_D.shape == (head_dim,), preparation.norm_weight_D.shape
+        for table in (cos_PF, sin_PF):
+            assert table.dtype == torch.float32, table.dtype
+            assert table.shape == (len(cos_PF), head_dim // 2), table.shape
+            assert table.is_contiguous(), table.stride()
+        for tensor in (preparation.norm_weight_D, cos_PF, sin_PF):
+            assert tensor.data_ptr() % 16 == 0, tensor.data_ptr()
     if compiles_only():
         return  # nobody has written the block tables
     library = hopper.extension(q_TND.device)
@@ -132,6 +164,11 @@ def prefill_attention(
         for order in orders:
             library.prefill_attention(
                 q=q_TND.data_ptr(),
+                q_stride=q_TND.stride(0),
+                q_weight=0 if preparation is None else preparation.norm_weight_D.data_ptr(),
+                cos=0 if preparation is None else preparation.cos_PF.data_ptr(),
+                sin=0 if preparation is None else preparation.sin_PF.data_ptr(),
+                eps=0.0 if preparation is None else preparation.eps,
                 k_cache=k_cache_BLGD.data_ptr(),
                 v_cache=v_cache_BLGD.data_ptr(),
                 block_tables=block_tables_SB.data_ptr(),

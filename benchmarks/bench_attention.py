@@ -40,7 +40,7 @@ from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.kernels.paged_decode import paged_decode
 from moe_engine.kernels.paged_prefill import paged_prefill
-from moe_engine.ops import cudnn_prefill
+from moe_engine.ops import cudnn_prefill, prefill_attention
 from moe_engine.ops.attention import attend, paged_attention
 from moe_engine.ops.rope import norm_rope_write as norm_rope_write_operator
 from moe_engine.ops.tuning import INF, DecodeChoices, Launch
@@ -50,7 +50,9 @@ PREFILLS = {
     "16x512": [(512, 512)] * 16,
     "1x8192": [(8192, 8192)],
     "64x128": [(128, 128)] * 64,
+    "64x32": [(32, 32)] * 64,
     "2048 after 6144": [(2048, 8192)],
+    "1024 after 7168": [(1024, 8192)],
     "mixed": [(n, n) for n in (3000, 100, 700, 40, 1500, 260, 2000, 592)],
 }
 NORM_ROPE_TOKENS = (1, 8, 64, 256, 2048, 8192)
@@ -288,7 +290,8 @@ def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> l
 def prefill_rows(
     name: str, lens: list[tuple[int, int]], cache: Cache, peer_us: float | None
 ) -> list[Row]:
-    """Prefill by the operator, by the Triton kernel and, for equal whole prompts, by cuDNN."""
+    """Prefill by the operator and by each kernel: ours for Hopper where it is taken, Triton's and,
+    for equal whole prompts, cuDNN's."""
     inputs = [cases.make_inputs(lens) for _ in range(3)]
     own_kv = {id(one): one.own_kv(cache) for one in inputs}
     flop = sum(
@@ -305,6 +308,16 @@ def prefill_rows(
         )  # fmt: skip
         return out
 
+    def hopper(one: cases.Inputs) -> torch.Tensor:
+        out, batch = torch.empty_like(one.q_TND), one.batch
+        orders = batch.tile_orders(
+            prefill_attention.tile_tokens(cases.NUM_HEADS, cases.NUM_KV_HEADS)
+        )
+        prefill_attention.prefill_attention(
+            one.q_TND, cache, batch.block_tables_SB, orders, cases.SCALE, out
+        )
+        return out
+
     def cudnn(one: cases.Inputs) -> torch.Tensor:
         own_k_TGD, own_v_TGD = own_kv[id(one)]
         return cudnn_prefill.attend(
@@ -315,6 +328,8 @@ def prefill_rows(
         return paged_attention(one.q_TND, cache, one.batch, cases.SCALE, own_kv[id(one)])
 
     ways = {"prefill, operator": operator, "prefill, triton": triton}
+    if prefill_attention.takes(torch.bfloat16, cases.NUM_HEADS, cache[0]):
+        ways["prefill, hopper"] = hopper
     if set(lens) == {(lens[0][0], lens[0][0])}:
         ways["prefill, cudnn"] = cudnn
     return [

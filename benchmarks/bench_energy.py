@@ -31,6 +31,7 @@ from benchmarks.small_kernels import EPS, check_norm_router, make_matrices
 from moe_engine.kernels.launch import supports_pdl
 from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.ops import cudnn_prefill, moe
+from moe_engine.ops.attention import paged_attention
 from moe_engine.ops.linear import AddedOutput, adds_in_place, linear, linear_onto
 from moe_engine.ops.reference import norm as norm_reference
 
@@ -128,7 +129,10 @@ def keep_running(run: Callable[[], object], seconds: float) -> int:
 
 
 def attention_works(num_tokens: int) -> list[Work]:
-    """The fused projection, norms and rotation, attention of one prompt, the output projection."""
+    """The fused projection, norms and rotation, attention of one prompt, the output projection.
+
+    Attention also by cuDNN, whoever the operator's is by.
+    """
     width, hidden = cases.projection_width(), DIMS.hidden
     attended = cases.NUM_HEADS * cases.HEAD_DIM
     x_TH = torch.randn(num_tokens, hidden, device=DEVICE, dtype=torch.bfloat16)
@@ -155,15 +159,20 @@ def attention_works(num_tokens: int) -> list[Work]:
 
     cases.check_preparation("norm_rope_write", new, slots_T, cache, prepare)
     inputs = cases.make_inputs([(num_tokens, num_tokens)])
-    keys_TGD, values_TGD = inputs.own_kv(cache)
-    attend = partial(
+    own_kv_2TGD = inputs.own_kv(cache)
+    attend = partial(paged_attention, inputs.q_TND, cache, inputs.batch, cases.SCALE, own_kv_2TGD)
+    keys_TGD, values_TGD = own_kv_2TGD
+    by_cudnn = partial(
         cudnn_prefill.attend, inputs.q_TND, keys_TGD, values_TGD, 1, num_tokens, cases.SCALE
     )
-    cases.check("attention", cases.worst_difference(inputs, cache, attend()))
+    for name, run in (("attention", attend), ("attention by cuDNN", by_cudnn)):
+        cases.check(name, cases.worst_difference(inputs, cache, run()))
+    attention_flop = 2.0 * attended * num_tokens * (num_tokens + 1)
     return [
         Work("qkv projection", partial(linear, x_TH, qkv_OX), 2.0 * num_tokens * qkv_OX.numel()),
         Work("norm, rotation, cache", prepare),
-        Work("attention", attend, 2.0 * attended * num_tokens * (num_tokens + 1)),
+        Work("attention", attend, attention_flop),
+        Work("attention by cuDNN", by_cudnn, attention_flop),
         Work(
             "output projection",
             partial(linear_onto, attended_TX, out_OX, stream_TH),

@@ -2,8 +2,8 @@
 
 Whether they take given arguments, and their launches, which pass addresses on unchecked. The
 callers are `ops.moe` and `ops.linear`, which have checked that shapes and dtypes fit together;
-what else the kernels need, dtypes and alignment above all, the `takes_` functions check. Decode
-attention is in `ops.decode_attention`.
+what else the kernels need, dtypes and alignment above all, the `takes_` functions check. Attention
+is in `ops.decode_attention` and `ops.prefill_attention`.
 
 Shape legend: R rows, H hidden size, E local experts, K experts per row, P = R × K pairs,
 I intermediate size, J = 2 × I, X input width, O output width, S parts of the depth X.

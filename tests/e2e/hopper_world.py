@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_engine.layers import linear as linear_layers
-from moe_engine.ops import cudnn_prefill, decode_attention, hopper, moe
+from moe_engine.ops import decode_attention, hopper, moe, prefill_attention
 from moe_engine.ops.linear import adds_in_place
 from tests.unit.runner_world import ALL_KINDS, RunnerWorld, mixed_requests
 
@@ -31,8 +31,8 @@ HOPPER_LIMITS = {
     "block_size": 16,
     "num_blocks": 400,
 }
-# The first is computed whole, which cuDNN does; of the other, the step's budget leaves a rest that
-# has a context before it.
+# The first is computed whole; of the other, the step's budget leaves a rest that has a context
+# before it.
 LONG_PROMPTS = {0: 1100, 9: 1300}
 
 # (module, function, which of its calls).
@@ -52,11 +52,11 @@ LAUNCHES = {
         "decode_attention",
         lambda launch, *_: launch.block_warps > 0,
     ),
-    "cuDNN": (cudnn_prefill, "attend"),
+    "prefill attention": (prefill_attention, "prefill_attention"),
     "norm and router of many rows": (moe, "_norm_router"),
     "output added in place": (linear_layers, "linear_onto", lambda x_TX, *_: adds_in_place(x_TX)),
 }
-PREFILL_KERNELS = {"cuDNN", "norm and router of many rows", "output added in place"}
+PREFILL_KERNELS = {"prefill attention", "norm and router of many rows", "output added in place"}
 DECODE_KERNELS = LAUNCHES.keys() - PREFILL_KERNELS
 
 

@@ -1,4 +1,4 @@
-"""Steps on a GPU that run by the kernels for Hopper and by cuDNN: graphs, overlap, preemption.
+"""Steps on a GPU that run by the kernels for Hopper: graphs, overlap, preemption.
 
 The other steps are in `test_gpu_steps`. These are in bfloat16, in which a request may get other
 bits beside others than alone. But two runs of the same steps give the same bits, whether their

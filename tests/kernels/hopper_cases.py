@@ -28,6 +28,7 @@ from tests.kernels.decode_cases import (
     CLUSTERS,
     run_decode,
 )
+from tests.kernels.prefill_cases import PREFILL_CASES, run_prefill
 
 TILES = (16, 32, 64, 128, 256)
 BF16 = torch.bfloat16
@@ -363,6 +364,7 @@ def all_cases() -> dict[str, list[NamedRun]]:
             for launch in launches
             for contexts, heads, kv_heads, block_size, parts in decodes
         ]
+    cases["prefill attention"] = [(str(case), partial(run_prefill, case)) for case in PREFILL_CASES]
     cases["expert counts"] = [
         (
             f"{ids_TK.dtype} {list(ids_TK.shape)}, {num_experts} experts",

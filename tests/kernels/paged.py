@@ -7,7 +7,7 @@ block.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,3 +105,15 @@ def expected(case: Case) -> torch.Tensor:
         spans,
         case.scale,
     )
+
+
+def in_the_last_blocks(case: Case) -> Case:
+    """The same contexts in the last blocks of caches of more than 2^31 elements."""
+    blocks_BLGD = case.cache[0]
+    num_blocks = 2**31 // blocks_BLGD[0].numel() + len(blocks_BLGD)
+    far = [blocks_BLGD.new_empty(num_blocks, *blocks_BLGD.shape[1:]) for _ in "kv"]
+    for there, here in zip(far, case.cache, strict=True):
+        there[-len(here) :] = here
+    tables_SB = case.batch.block_tables_SB + num_blocks - len(blocks_BLGD)
+    batch = replace(case.batch, block_tables_SB=tables_SB)
+    return replace(case, cache=(far[0], far[1]), batch=batch)

@@ -32,6 +32,24 @@ def test_a_device_has_no_link_to_itself() -> None:
         _C.device_link(1, 1)
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_sizes"),
+    [
+        (32, 4, 128, {8, 16, 32, 64, 128, 256, 384, 512}),
+        (5, 5, 128, {8, 16, 32, 64, 128, 256, 384, 512}),
+        (9, 2, 128, set()),
+        (32, 4, 64, set()),
+        (32, 4, 256, set()),
+    ],
+)
+def test_sizes_that_prefill_attention_takes(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_sizes: set[int]
+) -> None:
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    taken = {size for size in range(1, 513) if _C.prefill_attention_fits(**heads, block_size=size)}
+    assert taken == block_sizes
+
+
 @needs_gpu
 def test_device_properties_are_those_that_torch_reports() -> None:
     assert _C.device_count() == torch.cuda.device_count()

@@ -1,21 +1,23 @@
 """Prefill attention: Triton and cuDNN against the reference, and the operator that picks them.
 
-On a machine without a GPU, the Triton kernel runs in its interpreter.
+On a machine without a GPU, the Triton kernel runs in its interpreter. The kernel for Hopper, which
+comes before both, is in `test_hopper_prefill`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from moe_engine.ops import attention, cudnn_prefill, prefill_plan
+from moe_engine.ops import attention, cudnn_prefill, prefill_attention, prefill_plan
 from moe_engine.ops.attention import paged_attention
 from moe_engine.ops.rope import RopeTable, norm_rope_write
-from tests.kernels.paged import Case, expected, make_case
+from tests.kernels.paged import Case, expected, in_the_last_blocks, make_case
 from tests.kernels.triton_device import DEVICE, HAS_TRITON, needs_gpu, needs_triton
 
 if HAS_TRITON:
@@ -202,7 +204,14 @@ def test_other_shapes_on_a_gpu(
     check(make_case(lens, device=DEVICE, dtype=dtype, block_size=block_size, **shape))
 
 
+@pytest.fixture
+def without_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator attends as on GPUs that our kernel for Hopper does not run on."""
+    monkeypatch.setattr(prefill_attention, "takes", lambda *_: False)
+
+
 @needs_gpu
+@pytest.mark.usefixtures("without_hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("lens", "implementations"),
@@ -229,23 +238,60 @@ def test_the_operator_attends_with_every_implementation(
         torch.testing.assert_close(out_TND.float(), expected_TND, rtol=tolerance, atol=tolerance)
 
 
+from_the_projection_on = pytest.mark.parametrize(
+    "lens", [[(1500, 1500)], [(1, 40), (1030, 1030), (100, 900)], [(9, 9)]]
+)
+
+
+@pytest.fixture
+def num_rows_attended(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many rows each call of cuDNN and of the kernel for Hopper was given."""
+    calls: dict[str, list[int]] = {"cudnn": [], "hopper": []}
+
+    def record(name: str, module: ModuleType, function: str) -> None:
+        attend = getattr(module, function)
+        monkeypatch.setattr(
+            module, function, lambda *args: calls[name].append(len(args[0])) or attend(*args)
+        )
+
+    record("cudnn", cudnn_prefill, "attend")
+    record("hopper", prefill_attention, "prefill_attention")
+    return calls
+
+
 @needs_gpu
+@pytest.mark.usefixtures("without_hopper")
 @pytest.mark.parametrize("cache_dtype", [None, FP8])
-@pytest.mark.parametrize("lens", [[(1500, 1500)], [(1, 40), (1030, 1030), (100, 900)], [(9, 9)]])
+@from_the_projection_on
 def test_from_the_projection_on_prompts_get_what_is_cached(
     lens: list[tuple[int, int]],
     cache_dtype: torch.dtype | None,
-    monkeypatch: pytest.MonkeyPatch,
+    num_rows_attended: dict[str, list[int]],
 ) -> None:
-    """`attend` prepares, caches and attends as its parts do; cuDNN has the long whole prompts."""
+    """cuDNN has the long whole prompts."""
     dtype = torch.bfloat16
     case = make_case(lens, device="cuda", dtype=dtype, cache_dtype=cache_dtype, **QWEN3)
     if not cudnn_prefill.usable(dtype, 32, case.cache[0].to(dtype)):
         pytest.skip("needs cuDNN attention")
-    calls, cudnn = [], cudnn_prefill.attend
-    monkeypatch.setattr(
-        cudnn_prefill, "attend", lambda *args: calls.append(len(args[0])) or cudnn(*args)
-    )
+    check_from_the_projection_on(case, lens)
+    long = [num for num, end in lens if num == end and num >= prefill_plan.MIN_PROMPT]
+    assert num_rows_attended == {"cudnn": [] if cache_dtype else long, "hopper": []}
+
+
+@pytest.mark.usefixtures("needs_hopper")
+@from_the_projection_on
+def test_from_the_projection_on_prompts_get_what_is_cached_on_hopper(
+    lens: list[tuple[int, int]], num_rows_attended: dict[str, list[int]]
+) -> None:
+    """Our kernel has all prompts, in one launch with the step's queries."""
+    case = make_case(lens, device="cuda", dtype=torch.bfloat16, **QWEN3)
+    check_from_the_projection_on(case, lens)
+    assert num_rows_attended == {"cudnn": [], "hopper": [case.batch.num_tokens]}
+
+
+def check_from_the_projection_on(case: Case, lens: list[tuple[int, int]]) -> None:
+    """`attend` prepares, caches and attends as its parts do."""
+    dtype = case.q_TND.dtype
     qkv_TX = torch.randn(case.batch.num_tokens, 40 * 128, device="cuda").to(dtype)
     norms = attention.HeadNorms(*torch.rand(2, 128, device="cuda").to(dtype), 1e-6)
     angles = torch.rand(2048, 64, device="cuda")
@@ -253,9 +299,6 @@ def test_from_the_projection_on_prompts_get_what_is_cached(
     positions_T = torch.cat([torch.arange(end - num, end) for num, end in lens]).cuda()
     other = tuple(tensor.clone() for tensor in case.cache)
     out_TND = attention.attend(qkv_TX, norms, rope, positions_T, case.cache, case.batch, case.scale)
-    is_whole = {num: num == end and num >= prefill_plan.MIN_PROMPT for num, end in lens}
-    assert calls == [num for num, whole in is_whole.items() if whole and cache_dtype is None]
-
     q_TND = norm_rope_write(
         qkv_TX, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, other,
         case.batch.slots_T,
@@ -276,12 +319,5 @@ def test_float32_goes_to_triton_on_a_gpu() -> None:
 
 @needs_gpu
 def test_offsets_pass_two_to_the_31_on_a_gpu() -> None:
-    """The contexts lie in the last blocks of caches of more than 2^31 elements."""
     case = make_case([(70, 300), (40, 40)], device="cuda", dtype=torch.bfloat16, **QWEN3)
-    keys, values = case.cache
-    num_blocks = 2**31 // keys[0].numel() + keys.shape[0]
-    far = [torch.empty(num_blocks, *keys.shape[1:], dtype=keys.dtype, device="cuda") for _ in "kv"]
-    far[0][-keys.shape[0] :], far[1][-keys.shape[0] :] = keys, values
-    tables = case.batch.block_tables_SB + num_blocks - keys.shape[0]
-    moved = replace(case, cache=(far[0], far[1]), batch=replace(case.batch, block_tables_SB=tables))
-    assert torch.equal(run_kernel(moved), run_kernel(case))
+    assert torch.equal(run_kernel(in_the_last_blocks(case)), run_kernel(case))

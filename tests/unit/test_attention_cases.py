@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from benchmarks import attention_cases as cases
+from benchmarks import bench_attention
+from moe_engine.ops import cudnn_prefill, prefill_attention
 from moe_engine.ops.attention import attend, paged_attention
 from moe_engine.ops.rope import norm_rope_write
 
@@ -95,3 +97,51 @@ def test_heads_that_cannot_be_shared_out_are_refused() -> None:
     cases.set_heads(64, 4)
     assert cases.projection_width() == 72 * 128
     assert cases.token_bytes(2) == 2 * 4 * 128 * 2
+
+
+# Where the benchmark finds what it times; the middle two write where their last argument is.
+PREFILL_KERNELS = {
+    "operator": (bench_attention, "paged_attention"),
+    "triton": (bench_attention, "paged_prefill"),
+    "hopper": (prefill_attention, "prefill_attention"),
+    "cudnn": (cudnn_prefill, "attend"),
+}
+
+
+def timed_prefills(
+    monkeypatch: pytest.MonkeyPatch,
+    lens: list[tuple[int, int]],
+    on_hopper: bool = True,
+    wrong: str = "",
+) -> list[str]:
+    """The kernels that the benchmark times for a step; all but ``wrong`` are the reference."""
+    cache, inputs = cases.make_cache(), cases.make_inputs(lens)
+    right_TND = paged_attention(inputs.q_TND, cache, inputs.batch, cases.SCALE)
+
+    def stand_in(kernel: str) -> Callable[..., torch.Tensor]:
+        out_TND = -right_TND if kernel == wrong else right_TND
+        if kernel in ("triton", "hopper"):
+            return lambda *arguments: arguments[-1].copy_(out_TND)
+        return lambda *arguments: out_TND
+
+    with monkeypatch.context() as patch:
+        for kernel, (module, function) in PREFILL_KERNELS.items():
+            patch.setattr(module, function, stand_in(kernel))
+        patch.setattr(prefill_attention, "takes", lambda *_: on_hopper)
+        patch.setattr(cases, "make_inputs", lambda _: inputs)
+        patch.setattr(bench_attention, "seconds_per_call", lambda calls: 2e-6)
+        rows = bench_attention.prefill_rows("step", lens, cache, None)
+    return [row["kernel"].removeprefix("prefill, ") for row in rows]
+
+
+def test_every_kernel_that_takes_a_prefill_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, chunk = [(40, 40)] * 2, [(40, 70)]
+    assert set(timed_prefills(monkeypatch, prompts)) == PREFILL_KERNELS.keys()
+    assert timed_prefills(monkeypatch, chunk) == ["operator", "triton", "hopper"]
+    assert timed_prefills(monkeypatch, chunk, on_hopper=False) == ["operator", "triton"]
+
+
+@pytest.mark.parametrize("wrong", PREFILL_KERNELS)
+def test_a_wrong_prefill_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="attention is off"):
+        timed_prefills(monkeypatch, [(40, 40)], wrong=wrong)

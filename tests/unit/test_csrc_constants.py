@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.ops import hopper
+from moe_engine.ops import hopper, prefill_attention
 from moe_engine.ops.tuning import ExpertChoices, Launch
 from tests.unit.hopper_on_cpu import choose_as_on_hopper, zeros
 
@@ -53,3 +53,14 @@ def test_warps_of_a_block_of_decode_attention() -> None:
     blocks = sorted(numbers("block_decode.cu", r"num_warps == (\d+)"))
     assert taken == [0, *blocks]  # 0 stands for the other kernel
     assert sorted(numbers("block_decode.cu", r"launch_blocks<(\d+)>")) == blocks
+
+
+def test_launches_of_prefill_attention() -> None:
+    for name, value in (
+        ("Rows", prefill_attention.TILE_ROWS),
+        ("MaxSpans", prefill_attention.MAX_SPANS),
+        ("MaxTiles", prefill_attention.MAX_TILES),
+    ):
+        assert numbers("prefill_attention.h", rf"constexpr int kPrefill{name} = (\d+);") == [value]
+    steps = numbers("prefill_tiles.cuh", r"constexpr int kTokens = (\d+);")
+    assert steps == [prefill_attention.STEP_TOKENS]

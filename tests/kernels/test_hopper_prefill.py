@@ -1,0 +1,177 @@
+"""Prefill attention on Hopper beyond its edge shapes, which `test_hopper` runs: launches, bits.
+
+Legend: T tokens, N query heads, G KV heads, D head dimension, L tokens a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from moe_engine.ops import attention, prefill_attention
+from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.prefill_attention import MAX_SPANS, MAX_TILES, TileOrder
+from moe_engine.ops.prefill_plan import PrefillSpan
+from moe_engine.ops.rope import RopeTable, norm_rope_write
+from tests.kernels.close import check_rows
+from tests.kernels.paged import expected, in_the_last_blocks, make_case
+from tests.kernels.prefill_cases import CHUNKS, Prefill, attend, make_prefill, run_prefill, spans_of
+
+pytestmark = pytest.mark.usefixtures("needs_hopper")
+
+BF16 = torch.bfloat16
+QWEN3 = {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "block_size": 16}
+
+
+@pytest.mark.parametrize(
+    "prefill",
+    [
+        # Several tiles for each multiprocessor; more spans and more tiles than a launch has.
+        Prefill([(1, 50), (2000, 2000), (700, 3000), (1024, 1024)], 32, 4, others=(1, 0)),
+        Prefill([(272 + n % 3, 272 + n % 5 + n % 3) for n in range(MAX_SPANS + 2)]),
+    ],
+    ids=str,
+)
+def test_many_tiles_match_float32(prefill: Prefill) -> None:
+    run_prefill(prefill)
+
+
+@pytest.mark.parametrize("heads", [(32, 4), (2, 1), (5, 5)])
+def test_a_span_gets_the_same_bits_whoever_is_beside_it(heads: tuple[int, int]) -> None:
+    prefill = Prefill([(1, 300), *CHUNKS, (1500, 1500), *[(40, 90)] * 70], *heads)
+    case = make_prefill(prefill)
+    spans = spans_of(case)
+    together_TND = attend(case, spans, 0)
+    for number in (0, 1, 4, 7, 8, len(spans) - 1):
+        span = spans[number]
+        rows = slice(span.first_row, span.first_row + span.query_len)
+        alone = replace(case, q_TND=case.q_TND[rows])
+        out_TND = attend(alone, [replace(span, first_row=0)], number)
+        assert torch.equal(out_TND, together_TND[rows])
+
+
+@pytest.mark.parametrize("heads", [(32, 4), (2, 2)])
+def test_a_row_gets_the_same_bits_in_whatever_chunk_it_is_computed(heads: tuple[int, int]) -> None:
+    case = make_prefill(Prefill([(700, 700)], *heads))
+    whole_TND = attend(case, spans_of(case), 0)
+    for start, end in pairwise([0, 100, 101, 357, 384, 700]):
+        chunk_TND = attend(case, [PrefillSpan(start, end - start, end)], 0)
+        assert torch.equal(chunk_TND[start:end], whole_TND[start:end])
+
+
+def test_the_operator_leaves_all_prompts_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that cuDNN could attend to, and gives decodes beside them to another kernel."""
+    launches, launch = [], prefill_attention.prefill_attention
+    monkeypatch.setattr(
+        prefill_attention,
+        "prefill_attention",
+        lambda *args: launches.append(len(args[3])) or launch(*args),
+    )
+    monkeypatch.setattr(attention.cudnn_prefill, "attend", lambda *_: pytest.fail("by cuDNN"))
+    for lens, num_launches in (
+        ([(512, 512)] * 8, [1]),
+        ([(1030, 1030)], [1]),
+        ([(1, 40), (1, 0), (1500, 1500), (70, 70), (100, 900)], [1]),
+        ([(1, 40), *[(2, 20)] * 65], [2]),
+        ([(1, 40), (1, 600)], []),
+    ):
+        case = make_case(lens, device="cuda", dtype=BF16, **QWEN3)
+        expected_TND = expected(case)
+        for own_kv_2TGD in (None, case.own_kv_2TGD):
+            launches.clear()
+            out_TND = paged_attention(case.q_TND, case.cache, case.batch, case.scale, own_kv_2TGD)
+            assert launches == num_launches
+            check_rows(out_TND.flatten(0, 1), expected_TND.flatten(0, 1))
+
+
+def test_it_waits_for_its_queries_keys_and_values() -> None:
+    """It begins before the kernel that prepares them has ended; they change from call to call."""
+    case = make_case([(1, 9), (300, 300), (200, 450)], device="cuda", dtype=BF16, **QWEN3)
+    weights = torch.rand(2, 128, device="cuda").to(BF16)
+    angles_PF = torch.rand(450, 64, device="cuda")
+    rope = RopeTable(angles_PF.cos(), angles_PF.sin())
+    positions_T = torch.cat([torch.arange(8, 9), torch.arange(300), torch.arange(250, 450)]).cuda()
+    qkv_NTX = torch.randn(20, case.batch.num_tokens, 40 * 128, device="cuda").to(BF16)
+
+    def run(wait: bool) -> list[torch.Tensor]:
+        cache = case.cache[0].clone(), case.cache[1].clone()
+        outputs = []
+        for qkv_TX in qkv_NTX:
+            q_TND = norm_rope_write(
+                qkv_TX, *weights, 1e-6, rope, positions_T, cache, case.batch.slots_T
+            )
+            if wait:
+                torch.cuda.synchronize()
+            out_TND = torch.zeros_like(q_TND)
+            orders = case.batch.tile_orders(prefill_attention.tile_tokens(32, 4))
+            prefill_attention.prefill_attention(
+                q_TND, cache, case.batch.block_tables_SB, orders, case.scale, out_TND
+            )
+            outputs.append(out_TND)
+            del q_TND  # the next call's may lie there
+        return outputs
+
+    for mine, theirs in zip(run(wait=False), run(wait=True), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_offsets_pass_two_to_the_31() -> None:
+    case = make_case([(70, 300), (40, 40)], device="cuda", dtype=BF16, **QWEN3)
+    assert prefill_attention.takes(BF16, 32, case.cache[0])
+    moved = in_the_last_blocks(case)
+    near_TND, far_TND = (
+        paged_attention(one.q_TND, one.cache, one.batch, one.scale) for one in (case, moved)
+    )
+    assert torch.equal(near_TND, far_TND)
+
+
+def test_it_is_not_taken_where_it_does_not_fit() -> None:
+    def takes(
+        num_heads: int = 8,
+        block_size: int = 16,
+        head_dim: int = 128,
+        dtype: torch.dtype = BF16,
+        cache_dtype: torch.dtype = BF16,
+        device: str = "cuda",
+    ) -> bool:
+        shape = (4, block_size, 2, head_dim)
+        k_cache_BLGD = torch.empty(shape, dtype=cache_dtype, device=device)
+        return prefill_attention.takes(dtype, num_heads, k_cache_BLGD)
+
+    for num_heads in (2, 6, 8, 64):
+        assert takes(num_heads)
+    for block_size in (8, 16, 32, 64, 128, 256, 384):
+        assert takes(block_size=block_size)
+    for block_size in (1, 4, 12, 24, 192):
+        assert not takes(block_size=block_size)
+    assert not takes(num_heads=9)
+    assert not takes(head_dim=64)
+    assert not takes(dtype=torch.float16, cache_dtype=torch.float16)
+    assert not takes(cache_dtype=torch.float8_e4m3fn)
+    assert not takes(device="cpu")
+
+
+def launch(num_spans: int = 1, num_tiles: int = 1, block_size: int = 16) -> None:
+    """Spans of no token, and as many tiles of the first."""
+    cache_BLGD = torch.zeros(4, block_size, 2, 128, dtype=BF16, device="cuda")
+    q_TND = torch.zeros(16, 8, 128, dtype=BF16, device="cuda")
+    tables_SB = torch.zeros(1, 4, dtype=torch.int32, device="cuda")
+    order = TileOrder(
+        np.zeros((num_spans, 4), dtype=np.int32), np.zeros(num_tiles, dtype=np.uint32)
+    )
+    prefill_attention.prefill_attention(
+        q_TND, (cache_BLGD, cache_BLGD), tables_SB, [order], 1.0, torch.empty_like(q_TND)
+    )
+
+
+def test_what_a_launch_has_no_room_for_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"num_spans is {MAX_SPANS + 1}; the limit is {MAX_SPANS}"):
+        launch(num_spans=MAX_SPANS + 1)
+    with pytest.raises(ValueError, match=f"num_tiles is {MAX_TILES + 1}; the limit is {MAX_TILES}"):
+        launch(num_tiles=MAX_TILES + 1)
+    with pytest.raises(ValueError, match="8 query heads, 2 KV heads and blocks of 12"):
+        launch(block_size=12)

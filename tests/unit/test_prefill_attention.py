@@ -1,0 +1,165 @@
+"""What the prefill attention of Hopper is given: which tiles in which order, and which caches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_engine.ops import hopper
+from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops.prefill_attention import (
+    MAX_SPANS,
+    MAX_TILES,
+    STEP_TOKENS,
+    TileOrder,
+    order_tiles,
+    takes,
+    tile_tokens,
+)
+from moe_engine.ops.prefill_plan import PrefillSpan
+from tests.unit.hopper_on_cpu import choose_as_on_hopper
+from tests.unit.test_prefill_plan import spans, whole
+
+
+def checked_order(planned: list[PrefillSpan], first_table_row: int, tokens: int) -> list[TileOrder]:
+    """The launches, which have every tile of every span once, the longest contexts first."""
+    orders, found = order_tiles(planned, first_table_row, tokens), []
+    for order in orders:
+        assert (order.spans.dtype, order.tiles.dtype) == (np.int32, np.uint32)
+        assert order.spans.flags.c_contiguous
+        assert order.tiles.flags.c_contiguous
+        assert 0 < len(order.spans) <= MAX_SPANS
+        assert 0 < len(order.tiles) <= MAX_TILES
+        steps = []
+        for tile in order.tiles.tolist():
+            first_row, query_len, context_len, table_row = order.spans[tile >> 16].tolist()
+            index, number = table_row - first_table_row, tile & 0xFFFF
+            assert planned[index] == PrefillSpan(first_row, query_len, context_len)
+            found.append((index, number))
+            end = context_len - query_len + min((number + 1) * tokens, query_len)
+            steps.append(-(-end // STEP_TOKENS))
+        assert steps == sorted(steps, reverse=True)
+    assert sorted(found) == [
+        (index, number)
+        for index, span in enumerate(planned)
+        for number in range(-(-span.query_len // tokens))
+    ]
+    return orders
+
+
+def test_no_span_is_no_launch() -> None:
+    assert order_tiles([], 3, 16) == []
+
+
+def test_the_docstrings_example() -> None:
+    (order,) = checked_order(whole(20, 40), 0, 16)
+    assert order.tiles.tolist() == [0, 1, 1 << 16, 1 << 16 | 1, 1 << 16 | 2]
+
+
+def test_the_longest_context_comes_first_and_equal_ones_stay_in_order() -> None:
+    """Tiles of 128 tokens: of 1 step; of 1, 2 and 3 steps; of 9; of 8."""
+    (order,) = checked_order(spans([(100, 100), (300, 300), (40, 1060), (20, 1024)]), 5, 128)
+    assert order.spans.tolist() == [
+        [0, 100, 100, 5],
+        [100, 300, 300, 6],
+        [400, 40, 1060, 7],
+        [440, 20, 1024, 8],
+    ]
+    tiles = [(tile >> 16, tile & 0xFFFF) for tile in order.tiles.tolist()]
+    assert tiles == [(2, 0), (3, 0), (1, 2), (1, 1), (0, 0), (1, 0)]
+
+
+def test_a_tile_counts_up_to_its_own_last_token() -> None:
+    """Not to the span's last: of 16 tokens before position 128 and 16 behind, the first ends one
+    step earlier, and so does a tile that is filled up past its context."""
+    (order,) = checked_order(spans([(32, 144), (10, 128)]), 0, 16)
+    assert order.tiles.tolist() == [1, 0, 1 << 16]
+
+
+@pytest.mark.parametrize("num_spans", [MAX_SPANS, MAX_SPANS + 1, 2 * MAX_SPANS + 3])
+def test_launches_of_so_many_spans(num_spans: int) -> None:
+    orders = checked_order(whole(*[3] * num_spans), 7, 16)
+    full, rest = divmod(num_spans, MAX_SPANS)
+    assert [len(order.spans) for order in orders] == [MAX_SPANS] * full + [rest] * (rest > 0)
+    assert orders[-1].spans[-1, 3] == 7 + num_spans - 1
+
+
+@pytest.mark.parametrize("num_tiles", [MAX_TILES, MAX_TILES + 1, 3 * MAX_TILES])
+def test_launches_of_so_many_tiles(num_tiles: int) -> None:
+    orders = checked_order(whole(30, 16 * num_tiles - 32), 0, 16)
+    full, rest = divmod(num_tiles, MAX_TILES)
+    assert [len(order.tiles) for order in orders] == [MAX_TILES] * full + [rest] * (rest > 0)
+    assert all(np.array_equal(order.spans, orders[0].spans) for order in orders)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 5000)), max_size=200),
+    st.integers(0, 300),
+    st.sampled_from([16, 32, 64, 128]),
+)
+def test_any_spans(lens: list[tuple[int, int]], first_table_row: int, tokens: int) -> None:
+    planned = spans([(query_len, before + query_len) for query_len, before in lens])
+    checked_order(planned, first_table_row, tokens)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "tokens"),
+    [(32, 4, 16), (16, 1, 16), (8, 2, 32), (6, 1, 64), (12, 1, 32), (5, 5, 128), (9, 3, 128)],
+)
+def test_a_tile_is_up_to_8_query_heads_of_a_kv_head(
+    num_heads: int, num_kv_heads: int, tokens: int
+) -> None:
+    assert tile_tokens(num_heads, num_kv_heads) == tokens
+
+
+def test_a_step_orders_its_tiles_once_for_all_layers() -> None:
+    nothing = torch.empty(0)
+    batch = PagedBatch(nothing, nothing, nothing, nothing, 3, tuple(whole(40, 40)))
+    orders = batch.tile_orders(16)
+    assert batch.tile_orders(16) is orders
+    assert [order.spans[:, 3].tolist() for order in orders] == [[3, 4]]
+    assert [len(order.tiles) for order in orders] == [6]
+    assert [len(order.tiles) for order in batch.tile_orders(32)] == [4]
+
+
+def cache(
+    block_size: int = 16, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, blocks: int = 2
+) -> torch.Tensor:
+    """Of 2 KV heads; without memory."""
+    return torch.empty(blocks, block_size, 2, head_dim, dtype=dtype, device="meta")
+
+
+def test_other_dtypes_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_as_on_hopper(monkeypatch)
+    assert takes(torch.bfloat16, 8, cache())
+    for dtype in (torch.float16, torch.float32):
+        assert not takes(dtype, 8, cache(dtype=dtype))
+        assert not takes(dtype, 8, cache())
+        assert not takes(torch.bfloat16, 8, cache(dtype=dtype))
+    assert not takes(torch.bfloat16, 8, cache(dtype=torch.float8_e4m3fn))
+
+
+def test_as_many_slots_as_an_int_counts_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_as_on_hopper(monkeypatch)
+    assert takes(torch.bfloat16, 8, cache(blocks=2**27 - 1))
+    assert not takes(torch.bfloat16, 8, cache(blocks=2**27))
+
+
+def test_the_kernel_says_which_sizes_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "block_size": 16}
+    library = SimpleNamespace(prefill_attention_fits=lambda **asked: asked == sizes)
+    monkeypatch.setattr(hopper, "extension", lambda device: library)
+    assert takes(torch.bfloat16, 8, cache())
+    assert not takes(torch.bfloat16, 6, cache())
+    assert not takes(torch.bfloat16, 8, cache(head_dim=64))
+    assert not takes(torch.bfloat16, 8, cache(block_size=12))
+
+
+def test_a_cache_on_a_cpu_is_not_taken() -> None:
+    assert not takes(torch.bfloat16, 8, torch.empty(2, 16, 2, 128, dtype=torch.bfloat16))

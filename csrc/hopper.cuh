@@ -212,8 +212,8 @@ __device__ __forceinline__ void copy_box_5d(std::uint32_t to_shared, const CUten
       : "memory");
 }
 
-// The two above, into the same place of several blocks of the cluster, whose barriers are all told;
-// `blocks` has a bit for each.
+// copy_box_3d and copy_box_5d, into the same place of several blocks of the cluster, whose barriers
+// are all told; `blocks` has a bit for each.
 __device__ __forceinline__ void multicast_box_3d(std::uint32_t to_shared, const CUtensorMap* map,
                                                  std::uint64_t* barrier, std::uint16_t blocks,
                                                  std::uint64_t policy, int x, int y, int z) {

@@ -2,8 +2,8 @@
 //
 // A block takes 128 rows, 64 for each of two warpgroups: some tokens' query heads of a KV head. It
 // walks over the context from its end to its start, 128 tokens at a time. Of four more warps, two
-// keep two stages of keys and two of values on their way, page by page, and two norm and rotate the
-// queries. While the scores of the next tokens
+// keep two stages of keys and two of values on their way, page by page, and two load the next
+// queries, norm and rotate them. While the scores of the next tokens
 // are computed, a warpgroup turns the last ones into weights in its registers, from where they are
 // multiplied by the values; and the two warpgroups take turns, so that one's exponentials run
 // beside the other's products. Blocks are persistent, and have their next rows loaded while they
@@ -64,7 +64,7 @@ __device__ __forceinline__ void consume(const PrefillProblem& p, Walk walk, Barr
     const int first_position = min(item.position(warpgroup * 64), item.span.context_len - 1);
 
     int step = item.num_steps - 1;
-    barrier_wait(&barriers.q_ready[q_at.stage], q_at.parity);
+    barrier_wait(&barriers.q_ready[q_at.stage][warpgroup], q_at.parity);
     await_keys();
     wgmma_begin();
     multiply_keys(scores, my_q, buffers.k(k_at.stage));
@@ -117,7 +117,7 @@ __device__ __forceinline__ void consume(const PrefillProblem& p, Walk walk, Barr
     store(p, item, out, softmax, q, warpgroup, lane);
     async_proxy_fence();  // what was stored in the queries' place, before they are loaded there
     __syncwarp();
-    release(&barriers.q_empty[q_at.stage]);
+    release(&barriers.q_empty[q_at.stage][warpgroup]);
     q_at.advance();
   }
 }
@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&maps.q);
     prefetch_tensor_map(&maps.k);
     prefetch_tensor_map(&maps.v);
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&barriers.q_full[i], 1);
-      barrier_init(&barriers.q_ready[i], 2);
-      barrier_init(&barriers.q_empty[i], kConsumerWarps);
+    for (int i = 0; i < 2 * kWarpgroups; ++i) {
+      barrier_init(barriers.q_full[0] + i, 1);
+      barrier_init(barriers.q_ready[0] + i, 1);
+      barrier_init(barriers.q_empty[0] + i, kConsumerWarps / kWarpgroups);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&barriers.k_full[i], 1);
@@ -159,14 +159,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   let_next_kernel_start();
   const Walk walk{p, tiles};
   if (warp >= kConsumerWarps) {
-    give_registers<88>();
+    give_registers<104>();
     if (warp == kConsumerWarps) produce<true>(p, walk, barriers, buffers, maps);
     if (warp == kConsumerWarps + 1) produce<false>(p, walk, barriers, buffers, maps);
     if (warp >= kConsumerWarps + 2) {
-      prepare_queries(p, walk, barriers, buffers, warp - (kConsumerWarps + 2));
+      produce_queries(p, walk, barriers, buffers, maps, warp - (kConsumerWarps + 2));
     }
   } else {
-    take_registers<208>();
+    take_registers<200>();
     consume(p, walk, barriers, buffers);
   }
 #else

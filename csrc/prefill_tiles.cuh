@@ -51,7 +51,7 @@ struct Maps {
 };
 
 struct Barriers {
-  std::uint64_t q_full[2], q_ready[2], q_empty[2];
+  std::uint64_t q_full[2][2], q_ready[2][2], q_empty[2][2];  // [buffer][warpgroup]
   std::uint64_t k_full[kStages], k_empty[kStages];
   std::uint64_t v_full[kStages], v_empty[kStages];
 };
@@ -132,28 +132,16 @@ __device__ __forceinline__ void store_shared(std::uint32_t address, const uint4&
                : "memory");
 }
 
-// One warp: the keys of all items and their queries, or their values.
+// One warp: the keys of all items, or their values.
 template <bool kKeys>
 __device__ __forceinline__ void produce(const PrefillProblem& p, Walk walk, Barriers& barriers,
                                         const Buffers& buffers, const Maps& maps) {
   const int lane = threadIdx.x % 32;
   const int box = min(p.block_size, kTokens);  // tokens of a copy
   const int token = lane * box;                // this lane's first of a stage
-  RingPosition<2> q_at;
   RingPosition<kStages> at;
   Item item;
   while (walk.next(item)) {
-    if constexpr (kKeys) {
-      std::uint64_t* full = &barriers.q_full[q_at.stage];
-      barrier_wait(&barriers.q_empty[q_at.stage], q_at.parity ^ 1);
-      if (lane == 0) barrier_arrive_expecting(full, kTileBytes);
-      __syncwarp();
-      if (lane < kPrefillRows / 8) {
-        copy_box_5d(buffers.q(q_at.stage) + lane * kEightBytes, &maps.q, full, kEvictFirst, 0,
-                    item.head(8 * lane), item.span.first_row + item.token(8 * lane), 0, 0);
-      }
-      q_at.advance();
-    }
     const int kv_head = item.first_head / (p.num_heads / p.num_kv_heads);
     const std::int32_t* table = p.block_tables + item.span.table_row * p.block_tables_stride;
     // Tokens past the context read as zeros: their slot lies outside the cache.
@@ -197,49 +185,82 @@ struct Angles {
   }
 };
 
-// One of two warps: norms and rotates half of the queries of all items where they lie. Eight
-// threads take a row, four rows at a time.
-__device__ __forceinline__ void prepare_queries(const PrefillProblem& p, Walk walk,
+// Norms and rotates the queries of a warpgroup where they lie, one warp. Eight threads take a row,
+// and two rows at a time, which are of one token if kOneToken. Rows past the span are there, too,
+// and nobody looks at them.
+template <bool kOneToken>
+__device__ __forceinline__ void prepare_queries(const PrefillProblem& p, const Item& item,
+                                                std::uint64_t* full, int parity, std::uint32_t q,
+                                                int first_row, const Head& weight) {
+  constexpr int kTokensAtOnce = kOneToken ? 1 : 2;
+  const int eighth = threadIdx.x % 8;
+  const int last_row = first_row + kPrefillRows / 2 - 8;
+  const auto load = [&](Angles(&angles)[kTokensAtOnce], int row) {
+#pragma unroll
+    for (int i = 0; i < kTokensAtOnce; ++i) {
+      angles[i].load(p, min(item.position(row + 4 * i), item.span.context_len - 1), eighth);
+    }
+  };
+  Angles angles[kTokensAtOnce];
+  load(angles, first_row);
+  barrier_wait(full, parity);
+#pragma unroll 1
+  for (int row = first_row; row <= last_row; row += 8) {
+    Head heads[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      heads[i] = {load_shared(q + chunk_offset(row + 4 * i, eighth)),
+                  load_shared(q + chunk_offset(row + 4 * i, 8 + eighth))};
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Angles& angle = angles[i % kTokensAtOnce];
+      heads[i] = norm_and_rotate(heads[i], weight, angle.cos, angle.sin, p.eps);
+    }
+    load(angles, min(row + 8, last_row));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      store_shared(q + chunk_offset(row + 4 * i, eighth), heads[i].first);
+      store_shared(q + chunk_offset(row + 4 * i, 8 + eighth), heads[i].second);
+    }
+  }
+  async_proxy_fence();
+}
+
+// One warp: the queries of a warpgroup, for all items.
+__device__ __forceinline__ void produce_queries(const PrefillProblem& p, Walk walk,
                                                 Barriers& barriers, const Buffers& buffers,
-                                                int half) {
+                                                const Maps& maps, int warpgroup) {
+  constexpr int kRows = kPrefillRows / 2;
   const int lane = threadIdx.x % 32;
-  const int eighth = lane % 8;
-  const int first_row = half * (kPrefillRows / 2) + lane / 8;
-  const bool is_raw = p.q_weight != nullptr;
+  const int first_row = warpgroup * kRows + lane / 8;
   Head weight{};
-  if (is_raw) {
+  if (p.q_weight != nullptr) {
     const uint4* const vectors = reinterpret_cast<const uint4*>(p.q_weight);
-    weight = {vectors[eighth], vectors[8 + eighth]};
+    weight = {vectors[lane % 8], vectors[8 + lane % 8]};
   }
   RingPosition<2> at;
   Item item;
   while (walk.next(item)) {
     const std::uint32_t q = buffers.q(at.stage);
-    // Rows past the span are there, too, and nobody looks at them.
-    const auto position = [&](int row) {
-      return min(item.position(row), item.span.context_len - 1);
-    };
-    Angles angles;
-    if (is_raw) angles.load(p, position(first_row), eighth);
-    barrier_wait(&barriers.q_full[at.stage], at.parity);
-    if (is_raw) {
-#pragma unroll 1
-      for (int i = 0; i < kPrefillRows / 2; i += 4) {
-        const int row = first_row + i;
-        Angles next;
-        next.load(p, position(min(row + 4, kPrefillRows - 1)), eighth);
-        const std::uint32_t first = q + chunk_offset(row, eighth);
-        const std::uint32_t second = q + chunk_offset(row, 8 + eighth);
-        const Head rotated = norm_and_rotate({load_shared(first), load_shared(second)}, weight,
-                                             angles.cos, angles.sin, p.eps);
-        store_shared(first, rotated.first);
-        store_shared(second, rotated.second);
-        angles = next;
-      }
-      async_proxy_fence();
+    std::uint64_t* full = &barriers.q_full[at.stage][warpgroup];
+    barrier_wait(&barriers.q_empty[at.stage][warpgroup], at.parity ^ 1);
+    if (lane == 0) barrier_arrive_expecting(full, kTileBytes / 2);
+    __syncwarp();
+    if (lane < kRows / 8) {
+      const int row = warpgroup * kRows + 8 * lane;
+      copy_box_5d(q + row / 8 * kEightBytes, &maps.q, full, kEvictFirst, 0, item.head(row),
+                  item.span.first_row + item.token(row), 0, 0);
+    }
+    if (p.q_weight == nullptr) {
+      barrier_wait(full, at.parity);
+    } else if (p.log2_heads == 3) {
+      prepare_queries<true>(p, item, full, at.parity, q, first_row, weight);
+    } else {
+      prepare_queries<false>(p, item, full, at.parity, q, first_row, weight);
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(&barriers.q_ready[at.stage]);
+    if (lane == 0) barrier_arrive(&barriers.q_ready[at.stage][warpgroup]);
     at.advance();
   }
 }

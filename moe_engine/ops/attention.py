@@ -302,16 +302,12 @@ def _on_gpu(
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
 
-    groups = [] if own_kv_2TGD is None else batch.prefill_groups
-    if (
-        len(groups) == 1
-        and groups[0].implementation is Implementation.CUDNN
-        and batch.num_decodes == 0
-    ):
-        assert own_kv_2TGD is not None
-        return cudnn_prefill.attend(
-            q_TND, *own_kv_2TGD, groups[0].num_spans, groups[0].padded_len, scale
-        )
+    num_heads, num_kv_heads = q_TND.shape[1], k_cache_BLGD.shape[2]
+    on_hopper = prefill_attention.takes(q_TND.dtype, num_heads, k_cache_BLGD)
+    if own_kv_2TGD is not None and not on_hopper and batch.num_decodes == 0:
+        groups = batch.prefill_groups
+        if len(groups) == 1 and groups[0].implementation is Implementation.CUDNN:
+            return _by_cudnn(q_TND, own_kv_2TGD, groups[0], scale)
     out_TND = torch.empty_like(q_TND)
     paged_decode(
         q_TND[: batch.num_decodes],
@@ -323,10 +319,7 @@ def _on_gpu(
         out_TND[: batch.num_decodes],
         use_pdl=supports_pdl(q_TND.device),
     )
-    if not batch.prefills:
-        return out_TND
-    num_heads, num_kv_heads = q_TND.shape[1], k_cache_BLGD.shape[2]
-    if prefill_attention.takes(q_TND.dtype, num_heads, k_cache_BLGD):
+    if on_hopper:
         prefill_attention.prefill_attention(
             q_TND,
             (k_cache_BLGD, v_cache_BLGD),
@@ -338,6 +331,15 @@ def _on_gpu(
     else:
         _by_groups(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale, own_kv_2TGD, out_TND)
     return out_TND
+
+
+def _by_cudnn(
+    q_TND: torch.Tensor, own_kv_2TGD: torch.Tensor, group: PrefillGroup, scale: float
+) -> torch.Tensor:
+    own_k_TGD, own_v_TGD = own_kv_2TGD
+    return cudnn_prefill.attend(
+        q_TND, own_k_TGD, own_v_TGD, group.num_spans, group.padded_len, scale
+    )
 
 
 def _by_groups(
@@ -360,9 +362,7 @@ def _by_groups(
         if group.implementation is Implementation.CUDNN:
             assert own_kv_2TGD is not None
             rows = slice(spans[0].first_row, spans[-1].first_row + spans[-1].query_len)
-            out_TND[rows] = cudnn_prefill.attend(
-                q_TND[rows], *own_kv_2TGD[:, rows], group.num_spans, group.padded_len, scale
-            )
+            out_TND[rows] = _by_cudnn(q_TND[rows], own_kv_2TGD[:, rows], group, scale)
         else:
             paged_prefill(
                 q_TND,

@@ -19,6 +19,7 @@ from moe_engine.ops.prefill_plan import PrefillSpan
 TILE_ROWS = 128
 MAX_SPANS = 64
 MAX_TILES = 1024
+MAX_SPAN_TILES = 1 << 16
 # Over the context, in a step of a tile.
 STEP_TOKENS = 128
 
@@ -96,6 +97,7 @@ def order_tiles(spans: Sequence[PrefillSpan], first_table_row: int, tokens: int)
             dtype=np.int32,
         )
         counts = -(-table[:, 1] // tokens)
+        assert counts.max() <= MAX_SPAN_TILES, (table[:, 1].max(), tokens)
         span_of = np.repeat(np.arange(len(some)), counts)
         tile_of = np.arange(len(span_of)) - np.repeat(np.cumsum(counts) - counts, counts)
         _, query_lens, context_lens, _ = table[span_of].T

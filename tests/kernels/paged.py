@@ -119,9 +119,9 @@ def expected(case: Case) -> torch.Tensor:
 
 
 def with_a_shared_prefix(case: Case) -> Case:
-    """The first sequence begins with full blocks of the last one, which this step may write."""
-    tables_SB = case.batch.block_tables_SB.clone()
-    num_shared = int(case.batch.context_lens_S[-1]) // case.cache[0].shape[1]
+    """The first sequence, which decodes, begins with blocks of the last, a prompt of this step."""
+    tables_SB, contexts_S = case.batch.block_tables_SB.clone(), case.batch.context_lens_S
+    num_shared = int(min(contexts_S[0] - 1, contexts_S[-1])) // case.cache[0].shape[1]
     tables_SB[0, :num_shared] = tables_SB[-1, :num_shared]
     return replace(case, batch=replace(case.batch, block_tables_SB=tables_SB))
 

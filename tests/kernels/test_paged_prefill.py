@@ -317,9 +317,10 @@ def test_from_the_projection_on_steps_of_all_kinds(
 
 @needs_gpu
 @pytest.mark.parametrize("needed", ["all", "last"])
-def test_a_decode_sees_what_a_prompt_of_the_same_step_caches(needed: str) -> None:
+@pytest.mark.parametrize("num_decodes", [1, 6, 40])
+def test_a_decode_sees_what_a_prompt_of_the_same_step_caches(num_decodes: int, needed: str) -> None:
     """The scheduler offers blocks that a step fills with several positions to the same step."""
-    lens = [(1, 97), (1, 40), (200, 200)]
+    lens = [(1, 97)] * num_decodes + [(200, 200)]
     case = with_a_shared_prefix(make_case(lens, device="cuda", dtype=torch.bfloat16, **QWEN3))
     check_from_the_projection_on(case, needed=needed_rows(case.batch, needed))
 
@@ -352,6 +353,8 @@ def check_from_the_projection_on(
     weights = norms.q_weight_D, norms.k_weight_D, norms.eps
     angles = torch.rand(2048, 64, device="cuda")
     rope = RopeTable(angles.cos(), angles.sin())
+    for tensor in case.cache:  # NaN in both dtypes
+        tensor.view(torch.uint8).flatten(0, 1)[batch.slots_T] = 255
     other = tuple(tensor.clone() for tensor in case.cache)
     scratch = torch.empty(2, *case.cache[0].shape, dtype=dtype, device="cuda")
     out_RND = attention.attend(

@@ -22,6 +22,7 @@ from moe_engine.ops.prefill_attention import (
     tile_tokens,
 )
 from moe_engine.ops.prefill_plan import PrefillSpan
+from tests.kernels.paged import make_case
 from tests.unit.hopper_on_cpu import choose_as_on_hopper
 from tests.unit.test_prefill_plan import spans, whole
 
@@ -163,3 +164,15 @@ def test_the_kernel_says_which_sizes_it_takes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_cache_on_a_cpu_is_not_taken() -> None:
     assert not takes(torch.bfloat16, 8, torch.empty(2, 16, 2, 128, dtype=torch.bfloat16))
+
+
+def test_the_decodes_of_a_step_are_a_step() -> None:
+    batch = make_case([(1, 7), (1, 0), (9, 20), (2, 2)], device="cpu").batch
+    decodes = batch.decodes
+    assert batch.decodes is decodes
+    assert decodes.num_decodes == decodes.num_tokens == 2
+    assert decodes.rows == batch.rows[:2]
+    assert decodes.query_starts_S.tolist() == [0, 1, 2]
+    assert decodes.context_lens_S.tolist() == [7, 0]
+    assert torch.equal(decodes.slots_T, batch.slots_T[:2])
+    assert torch.equal(decodes.block_tables_SB, batch.block_tables_SB[:2])

@@ -61,6 +61,17 @@ class Inputs:
     q_TND: torch.Tensor
     batch: PagedBatch
 
+    @property
+    def positions_T(self) -> torch.Tensor:
+        """Where the step's own tokens stand in their contexts."""
+        contexts = self.batch.context_lens_S.tolist()
+        return torch.cat(
+            [
+                torch.arange(context - query_len, context, device=DEVICE)
+                for (_, query_len), context in zip(self.batch.rows, contexts, strict=True)
+            ]
+        )
+
     def own_kv(self, cache: Cache) -> torch.Tensor:
         """The cached keys and values of the step's own tokens, [2, T, G, D]."""
         return torch.stack([tensor.flatten(0, 1)[self.batch.slots_T] for tensor in cache])
@@ -77,8 +88,8 @@ class Projection:
 
 
 def make_projections(inputs: list[Inputs]) -> list[Projection]:
-    """One for each step of decodes, at the ends of the contexts; norms and angles are shared."""
-    return _projections([one.batch.context_lens_S.long() - 1 for one in inputs])
+    """One for each step, at the ends of its contexts; norms and angles are shared."""
+    return _projections([one.positions_T for one in inputs])
 
 
 def make_token_projections(num_tokens: int, num_steps: int) -> list[Projection]:
@@ -210,7 +221,7 @@ def check_preparation(
     return max(error, error_of_q)
 
 
-def check_decode(
+def check_attend(
     name: str, inputs: Inputs, new: Projection, cache: Cache, run: Callable[[], torch.Tensor]
 ) -> float:
     """The error of ``run``, which attends from the projection on; exits if it is wrong."""

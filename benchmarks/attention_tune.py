@@ -134,7 +134,7 @@ def _tune_decode(cache: cases.Cache) -> list[Timed]:
         calls = [call(step, tiles, launch, last_arriver) for step in inputs[case]]
         merge = "last" if last_arriver else "2nd"
         name = f"decode {case[0]} x {case[1]}, {tiles}, {launch}, {merge}"
-        cases.check_decode(name, *inputs[case][0], cache, calls[0])
+        cases.check_attend(name, *inputs[case][0], cache, calls[0])
         return seconds_per_call(calls, REPLAYS) * 1e6
 
     smallest = inputs[(1, 576)][0]

@@ -151,6 +151,7 @@ def measure(cache: Cache, machine_ceilings: dict[str, Any], peers: Peers) -> lis
     for name, lens in PREFILLS.items():
         for row in prefill_rows(name, lens, cache, peers.get(("prefill", name))):
             add(row)
+        add(prepared_prefill_row(name, lens, cache))
     for length in (4352, 4608, 4864):
         print(f"cuDNN's first call of 1x{length}: {cudnn_first_call_ms(length, cache):.0f} ms")
     return rows
@@ -248,10 +249,7 @@ def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> l
     ]
     steps = list(zip(inputs, cases.make_projections(inputs), strict=True))
 
-    def together(one: cases.Inputs, new: cases.Projection) -> torch.Tensor:
-        return attend(
-            new.qkv_TX, new.norms, new.rope, new.positions_T, cache, one.batch, cases.SCALE
-        )
+    together = partial(_from_the_projection_on, cache)
 
     def prepare(one: cases.Inputs, new: cases.Projection) -> torch.Tensor:
         return norm_rope_write_operator(
@@ -262,7 +260,7 @@ def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> l
     def apart(one: cases.Inputs, new: cases.Projection) -> torch.Tensor:
         return paged_attention(prepare(one, new), cache, one.batch, cases.SCALE)
 
-    error = cases.check_decode("decode", *steps[0], cache, partial(together, *steps[0]))
+    error = cases.check_attend("decode", *steps[0], cache, partial(together, *steps[0]))
     # Whether it is made in one launch or in two, the cache holds the same bits.
     slots_T = inputs[0].batch.slots_T
     prepare(*steps[0])
@@ -287,6 +285,10 @@ def prepared_decode_rows(batch_size: int, context: int | str, cache: Cache) -> l
     return rows
 
 
+def _from_the_projection_on(cache: Cache, one: cases.Inputs, new: cases.Projection) -> torch.Tensor:
+    return attend(new.qkv_TX, new.norms, new.rope, new.positions_T, cache, one.batch, cases.SCALE)
+
+
 def prefill_rows(
     name: str, lens: list[tuple[int, int]], cache: Cache, peer_us: float | None
 ) -> list[Row]:
@@ -294,10 +296,7 @@ def prefill_rows(
     for equal whole prompts, cuDNN's."""
     inputs = [cases.make_inputs(lens) for _ in range(3)]
     own_kv = {id(one): one.own_kv(cache) for one in inputs}
-    flop = sum(
-        4 * cases.NUM_HEADS * cases.HEAD_DIM * (query * context - query * (query - 1) / 2)
-        for query, context in lens
-    )
+    flop = prefill_flop(lens)
 
     def triton(one: cases.Inputs) -> torch.Tensor:
         out, batch = torch.empty_like(one.q_TND), one.batch
@@ -336,6 +335,31 @@ def prefill_rows(
         {"kernel": kernel, "case": name, "peer_us": peer_us} | _timed(inputs, cache, way, flop=flop)
         for kernel, way in ways.items()
     ]
+
+
+def prepared_prefill_row(name: str, lens: list[tuple[int, int]], cache: Cache) -> Row:
+    """Prefill from the fused projection on: norms and rotation, the cache, attention."""
+    inputs = [cases.make_inputs(lens) for _ in range(3)]
+    steps = list(zip(inputs, cases.make_projections(inputs), strict=True))
+    calls = [partial(_from_the_projection_on, cache, *step) for step in steps]
+    error = cases.check_attend("prefill", *steps[0], cache, calls[0])
+    seconds = seconds_per_call(calls)
+    return {
+        "kernel": "prepare and prefill",
+        "case": name,
+        "us": seconds * 1e6,
+        "flop_per_s": prefill_flop(lens) / seconds,
+        "ceiling": "matmul",
+        "error": error,
+    }
+
+
+def prefill_flop(lens: list[tuple[int, int]]) -> float:
+    """Of attention's two products."""
+    return sum(
+        4 * cases.NUM_HEADS * cases.HEAD_DIM * (query * context - query * (query - 1) / 2)
+        for query, context in lens
+    )
 
 
 def _timed(

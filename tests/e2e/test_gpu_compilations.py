@@ -59,6 +59,8 @@ def compilations(monkeypatch):
         (True, 9000, {"moe_intermediate_size": 64}),
         (False, 17001, {"moe_intermediate_size": 96, "num_key_value_heads": 4}),
         (True, 26000, {"num_hidden_layers": 4, "mlp_only_layers": [1], "num_key_value_heads": 8}),
+        # Heads that prefill attention on Hopper takes, and a projection that is split there.
+        (True, 34000, {"hidden_size": 1024, "head_dim": 128, "num_key_value_heads": 4}),
     ],
 )
 def test_serving_compiles_nothing(tmp_path, compilations, cuda_graphs, vocab_size, model):

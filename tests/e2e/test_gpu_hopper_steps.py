@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.hopper_world import (
     DECODE_KERNELS,
+    HOPPER_LIMITS,
     LAUNCHES,
     PREFILL_KERNELS,
     hopper_world,
@@ -134,6 +135,21 @@ def test_batch_of_any_size_gives_what_each_request_gives_alone(scarce_graphs, si
     assert {len(step) for step in scarce_graphs.steps} == {size}
     for output, other in zip(together, alone(scarce_graphs, requests), strict=True):
         assert_same_or_tied(output, other)
+
+
+def test_requests_share_what_their_own_step_computes(tmp_path, kernels, scarce_graphs):
+    """All but the last token of the first one's prompt are in its full blocks."""
+    world = hopper_world(tmp_path, model=DENSE, prefix_cache=True)
+    length = 12 * HOPPER_LIMITS["block_size"] + 1
+    prompt = [token for (token,) in prompts_of(length, 1, longest=1)]
+    requests = [(prompt, greedy(16, logprobs=2))] * 6
+    kernels.launched.clear()
+    together = world.run(requests)
+    assert kernels.launched >= {"prefill attention"}
+    assert sorted(num_tokens for _, num_tokens in world.steps[0]) == [*[1] * 5, length]
+    (expected,) = alone(scarce_graphs, requests[:1])
+    for output in together:
+        assert_same_or_tied(output, expected)
 
 
 def test_logits_of_one_graph_survive_until_the_next_runs(graphs):

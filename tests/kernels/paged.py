@@ -28,6 +28,17 @@ class Case:
         return self.q_TND.shape[2] ** -0.5
 
     @property
+    def positions_T(self) -> torch.Tensor:
+        """Where the step's own tokens stand in their contexts; 0 for a padding row."""
+        contexts = self.batch.context_lens_S.tolist()
+        nums = [num for _, num in self.batch.rows]
+        positions = [
+            torch.arange(num) + max(context - num, 0)
+            for num, context in zip(nums, contexts, strict=True)
+        ]
+        return torch.cat(positions).to(self.q_TND.device)
+
+    @property
     def own_kv_2TGD(self) -> torch.Tensor:
         """The keys and values of the step's own tokens."""
         return torch.stack([tensor.flatten(0, 1)[self.batch.slots_T] for tensor in self.cache])
@@ -105,6 +116,14 @@ def expected(case: Case) -> torch.Tensor:
         spans,
         case.scale,
     )
+
+
+def with_a_shared_prefix(case: Case) -> Case:
+    """The first sequence, which decodes, begins with blocks of the last, a prompt of this step."""
+    tables_SB, contexts_S = case.batch.block_tables_SB.clone(), case.batch.context_lens_S
+    num_shared = int(min(contexts_S[0] - 1, contexts_S[-1])) // case.cache[0].shape[1]
+    tables_SB[0, :num_shared] = tables_SB[-1, :num_shared]
+    return replace(case, batch=replace(case.batch, block_tables_SB=tables_SB))
 
 
 def in_the_last_blocks(case: Case) -> Case:

@@ -1,17 +1,24 @@
 """Cases of `ops.prefill_attention`, each run once and compared with float32 on the CPU.
 
-Legend: T tokens, N query heads, G KV heads, D head dimension, L tokens a block, C context length.
+Legend: T tokens, N query heads, G KV heads, D head dimension, L tokens a block, C context length,
+P positions, F = D / 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from moe_engine.ops.prefill_attention import order_tiles, prefill_attention, tile_tokens
+from moe_engine.ops.prefill_attention import (
+    QueryPreparation,
+    order_tiles,
+    prefill_attention,
+    tile_tokens,
+)
 from moe_engine.ops.prefill_plan import PrefillSpan
+from moe_engine.ops.reference.rope import apply_rope
 from tests.kernels.close import check_rows
 from tests.kernels.paged import Case, expected, make_case
 
@@ -45,6 +52,7 @@ class Prefill:
     Attributes:
         lens: (query length, context length) of every sequence, those of one position first.
         others: how many of the first and of the last are no spans; what these have is NaN.
+        raw: whether the kernel norms and rotates the queries.
     """
 
     lens: Lens
@@ -53,11 +61,13 @@ class Prefill:
     block_size: int = 16
     others: tuple[int, int] = (0, 0)
     keys: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = random
+    raw: bool = False
 
     def __str__(self) -> str:
         return (
             f"{len(self.lens)} sequences {self.lens[:6]}, {self.num_heads} heads to "
             f"{self.num_kv_heads}, blocks of {self.block_size}, {self.keys.__name__} keys"
+            f"{', raw queries' if self.raw else ''}"
         )
 
     def attended(self, case: Case) -> list[PrefillSpan]:
@@ -87,6 +97,10 @@ PREFILL_CASES = [
     *(Prefill(FEW, *heads) for heads in ((2, 2), (4, 2), (3, 1), (8, 2), (6, 1), (12, 1), (16, 1))),
     *(Prefill(FEW, block_size=block_size) for block_size in (8, 32, 64, 128, 256, 384)),
     *(Prefill([(1, 900), (300, 1000), (400, 400)], keys=keys) for keys in (growing, constant)),
+    Prefill([(1, 1)], raw=True),
+    Prefill(CHUNKS, 32, 4, raw=True),
+    Prefill([(1, 7), (1, 0), (9, 20), (150, 150), (8, 90)], 16, 2, others=(2, 1), raw=True),
+    *(Prefill(FEW, *heads, raw=True) for heads in ((2, 2), (4, 2), (8, 2), (6, 1), (16, 1))),
 ]  # fmt: skip
 
 
@@ -98,18 +112,56 @@ def spans_of(case: Case) -> list[PrefillSpan]:
     ]
 
 
-def attend(case: Case, spans: list[PrefillSpan], first_table_row: int) -> torch.Tensor:
-    """By the kernel, on the CPU again; rows outside the spans stay `UNWRITTEN`."""
+def make_preparation(case: Case) -> QueryPreparation:
+    """With random angles of the positions that there are, and no more; on the CPU."""
+    angles_PF = 6 * torch.rand(int(case.batch.context_lens_S.max()), 64)
+    return QueryPreparation(
+        (1 + 0.3 * torch.randn(128)).to(BF16), 1e-6, angles_PF.cos(), angles_PF.sin()
+    )
+
+
+def prepared(case: Case, preparation: QueryPreparation) -> Case:
+    """The case with its queries normed and rotated in float32, and rounded."""
+    weight_D, positions_T = preparation.norm_weight_D.float(), case.positions_T
+    q_TND = torch.nn.functional.rms_norm(case.q_TND.float(), (128,), weight_D, preparation.eps)
+    cos_TF, sin_TF = preparation.cos_PF[positions_T], preparation.sin_PF[positions_T]
+    return replace(case, q_TND=apply_rope(q_TND, cos_TF, sin_TF).to(BF16))
+
+
+def on_gpu(preparation: QueryPreparation) -> QueryPreparation:
+    """A copy."""
+    return QueryPreparation(
+        preparation.norm_weight_D.cuda(),
+        preparation.eps,
+        preparation.cos_PF.cuda(),
+        preparation.sin_PF.cuda(),
+    )
+
+
+def attend(
+    case: Case,
+    spans: list[PrefillSpan],
+    first_table_row: int,
+    preparation: QueryPreparation | None = None,
+) -> torch.Tensor:
+    """By the kernel, on the CPU again; rows outside the spans stay `UNWRITTEN`.
+
+    Rows of queries lie apart, as in the projection, with NaN between them.
+    """
     k_cache_BLGD, v_cache_BLGD = case.cache
+    num_tokens, num_heads, head_dim = case.q_TND.shape
+    num_kv_heads = k_cache_BLGD.shape[2]
+    wide_TAD = torch.full((num_tokens, num_heads + 2 * num_kv_heads, head_dim), torch.nan).to(BF16)
+    wide_TAD[:, :num_heads] = case.q_TND
     out_TND = torch.full(case.q_TND.shape, UNWRITTEN, dtype=BF16).cuda()
-    tokens = tile_tokens(case.q_TND.shape[1], k_cache_BLGD.shape[2])
     prefill_attention(
-        case.q_TND.cuda(),
+        wide_TAD.cuda()[:, :num_heads],
         (k_cache_BLGD.cuda(), v_cache_BLGD.cuda()),
         case.batch.block_tables_SB.cuda(),
-        order_tiles(spans, first_table_row, tokens),
+        order_tiles(spans, first_table_row, tile_tokens(num_heads, num_kv_heads)),
         case.scale,
         out_TND,
+        None if preparation is None else on_gpu(preparation),
     )
     return out_TND.cpu()
 
@@ -142,7 +194,9 @@ def run_prefill(prefill: Prefill) -> None:
     """The spans' rows, and none beside them."""
     case = make_prefill(prefill)
     spans = prefill.attended(case)
-    out_TND, expected_TND = attend(case, spans, prefill.others[0]), expected(case)
+    preparation = make_preparation(case) if prefill.raw else None
+    out_TND = attend(case, spans, prefill.others[0], preparation)
+    expected_TND = expected(case if preparation is None else prepared(case, preparation))
     rows = slice(spans[0].first_row, spans[-1].first_row + spans[-1].query_len)
     check_rows(out_TND[rows].flatten(0, 1), expected_TND[rows].flatten(0, 1))
     assert (out_TND[: rows.start] == UNWRITTEN).all()

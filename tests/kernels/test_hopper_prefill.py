@@ -14,12 +14,29 @@ import torch
 
 from moe_engine.ops import attention, prefill_attention
 from moe_engine.ops.attention import paged_attention
-from moe_engine.ops.prefill_attention import MAX_SPANS, MAX_TILES, TileOrder
+from moe_engine.ops.linear import linear
+from moe_engine.ops.prefill_attention import (
+    MAX_SPANS,
+    MAX_TILES,
+    QueryPreparation,
+    TileOrder,
+    tile_tokens,
+)
 from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 from tests.kernels.close import check_rows
 from tests.kernels.paged import expected, in_the_last_blocks, make_case
-from tests.kernels.prefill_cases import CHUNKS, Prefill, attend, make_prefill, run_prefill, spans_of
+from tests.kernels.prefill_cases import (
+    CHUNKS,
+    FEW,
+    Prefill,
+    attend,
+    make_prefill,
+    make_preparation,
+    on_gpu,
+    run_prefill,
+    spans_of,
+)
 
 pytestmark = pytest.mark.usefixtures("needs_hopper")
 
@@ -63,6 +80,40 @@ def test_a_row_gets_the_same_bits_in_whatever_chunk_it_is_computed(heads: tuple[
         assert torch.equal(chunk_TND[start:end], whole_TND[start:end])
 
 
+# Several items for each multiprocessor, whose blocks use the same shared memory again and again.
+MANY = [(1, 50), (3000, 3000), (700, 3700), (2000, 2000)]
+TWO_LAUNCHES = [(1, 5), *((2 + n % 20, 2 + n % 20 + n % 3 * 60) for n in range(MAX_SPANS + 6))]
+
+
+@pytest.mark.parametrize("heads", [(16, 16), (16, 8), (16, 4), (24, 4), (32, 4), (32, 2)])
+@pytest.mark.parametrize(
+    ("lens", "others"),
+    [([(1, 40), *CHUNKS, (7, 9)], (1, 1)), (FEW, (0, 0)), (MANY, (1, 0)), (TWO_LAUNCHES, (1, 0))],
+    ids=["chunks", "last tiles", "many items", "two launches"],
+)
+def test_raw_queries_get_the_bits_of_prepared_ones(
+    lens: list[tuple[int, int]], others: tuple[int, int], heads: tuple[int, int]
+) -> None:
+    """1, 2, 4, 6, 8 and 16 query heads of a KV head; rows outside the spans hold NaN."""
+    prefill = Prefill(lens, *heads, others=others)
+    case = make_prefill(prefill)
+    spans, preparation = prefill.attended(case), make_preparation(case)
+    raw_TND = attend(case, spans, others[0], preparation)
+    num_tokens, there = len(case.q_TND), on_gpu(preparation)
+    nothing_TX = case.q_TND.new_zeros(num_tokens, 2 * heads[1] * 128)
+    q_TND = norm_rope_write(
+        torch.cat([case.q_TND.flatten(1), nothing_TX], 1).cuda(),
+        there.norm_weight_D,
+        there.norm_weight_D,
+        there.eps,
+        RopeTable(there.cos_PF, there.sin_PF),
+        case.positions_T.cuda(),
+        (case.cache[0].cuda(), case.cache[1].cuda()),
+        torch.full((num_tokens,), -1, device="cuda"),
+    )
+    assert torch.equal(raw_TND, attend(replace(case, q_TND=q_TND.cpu()), spans, others[0]))
+
+
 def test_the_operator_leaves_all_prompts_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that cuDNN could attend to, and gives decodes beside them to another kernel."""
     launches, launch = [], prefill_attention.prefill_attention
@@ -73,50 +124,63 @@ def test_the_operator_leaves_all_prompts_to_it(monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.setattr(attention.cudnn_prefill, "attend", lambda *_: pytest.fail("by cuDNN"))
     for lens, num_launches in (
-        ([(512, 512)] * 8, [1]),
-        ([(1030, 1030)], [1]),
-        ([(1, 40), (1, 0), (1500, 1500), (70, 70), (100, 900)], [1]),
-        ([(1, 40), *[(2, 20)] * 65], [2]),
-        ([(1, 40), (1, 600)], []),
+        ([(512, 512)] * 8, 1),
+        ([(1030, 1030)], 1),
+        ([(1, 40), (1, 0), (1500, 1500), (70, 70), (100, 900)], 1),
+        ([(1, 40), *[(2, 20)] * 65], 2),
+        ([(1, 40), (1, 600)], 0),
     ):
         case = make_case(lens, device="cuda", dtype=BF16, **QWEN3)
         expected_TND = expected(case)
         for own_kv_2TGD in (None, case.own_kv_2TGD):
             launches.clear()
             out_TND = paged_attention(case.q_TND, case.cache, case.batch, case.scale, own_kv_2TGD)
-            assert launches == num_launches
+            assert sum(launches) == num_launches
             check_rows(out_TND.flatten(0, 1), expected_TND.flatten(0, 1))
 
 
-def test_it_waits_for_its_queries_keys_and_values() -> None:
-    """It begins before the kernel that prepares them has ended; they change from call to call."""
-    case = make_case([(1, 9), (300, 300), (200, 450)], device="cuda", dtype=BF16, **QWEN3)
-    weights = torch.rand(2, 128, device="cuda").to(BF16)
-    angles_PF = torch.rand(450, 64, device="cuda")
-    rope = RopeTable(angles_PF.cos(), angles_PF.sin())
-    positions_T = torch.cat([torch.arange(8, 9), torch.arange(300), torch.arange(250, 450)]).cuda()
-    qkv_NTX = torch.randn(20, case.batch.num_tokens, 40 * 128, device="cuda").to(BF16)
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("lens", [[(1, 9), (300, 300), (200, 450)], [(1, 9), (9, 300), (6, 450)]])
+def test_it_waits_for_its_queries_keys_and_values(lens: list[tuple[int, int]], raw: bool) -> None:
+    """It begins before the kernels that make them have ended; they change from call to call.
 
-    def run(wait: bool) -> list[torch.Tensor]:
+    So does the projection of up to 16 rows begin early, before the kernel that prepares them.
+    """
+    case = make_case(lens, device="cuda", dtype=BF16, **QWEN3)
+    norm_weights = torch.rand(2, 128, device="cuda").to(BF16)
+    angles_PF = torch.rand(450, 64, device="cuda")
+    rope, positions_T = RopeTable(angles_PF.cos(), angles_PF.sin()), case.positions_T
+    preparation = QueryPreparation(norm_weights[0], 1e-6, rope.cos_PF, rope.sin_PF)
+    x_NTX = torch.randn(20, case.batch.num_tokens, 512, device="cuda").to(BF16)
+    weight_OX = (torch.randn(40 * 128, 512, device="cuda") / 23).to(BF16)
+    orders = case.batch.tile_orders(tile_tokens(32, 4))
+
+    def run(wait: bool) -> torch.Tensor:
         cache = case.cache[0].clone(), case.cache[1].clone()
-        outputs = []
-        for qkv_TX in qkv_NTX:
-            q_TND = norm_rope_write(
-                qkv_TX, *weights, 1e-6, rope, positions_T, cache, case.batch.slots_T
-            )
+        out_NTND = case.q_TND.new_zeros(len(x_NTX), *case.q_TND.shape)
+        for x_TX, out_TND in zip(x_NTX, out_NTND, strict=True):
+            qkv_TX = linear(x_TX, weight_OX)
             if wait:
                 torch.cuda.synchronize()
-            out_TND = torch.zeros_like(q_TND)
-            orders = case.batch.tile_orders(prefill_attention.tile_tokens(32, 4))
+            q_TND = norm_rope_write(
+                qkv_TX[:, 32 * 128 :] if raw else qkv_TX, *norm_weights, 1e-6, rope, positions_T,
+                cache, case.batch.slots_T,
+            )  # fmt: skip
+            if wait:
+                torch.cuda.synchronize()
             prefill_attention.prefill_attention(
-                q_TND, cache, case.batch.block_tables_SB, orders, case.scale, out_TND
+                qkv_TX[:, : 32 * 128].unflatten(1, (32, 128)) if raw else q_TND,
+                cache,
+                case.batch.block_tables_SB,
+                orders,
+                case.scale,
+                out_TND,
+                preparation if raw else None,
             )
-            outputs.append(out_TND)
-            del q_TND  # the next call's may lie there
-        return outputs
+            del qkv_TX, q_TND  # the next call's may lie there
+        return out_NTND
 
-    for mine, theirs in zip(run(wait=False), run(wait=True), strict=True):
-        assert torch.equal(mine, theirs)
+    assert torch.equal(run(wait=False), run(wait=True))
 
 
 def test_offsets_pass_two_to_the_31() -> None:

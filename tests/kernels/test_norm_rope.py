@@ -191,6 +191,28 @@ def test_rows_may_lie_apart() -> None:
     assert torch.equal(run_kernel(apart, caches[0]), run_kernel(inputs, caches[1]))
 
 
+def check_keys_and_values_alone(inputs: Inputs) -> None:
+    """From columns of the projection without its query heads, the cache gets the same bits."""
+    dtype, head_dim = inputs.qkv_TX.dtype, len(inputs.q_weight_D)
+    alone = replace(inputs, qkv_TX=inputs.qkv_TX[:, -2 * inputs.num_kv_heads * head_dim :])
+    caches = inputs.cache(16, dtype), inputs.cache(16, dtype)
+    run_kernel(inputs, caches[0])
+    q_TND = run_kernel(alone, caches[1])
+    assert q_TND.shape == (len(inputs.slots_T), 0, head_dim)
+    for whole, part in zip(*caches, strict=True):
+        assert torch.equal(whole.view(torch.uint8), part.view(torch.uint8))
+    check(alone)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_keys_and_values_alone(
+    num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    check_keys_and_values_alone(make_inputs(num_tokens, heads, dtype))
+
+
 # Triton's interpreter rounds to float8 without the carry.
 @needs_gpu
 def test_a_narrower_cache_gets_rounded_values() -> None:
@@ -211,6 +233,7 @@ def test_a_narrower_cache_gets_rounded_values() -> None:
 def test_model_sizes_on_a_gpu(num_tokens: int, dtype: torch.dtype) -> None:
     check(make_inputs(num_tokens, (32, 4, 128), dtype), with_own=True, use_pdl=True)
     check(make_inputs(num_tokens, (32, 4, 128), dtype))
+    check_keys_and_values_alone(make_inputs(num_tokens, (32, 4, 128), dtype))
 
 
 @needs_gpu

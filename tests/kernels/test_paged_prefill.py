@@ -15,9 +15,17 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from moe_engine.ops import attention, cudnn_prefill, prefill_attention, prefill_plan
-from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.attention import NeededRows, PagedBatch, paged_attention
+from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.reference import rope as rope_reference
 from moe_engine.ops.rope import RopeTable, norm_rope_write
-from tests.kernels.paged import Case, expected, in_the_last_blocks, make_case
+from tests.kernels.paged import (
+    Case,
+    expected,
+    in_the_last_blocks,
+    make_case,
+    with_a_shared_prefix,
+)
 from tests.kernels.triton_device import DEVICE, HAS_TRITON, needs_gpu, needs_triton
 
 if HAS_TRITON:
@@ -273,7 +281,7 @@ def test_from_the_projection_on_prompts_get_what_is_cached(
     case = make_case(lens, device="cuda", dtype=dtype, cache_dtype=cache_dtype, **QWEN3)
     if not cudnn_prefill.usable(dtype, 32, case.cache[0].to(dtype)):
         pytest.skip("needs cuDNN attention")
-    check_from_the_projection_on(case, lens)
+    check_from_the_projection_on(case)
     long = [num for num, end in lens if num == end and num >= prefill_plan.MIN_PROMPT]
     assert num_rows_attended == {"cudnn": [] if cache_dtype else long, "hopper": []}
 
@@ -285,28 +293,84 @@ def test_from_the_projection_on_prompts_get_what_is_cached_on_hopper(
 ) -> None:
     """Our kernel has all prompts, in one launch with the step's queries."""
     case = make_case(lens, device="cuda", dtype=torch.bfloat16, **QWEN3)
-    check_from_the_projection_on(case, lens)
+    check_from_the_projection_on(case)
     assert num_rows_attended == {"cudnn": [], "hopper": [case.batch.num_tokens]}
 
 
-def check_from_the_projection_on(case: Case, lens: list[tuple[int, int]]) -> None:
-    """`attend` prepares, caches and attends as its parts do."""
-    dtype = case.q_TND.dtype
-    qkv_TX = torch.randn(case.batch.num_tokens, 40 * 128, device="cuda").to(dtype)
+# Prompts and chunks beside decodes, of which there are none, one, and so many that they are
+# attended to by another kernel than few.
+MIXED = [[], [(1, 333)], [(1, 20 * n) for n in range(1, 40)]]
+
+
+@needs_gpu
+@pytest.mark.parametrize("decodes", MIXED, ids=len)
+@pytest.mark.parametrize("needed", ["all", "last", "some"])
+@pytest.mark.parametrize("num_parts", [0, 3])
+def test_from_the_projection_on_steps_of_all_kinds(
+    num_parts: int, needed: str, decodes: list[tuple[int, int]]
+) -> None:
+    """All rows are needed, or those at the ends of the sequences alone, or also others."""
+    lens = [*decodes, (70, 70), (33, 400), (2, 35)]
+    case = make_case(lens, device="cuda", dtype=torch.bfloat16, **QWEN3)
+    check_from_the_projection_on(case, num_parts, needed_rows(case.batch, needed))
+
+
+@needs_gpu
+@pytest.mark.parametrize("needed", ["all", "last"])
+@pytest.mark.parametrize("num_decodes", [1, 6, 40])
+def test_a_decode_sees_what_a_prompt_of_the_same_step_caches(num_decodes: int, needed: str) -> None:
+    """The scheduler offers blocks that a step fills with several positions to the same step."""
+    lens = [(1, 97)] * num_decodes + [(200, 200)]
+    case = with_a_shared_prefix(make_case(lens, device="cuda", dtype=torch.bfloat16, **QWEN3))
+    check_from_the_projection_on(case, needed=needed_rows(case.batch, needed))
+
+
+def needed_rows(batch: PagedBatch, which: str) -> NeededRows | None:
+    if which == "all":
+        return None
+    ends_S = batch.query_starts_S[1:].long() - 1
+    if which == "some":
+        first = torch.arange(batch.num_decodes, batch.num_decodes + 50, 7, device=ends_S.device)
+        return NeededRows(torch.cat([first, ends_S]), None)
+    as_decodes = replace(
+        batch,
+        slots_T=batch.slots_T[ends_S],
+        query_starts_S=torch.arange(len(ends_S) + 1, dtype=torch.int32, device=ends_S.device),
+        num_decodes=len(ends_S),
+        prefills=(),
+    )
+    return NeededRows(ends_S, as_decodes)
+
+
+def check_from_the_projection_on(
+    case: Case, num_parts: int = 0, needed: NeededRows | None = None
+) -> None:
+    """`attend` computes what the references do, and caches the bits of `norm_rope_write`."""
+    dtype, batch, positions_T = case.q_TND.dtype, case.batch, case.positions_T
+    qkv = torch.randn(max(num_parts, 1), batch.num_tokens, 40 * 128, device="cuda")
+    given = SplitSums(qkv, dtype) if num_parts else qkv[0].to(dtype)
     norms = attention.HeadNorms(*torch.rand(2, 128, device="cuda").to(dtype), 1e-6)
+    weights = norms.q_weight_D, norms.k_weight_D, norms.eps
     angles = torch.rand(2048, 64, device="cuda")
     rope = RopeTable(angles.cos(), angles.sin())
-    positions_T = torch.cat([torch.arange(end - num, end) for num, end in lens]).cuda()
+    for tensor in case.cache:  # NaN in both dtypes
+        tensor.view(torch.uint8).flatten(0, 1)[batch.slots_T] = 255
     other = tuple(tensor.clone() for tensor in case.cache)
-    out_TND = attention.attend(qkv_TX, norms, rope, positions_T, case.cache, case.batch, case.scale)
-    q_TND = norm_rope_write(
-        qkv_TX, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, other,
-        case.batch.slots_T,
-    )  # fmt: skip
+    scratch = torch.empty(2, *case.cache[0].shape, dtype=dtype, device="cuda")
+    out_RND = attention.attend(
+        given, norms, rope, positions_T, case.cache, batch, case.scale, needed
+    )
+    norm_rope_write(given, *weights, rope, positions_T, other, batch.slots_T)
     for ours, theirs in zip(case.cache, other, strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
-    expected_TND = expected(replace(case, q_TND=q_TND))
-    torch.testing.assert_close(out_TND.float(), expected_TND, rtol=2e-2, atol=2e-2)
+    qkv_TX = given.summed() if isinstance(given, SplitSums) else given
+    q_TND = rope_reference.norm_rope_write(
+        qkv_TX, *weights, (rope.cos_PF, rope.sin_PF), positions_T, *scratch, batch.slots_T
+    )
+    expected_RND = expected(replace(case, q_TND=q_TND))
+    if needed is not None:
+        expected_RND = expected_RND[needed.rows_R]
+    torch.testing.assert_close(out_RND.float(), expected_RND, rtol=2e-2, atol=2e-2)
 
 
 @needs_gpu

@@ -43,14 +43,12 @@ def test_attention_that_is_right_is_close_and_any_row_that_is_not_counts(
                 cases.check("attention", cases.worst_difference(inputs, cache, one_wrong))
 
 
-def decode_step() -> tuple[cases.Cache, cases.Inputs, cases.Projection]:
-    inputs = cases.make_inputs([(1, 5), (1, 70)])
+@pytest.mark.parametrize("lens", [[(1, 5), (1, 70)], LENS])
+def test_attention_from_the_projection_on_is_checked_with_what_it_caches(
+    lens: list[tuple[int, int]],
+) -> None:
+    cache, inputs = cases.make_cache(), cases.make_inputs(lens)
     (new,) = cases.make_projections([inputs])
-    return cases.make_cache(), inputs, new
-
-
-def test_decode_from_the_projection_on_is_checked_with_what_it_caches() -> None:
-    cache, inputs, new = decode_step()
     batch = inputs.batch
 
     def right() -> torch.Tensor:
@@ -64,10 +62,15 @@ def test_decode_from_the_projection_on_is_checked_with_what_it_caches() -> None:
         cache[0].flatten(0, 1)[batch.slots_T[1]] += 1
         return out_TND
 
-    assert cases.check_decode("right", inputs, new, cache, right) < cases.TOLERANCE
+    assert cases.check_attend("right", inputs, new, cache, right) < cases.TOLERANCE
     for run in (wrong_output, wrong_key, lambda: torch.zeros_like(inputs.q_TND)):
-        with pytest.raises(SystemExit, match=r"decode.* is off"):
-            cases.check_decode("decode", inputs, new, cache, run)
+        with pytest.raises(SystemExit, match=r"attend.* is off"):
+            cases.check_attend("attend", inputs, new, cache, run)
+
+
+def test_a_steps_tokens_stand_at_the_ends_of_their_contexts() -> None:
+    positions = cases.make_inputs([(1, 5), (1, 70), (3, 3), (2, 33)]).positions_T
+    assert positions.tolist() == [4, 69, 0, 1, 2, 31, 32]
 
 
 def test_preparation_is_checked_with_what_it_caches() -> None:
@@ -145,3 +148,14 @@ def test_every_kernel_that_takes_a_prefill_is_timed(monkeypatch: pytest.MonkeyPa
 def test_a_wrong_prefill_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="attention is off"):
         timed_prefills(monkeypatch, [(40, 40)], wrong=wrong)
+
+
+def test_a_prefill_from_the_projection_on_is_timed_if_it_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_attention, "seconds_per_call", lambda calls: 2e-6)
+    row = bench_attention.prepared_prefill_row("step", LENS[2:], cases.make_cache())
+    assert row["us"] == 2
+    monkeypatch.setattr(bench_attention, "attend", lambda *arguments: -attend(*arguments))
+    with pytest.raises(SystemExit, match="prefill is off"):
+        bench_attention.prepared_prefill_row("step", LENS[2:], cases.make_cache())

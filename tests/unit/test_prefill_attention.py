@@ -1,4 +1,7 @@
-"""What the prefill attention of Hopper is given: which tiles in which order, and which caches."""
+"""What the prefill attention of Hopper is given: which tiles in which order, and which caches.
+
+And what `attend` gives to it and to the kernels beside it, for which the references stand in.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_engine.ops import hopper
-from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops import attention, hopper
+from moe_engine.ops.attention import HeadNorms, PagedBatch
 from moe_engine.ops.prefill_attention import (
     MAX_SPANS,
     MAX_TILES,
     STEP_TOKENS,
+    QueryPreparation,
     TileOrder,
     order_tiles,
     takes,
     tile_tokens,
 )
 from moe_engine.ops.prefill_plan import PrefillSpan
+from moe_engine.ops.reference import attention as reference
+from moe_engine.ops.reference.rope import apply_rope
+from moe_engine.ops.rope import RopeTable, norm_rope_write
+from tests.kernels.paged import Case, make_case, with_a_shared_prefix
 from tests.unit.hopper_on_cpu import choose_as_on_hopper
 from tests.unit.test_prefill_plan import spans, whole
 
@@ -163,3 +171,80 @@ def test_the_kernel_says_which_sizes_it_takes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_cache_on_a_cpu_is_not_taken() -> None:
     assert not takes(torch.bfloat16, 8, torch.empty(2, 16, 2, 128, dtype=torch.bfloat16))
+
+
+def test_the_decodes_of_a_step_are_a_step() -> None:
+    batch = make_case([(1, 7), (1, 0), (9, 20), (2, 2)], device="cpu").batch
+    decodes = batch.decodes
+    assert batch.decodes is decodes
+    assert decodes.num_decodes == decodes.num_tokens == 2
+    assert decodes.rows == batch.rows[:2]
+    assert decodes.query_starts_S.tolist() == [0, 1, 2]
+    assert decodes.context_lens_S.tolist() == [7, 0]
+    assert torch.equal(decodes.slots_T, batch.slots_T[:2])
+    assert torch.equal(decodes.block_tables_SB, batch.block_tables_SB[:2])
+
+
+def attend_to_spans(
+    q_TND: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    tables_SB: torch.Tensor,
+    orders: list[TileOrder],
+    scale: float,
+    out_TND: torch.Tensor,
+    preparation: QueryPreparation,
+) -> None:
+    """What the kernel does, by the references."""
+    spans = np.concatenate([order.spans for order in orders])
+    for first, num, context, table_row in spans.tolist():
+        normed_TND = torch.nn.functional.rms_norm(
+            q_TND[first : first + num], (16,), preparation.norm_weight_D, preparation.eps
+        )
+        positions = slice(context - num, context)
+        out_TND[first : first + num] = reference.paged_attention(
+            apply_rope(normed_TND, preparation.cos_PF[positions], preparation.sin_PF[positions]),
+            *cache,
+            tables_SB[table_row : table_row + 1],
+            torch.tensor([context]),
+            [(0, num)],
+            scale,
+        )
+
+
+MIXED = [(1, 7), (1, 16), (1, 70), (9, 20), (2, 2), (40, 40)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        make_case(MIXED, device="cpu"),
+        make_case(MIXED[3:], device="cpu"),
+        # The scheduler offers blocks that a step fills with several positions to the same step.
+        with_a_shared_prefix(make_case([(1, 33), (40, 40)], device="cpu")),
+    ],
+    ids=["mixed", "prompts", "shared prefix"],
+)
+def test_attend_shares_out_the_projection(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes, keys and values, and raw queries; what `norm_rope_write` is given stays aligned."""
+    pointers: list[int] = []
+
+    def write(*args: torch.Tensor) -> torch.Tensor:
+        pointers.extend(args[i].data_ptr() for i in (0, 5, 7))
+        return norm_rope_write(*args)
+
+    norms = HeadNorms(*torch.rand(2, 16), 1e-6)
+    angles_PF = torch.rand(100, 8)
+    rope = RopeTable(angles_PF.cos(), angles_PF.sin())
+    qkv_TX = torch.randn(case.batch.num_tokens, 8 * 16)
+    caches = [(case.cache[0].clone(), case.cache[1].clone()) for _ in range(2)]
+    rest = case.batch, case.scale
+    expected_TND = attention.attend(qkv_TX, norms, rope, case.positions_T, caches[0], *rest)
+    monkeypatch.setattr(attention, "_attend_decodes", attention.attend)
+    monkeypatch.setattr(attention.prefill_attention, "prefill_attention", attend_to_spans)
+    monkeypatch.setattr(attention, "norm_rope_write", write)
+    out_TND = attention._attend_on_hopper(qkv_TX, norms, rope, case.positions_T, caches[1], *rest)
+    torch.testing.assert_close(out_TND, expected_TND)
+    for ours, theirs in zip(caches[1], caches[0], strict=True):
+        assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+    # Triton compiles another variant for arrays that begin elsewhere.
+    assert not [pointer for pointer in pointers if pointer % 16]

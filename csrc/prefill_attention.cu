@@ -3,11 +3,10 @@
 // A block takes 128 rows, 64 for each of two warpgroups: some tokens' query heads of a KV head. It
 // walks over the context from its end to its start, 128 tokens at a time. Of four more warps, two
 // keep two stages of keys and two of values on their way, page by page, and two load the next
-// queries, norm and rotate them. While the scores of the next tokens
-// are computed, a warpgroup turns the last ones into weights in its registers, from where they are
-// multiplied by the values; and the two warpgroups take turns, so that one's exponentials run
-// beside the other's products. Blocks are persistent, and have their next rows loaded while they
-// finish.
+// queries, norm and rotate them. While the scores of the next tokens are computed, a warpgroup
+// turns the last ones into weights in its registers, from where they are multiplied by the values;
+// and the two warpgroups take turns, so that one's exponentials run beside the other's products.
+// Blocks are persistent, and have their next rows loaded while they finish.
 //
 // Source: Shah et al., "FlashAttention-3", 2024; that what is summed up is only rescaled where the
 // maximum has grown by much, from FlashAttention-4.

@@ -1,4 +1,5 @@
-// How the blocks of prefill attention share out its tiles, and load what these need.
+// How the blocks of prefill attention share out its tiles, load what these need, and prepare the
+// queries.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -159,9 +159,10 @@ def attend(
     scale: float,
     needed: NeededRows | None = None,
 ) -> torch.Tensor:
-    """`norm_rope_write`, then `paged_attention`; [R, N, D]. In one launch where all decode.
+    """`norm_rope_write`, then `paged_attention`; [R, N, D].
 
-    There a row's bits may depend on T, but not on the other rows.
+    In one launch where all decode: there a row's bits may depend on T, but not on the other rows.
+    Where prefills go to `prefill_attention`, it prepares their queries itself, to the same bits.
 
     Args:
         qkv: [T, X], or what is still to be summed to that.
@@ -270,15 +271,18 @@ def _attend_on_hopper(
     q_width = qkv_TX.shape[1] - 2 * num_kv_heads * head_dim
     q_TND = qkv_TX[:, :q_width].unflatten(1, (-1, head_dim))
     out_TND = qkv_TX.new_empty(q_TND.shape)
-    first = batch.num_decodes
-    if first > 0:
-        out_TND[:first] = _attend_decodes(
-            qkv_TX[:first], norms, rope, positions_T[:first], cache, batch.decodes, scale
-        )
     norm_rope_write(  # keys and values only
-        qkv_TX[first:, q_width:], norms.q_weight_D, norms.k_weight_D, norms.eps, rope,
-        positions_T[first:], cache, batch.slots_T[first:],
+        qkv_TX[:, q_width:], norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T,
+        cache, batch.slots_T,
     )  # fmt: skip
+    # Behind that: a decode's context may have blocks that a prompt of this step fills.
+    num_decodes = batch.num_decodes
+    if num_decodes > 0:
+        q_SND = norm_rope_write(
+            qkv_TX[:num_decodes], norms.q_weight_D, norms.k_weight_D, norms.eps, rope,
+            positions_T[:num_decodes], cache, batch.slots_T[:num_decodes],
+        )  # fmt: skip
+        out_TND[:num_decodes] = paged_attention(q_SND, cache, batch.decodes, scale)
     prefill_attention.prefill_attention(
         q_TND,
         cache,
@@ -319,6 +323,8 @@ def _on_gpu(
         out_TND[: batch.num_decodes],
         use_pdl=supports_pdl(q_TND.device),
     )
+    if not batch.prefills:
+        return out_TND
     if on_hopper:
         prefill_attention.prefill_attention(
             q_TND,

@@ -19,8 +19,9 @@ the run does not say; older files have none of them. The lines of a run, with se
     {"what": "prefill", "tokens_per_step": 8192, "prompt_len": 512, "slope_tok_s": 70900}
 
 A decode step is what lies between the fastest repetitions of the two longest outputs, because a
-hiccup only ever adds time. A run whose repetitions do not agree is refused: a hiccup in all that
-there are of the shorter output would make the step look faster than it is. Prefill is the slope
+hiccup only ever adds time. A batch whose repetitions do not agree is left out, and the command says
+so: a hiccup in all that there are of the shorter output would make the step look faster than it is.
+Prefill is the slope
 that the run gives: between medians, of five or more repetitions of one step and of three of eight.
 """
 
@@ -99,10 +100,11 @@ def read_peer(path: Path) -> Peer:
 def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
     """The figures in the lines of a vLLM run.
 
-    A batch of which the cache held only one length of output has no decode figure.
+    A batch of which the cache held only one length of output, or whose repetitions do not agree,
+    has no decode figure.
 
     Raises:
-        ValueError: there is no ``init`` line, or the repetitions of a run do not agree.
+        ValueError: there is no ``init`` line.
     """
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -116,11 +118,7 @@ def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
         date=date,
         input=init["input"],
         start_s=init["seconds"],
-        decode_step_ms={
-            str(line["batch"]): decode_step_ms(line)
-            for line in by_kind.get("decode", [])
-            if len(line["raw"]) > 1
-        },
+        decode_step_ms=decode_steps_ms(lines)[0],
         prefill_tok_per_s={
             f"{line['tokens_per_step'] // line['prompt_len']}x{line['prompt_len']}": line[
                 "slope_tok_s"
@@ -132,6 +130,18 @@ def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
         torch=init.get("torch"),
         raw=lines,
     )
+
+
+def decode_steps_ms(lines: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
+    """Milliseconds of a step by batch, and why batches are left out."""
+    steps_ms, reasons = {}, []
+    for line in lines:
+        if line["what"] == "decode" and len(line["raw"]) > 1:
+            try:
+                steps_ms[str(line["batch"])] = decode_step_ms(line)
+            except ValueError as error:
+                reasons.append(str(error))
+    return steps_ms, reasons
 
 
 def decode_step_ms(line: dict[str, Any]) -> float:
@@ -184,6 +194,8 @@ def main() -> None:
     peer = from_lines(lines, arguments.date)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(peer.to_json(), indent=2) + "\n")
+    for reason in decode_steps_ms(lines)[1]:
+        print(f"left out: {reason}")
     print(f"written to {arguments.output}")
 
 

@@ -28,10 +28,8 @@ from benchmarks.gpu_state import require_gpu
 from benchmarks.moe_workload import CHECKED_ROWS, DEVICE, Batch, Dims, Layer, check_rows
 from benchmarks.report import save_result
 from benchmarks.small_kernels import EPS, check_norm_router, make_matrices
-from moe_engine.kernels.launch import supports_pdl
-from moe_engine.kernels.norm_rope import norm_rope_write
 from moe_engine.ops import cudnn_prefill, moe
-from moe_engine.ops.attention import paged_attention
+from moe_engine.ops.attention import attend, paged_attention
 from moe_engine.ops.linear import AddedOutput, adds_in_place, linear, linear_onto
 from moe_engine.ops.reference import norm as norm_reference
 
@@ -129,9 +127,9 @@ def keep_running(run: Callable[[], object], seconds: float) -> int:
 
 
 def attention_works(num_tokens: int) -> list[Work]:
-    """The fused projection, norms and rotation, attention of one prompt, the output projection.
+    """The fused projection, all from it on to the output projection, and that.
 
-    Attention also by cuDNN, whoever the operator's is by.
+    Attention also alone, by the operator and by cuDNN.
     """
     width, hidden = cases.projection_width(), DIMS.hidden
     attended = cases.NUM_HEADS * cases.HEAD_DIM
@@ -147,31 +145,25 @@ def attention_works(num_tokens: int) -> list[Work]:
     _check_linear("output projection", attended_TX, out_OX, stream_TH)
 
     cache = cases.make_cache()
-    (new,) = cases.make_token_projections(num_tokens, 1)
-    slots_T = torch.randperm(cases.NUM_BLOCKS * cases.BLOCK_SIZE, device=DEVICE)[:num_tokens]
-    use_pdl = supports_pdl(slots_T.device)
-
-    def prepare() -> torch.Tensor:
-        return norm_rope_write(
-            new.qkv_TX, new.norms.q_weight_D, new.norms.k_weight_D, new.norms.eps,
-            new.rope.cos_PF, new.rope.sin_PF, new.positions_T, *cache, slots_T, use_pdl=use_pdl,
-        )  # fmt: skip
-
-    cases.check_preparation("norm_rope_write", new, slots_T, cache, prepare)
     inputs = cases.make_inputs([(num_tokens, num_tokens)])
+    (new,) = cases.make_projections([inputs])
+    whole = partial(
+        attend, new.qkv_TX, new.norms, new.rope, new.positions_T, cache, inputs.batch, cases.SCALE
+    )
+    cases.check_attend("prefill", inputs, new, cache, whole)
     own_kv_2TGD = inputs.own_kv(cache)
-    attend = partial(paged_attention, inputs.q_TND, cache, inputs.batch, cases.SCALE, own_kv_2TGD)
+    alone = partial(paged_attention, inputs.q_TND, cache, inputs.batch, cases.SCALE, own_kv_2TGD)
     keys_TGD, values_TGD = own_kv_2TGD
     by_cudnn = partial(
         cudnn_prefill.attend, inputs.q_TND, keys_TGD, values_TGD, 1, num_tokens, cases.SCALE
     )
-    for name, run in (("attention", attend), ("attention by cuDNN", by_cudnn)):
+    for name, run in (("attention", alone), ("attention by cuDNN", by_cudnn)):
         cases.check(name, cases.worst_difference(inputs, cache, run()))
     attention_flop = 2.0 * attended * num_tokens * (num_tokens + 1)
     return [
         Work("qkv projection", partial(linear, x_TH, qkv_OX), 2.0 * num_tokens * qkv_OX.numel()),
-        Work("norm, rotation, cache", prepare),
-        Work("attention", attend, attention_flop),
+        Work("from the projection on", whole, attention_flop),
+        Work("attention", alone, attention_flop),
         Work("attention by cuDNN", by_cudnn, attention_flop),
         Work(
             "output projection",

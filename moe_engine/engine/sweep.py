@@ -155,13 +155,13 @@ def doubling_sizes(largest: int) -> list[int]:
 def compositions(num_tokens: int, max_num_seqs: int) -> list[tuple[int, list[int]]]:
     """Steps of ``num_tokens``: how many decodes, and the lengths of as many prompts as can be.
 
-    Prompts alone, prompts and decodes, decodes alone, as far as there are enough sequences; a
-    prompt has two tokens or more.
+    Prompts alone, prompts and one decode, prompts and decodes, decodes alone, as far as there are
+    enough sequences; a prompt has two tokens or more.
 
-    Example: 9 tokens of up to 4 sequences: ``[(0, [3, 2, 2, 2]), (2, [4, 3])]``.
+    Example: 9 tokens of up to 4 sequences: ``[(0, [3, 2, 2, 2]), (1, [3, 3, 2]), (2, [4, 3])]``.
     """
     steps = []
-    for num_decodes in (0, min(num_tokens, max_num_seqs) // 2, num_tokens):
+    for num_decodes in sorted({0, 1, min(num_tokens, max_num_seqs) // 2, num_tokens}):
         rest = num_tokens - num_decodes
         num_prompts = min(rest // 2, max_num_seqs - num_decodes)
         if num_prompts > 0:

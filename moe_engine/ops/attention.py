@@ -69,18 +69,6 @@ class PagedBatch:
         """Who attends to which prefills on a GPU where cuDNN can; the same in every layer."""
         return plan_prefills(self.prefills, cudnn=True)
 
-    @cached_property
-    def decodes(self) -> PagedBatch:
-        """The sequences that compute one position, alone."""
-        return PagedBatch(
-            slots_T=self.slots_T[: self.num_decodes],
-            block_tables_SB=self.block_tables_SB[: self.num_decodes],
-            context_lens_S=self.context_lens_S[: self.num_decodes],
-            query_starts_S=self.query_starts_S[: self.num_decodes + 1],
-            num_decodes=self.num_decodes,
-            prefills=(),
-        )
-
     def tile_orders(self, tokens: int) -> list[TileOrder]:
         """The tiles of ``tokens`` of the prefills on a Hopper GPU; the same in every layer."""
         if tokens not in self._tile_orders:
@@ -162,7 +150,8 @@ def attend(
     """`norm_rope_write`, then `paged_attention`; [R, N, D].
 
     In one launch where all decode: there a row's bits may depend on T, but not on the other rows.
-    Where prefills go to `prefill_attention`, it prepares their queries itself, to the same bits.
+    Where the projection is summed and all rows are needed, `prefill_attention` prepares its queries
+    itself, to the same bits.
 
     Args:
         qkv: [T, X], or what is still to be summed to that.
@@ -179,7 +168,8 @@ def attend(
         if not batch.prefills:
             return _attend_decodes(qkv, norms, rope, positions_T, cache, batch, scale)
         if on_hopper and isinstance(qkv, torch.Tensor):
-            return _attend_on_hopper(qkv, norms, rope, positions_T, cache, batch, scale)
+            with torch.cuda.device(qkv.device):
+                return _attend_on_hopper(qkv, norms, rope, positions_T, cache, batch, scale)
     own_kv_2TGD = None
     # Even if no prompt is for cuDNN: without them it is another kernel, yet to be compiled.
     if not on_hopper and cudnn_prefill.usable(qkv.dtype, num_heads, k_cache_BLGD):
@@ -282,7 +272,7 @@ def _attend_on_hopper(
             qkv_TX[:num_decodes], norms.q_weight_D, norms.k_weight_D, norms.eps, rope,
             positions_T[:num_decodes], cache, batch.slots_T[:num_decodes],
         )  # fmt: skip
-        out_TND[:num_decodes] = paged_attention(q_SND, cache, batch.decodes, scale)
+        _attend_prepared_decodes(q_SND, cache, batch, scale, out_TND)
     prefill_attention.prefill_attention(
         q_TND,
         cache,
@@ -303,9 +293,6 @@ def _on_gpu(
     scale: float,
     own_kv_2TGD: torch.Tensor | None,
 ) -> torch.Tensor:
-    from moe_engine.kernels.launch import supports_pdl
-    from moe_engine.kernels.paged_decode import paged_decode
-
     num_heads, num_kv_heads = q_TND.shape[1], k_cache_BLGD.shape[2]
     on_hopper = prefill_attention.takes(q_TND.dtype, num_heads, k_cache_BLGD)
     if own_kv_2TGD is not None and not on_hopper and batch.num_decodes == 0:
@@ -313,16 +300,7 @@ def _on_gpu(
         if len(groups) == 1 and groups[0].implementation is Implementation.CUDNN:
             return _by_cudnn(q_TND, own_kv_2TGD, groups[0], scale)
     out_TND = torch.empty_like(q_TND)
-    paged_decode(
-        q_TND[: batch.num_decodes],
-        k_cache_BLGD,
-        v_cache_BLGD,
-        batch.block_tables_SB,
-        batch.context_lens_S,
-        scale,
-        out_TND[: batch.num_decodes],
-        use_pdl=supports_pdl(q_TND.device),
-    )
+    _attend_prepared_decodes(q_TND, (k_cache_BLGD, v_cache_BLGD), batch, scale, out_TND)
     if not batch.prefills:
         return out_TND
     if on_hopper:
@@ -337,6 +315,28 @@ def _on_gpu(
     else:
         _by_groups(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale, own_kv_2TGD, out_TND)
     return out_TND
+
+
+def _attend_prepared_decodes(
+    q_TND: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    scale: float,
+    out_TND: torch.Tensor,
+) -> None:
+    """The decodes, into their rows of ``out_TND``, from queries that are prepared."""
+    from moe_engine.kernels.launch import supports_pdl
+    from moe_engine.kernels.paged_decode import paged_decode
+
+    paged_decode(
+        q_TND[: batch.num_decodes],
+        *cache,
+        batch.block_tables_SB,
+        batch.context_lens_S,
+        scale,
+        out_TND[: batch.num_decodes],
+        use_pdl=supports_pdl(q_TND.device),
+    )
 
 
 def _by_cudnn(

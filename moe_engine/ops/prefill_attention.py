@@ -121,7 +121,8 @@ def prefill_attention(
 ) -> None:
     """Attend causally, from the spans' rows of the queries, into those of ``out_TND``.
 
-    A row's bits depend on nothing but the row and its context.
+    A row's bits depend on nothing but the row and its context, as long as what the sequence has in
+    the cache is finite.
 
     Args:
         q_TND: bfloat16, whose rows may lie apart.

@@ -1,11 +1,11 @@
 """Who attends to which of a step's prefill spans on a GPU with Triton, where our kernel for Hopper
 (`ops.prefill_attention`) does not take them.
 
-cuDNN is the fastest where a whole prompt is computed at once, but it builds a plan for every new
-shape, which takes a while on the host. So it gets only long prompts, filled up to a multiple of
-`PAD`, and batches of equal prompts; a server then meets a few dozen shapes. Our Triton kernel takes
-the rest: chunks with a context before them, short prompts, and caches that are not in the queries'
-dtype.
+Where a whole prompt is computed at once cuDNN is faster than our Triton kernel (on an H200; other
+GPUs have not been measured), but it builds a plan for every new shape, which takes a while on the
+host. So it gets only long prompts, filled up to a multiple of `PAD`, and batches of equal prompts;
+a server then meets a few dozen shapes. Our Triton kernel takes the rest: chunks with a context
+before them, short prompts, and caches that are not in the queries' dtype.
 """
 
 from __future__ import annotations

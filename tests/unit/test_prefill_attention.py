@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moe_engine.ops import attention, hopper
 from moe_engine.ops.attention import HeadNorms, PagedBatch
 from moe_engine.ops.prefill_attention import (
+    MAX_SPAN_TILES,
     MAX_SPANS,
     MAX_TILES,
     STEP_TOKENS,
@@ -126,6 +127,12 @@ def test_a_tile_is_up_to_8_query_heads_of_a_kv_head(
     assert tile_tokens(num_heads, num_kv_heads) == tokens
 
 
+def test_more_tiles_of_a_span_than_its_number_has_room_for_are_refused() -> None:
+    assert sum(len(order.tiles) for order in order_tiles(whole(MAX_SPAN_TILES), 0, 1)) == 1 << 16
+    with pytest.raises(AssertionError):
+        order_tiles(whole(MAX_SPAN_TILES + 1), 0, 1)
+
+
 def test_a_step_orders_its_tiles_once_for_all_layers() -> None:
     nothing = torch.empty(0)
     batch = PagedBatch(nothing, nothing, nothing, nothing, 3, tuple(whole(40, 40)))
@@ -173,18 +180,6 @@ def test_a_cache_on_a_cpu_is_not_taken() -> None:
     assert not takes(torch.bfloat16, 8, torch.empty(2, 16, 2, 128, dtype=torch.bfloat16))
 
 
-def test_the_decodes_of_a_step_are_a_step() -> None:
-    batch = make_case([(1, 7), (1, 0), (9, 20), (2, 2)], device="cpu").batch
-    decodes = batch.decodes
-    assert batch.decodes is decodes
-    assert decodes.num_decodes == decodes.num_tokens == 2
-    assert decodes.rows == batch.rows[:2]
-    assert decodes.query_starts_S.tolist() == [0, 1, 2]
-    assert decodes.context_lens_S.tolist() == [7, 0]
-    assert torch.equal(decodes.slots_T, batch.slots_T[:2])
-    assert torch.equal(decodes.block_tables_SB, batch.block_tables_SB[:2])
-
-
 def attend_to_spans(
     q_TND: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
@@ -209,6 +204,21 @@ def attend_to_spans(
             [(0, num)],
             scale,
         )
+
+
+def attend_to_decodes(
+    q_TND: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    scale: float,
+    out_TND: torch.Tensor,
+) -> None:
+    """The same of the rows before the spans'."""
+    num = batch.num_decodes
+    tables_SB, contexts_S = batch.block_tables_SB[:num], batch.context_lens_S[:num]
+    out_TND[:num] = reference.paged_attention(
+        q_TND[:num], *cache, tables_SB, contexts_S, batch.rows[:num], scale
+    )
 
 
 MIXED = [(1, 7), (1, 16), (1, 70), (9, 20), (2, 2), (40, 40)]
@@ -239,7 +249,7 @@ def test_attend_shares_out_the_projection(case: Case, monkeypatch: pytest.Monkey
     caches = [(case.cache[0].clone(), case.cache[1].clone()) for _ in range(2)]
     rest = case.batch, case.scale
     expected_TND = attention.attend(qkv_TX, norms, rope, case.positions_T, caches[0], *rest)
-    monkeypatch.setattr(attention, "_attend_decodes", attention.attend)
+    monkeypatch.setattr(attention, "_attend_prepared_decodes", attend_to_decodes)
     monkeypatch.setattr(attention.prefill_attention, "prefill_attention", attend_to_spans)
     monkeypatch.setattr(attention, "norm_rope_write", write)
     out_TND = attention._attend_on_hopper(qkv_TX, norms, rope, case.positions_T, caches[1], *rest)

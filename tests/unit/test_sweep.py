@@ -43,8 +43,10 @@ def test_compositions_are_steps_of_the_size_with_enough_sequences(num_tokens, ma
     if num_tokens >= 2:
         assert (0, min(num_tokens // 2, max_num_seqs)) in [(n, len(lens)) for n, lens in steps]
     assert ((num_tokens, []) in steps) == (num_tokens <= max_num_seqs)
-    if num_tokens >= 4 and max_num_seqs >= 2:
-        assert any(num_decodes and span_lens for num_decodes, span_lens in steps)
+    assert len(steps) == len({num_decodes for num_decodes, _ in steps})
+    for fewest in {1, min(num_tokens, max_num_seqs) // 2}:
+        if num_tokens >= fewest + 2 and max_num_seqs > fewest:
+            assert any(num_decodes == fewest and span_lens for num_decodes, span_lens in steps)
 
 
 def test_batch_of_a_composition():

@@ -33,9 +33,9 @@ struct PrefillAttentionArgs {
   std::int64_t block_tables_stride;
   void* out;  // bfloat16 [num_rows, num_heads, 128]
   // On the host: the spans, and their tiles in the order in which blocks take them, those with the
-  // longest context first: number of the span << 16 | number of its tile, below 1 << 16. A tile is kPrefillRows /
-  // heads tokens, of which it has `heads` query heads of a KV head: the greatest common divisor of
-  // 8 and the number there are.
+  // longest context first: number of the span << 16 | number of its tile, below 1 << 16. A tile is
+  // kPrefillRows / heads tokens, of which it has `heads` query heads of a KV head: the greatest
+  // common divisor of 8 and the number there are.
   const PrefillSpan* spans;
   const std::uint32_t* tiles;
   std::int64_t num_rows;
@@ -50,8 +50,8 @@ struct PrefillAttentionArgs {
 };
 
 // Attends to the spans' contexts and writes their rows of out. Cache entries outside the contexts
-// are not used. A row's bits do not depend on other rows of finite keys and values. Enqueues one kernel on `stream` and
-// returns. Throws std::invalid_argument for sizes that do not fit.
+// are not used. A row's bits do not depend on other rows of finite keys and values. Enqueues one
+// kernel on `stream` and returns. Throws std::invalid_argument for sizes that do not fit.
 void prefill_attention(const PrefillAttentionArgs& args, cudaStream_t stream);
 
 // Whether the kernel takes these sizes.

@@ -21,6 +21,7 @@ from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
 from benchmarks.driver import Run, percentile, random_prompts
 from benchmarks.gpu_state import triton_cache
 from benchmarks.options import MODELS, find_model, launch_list, launch_name
+from benchmarks.peer import Peer
 from benchmarks.plot_timeline import draw_timeline, kernel_colors, middle_window
 from benchmarks.step_timeline import (
     Kernel,
@@ -42,7 +43,6 @@ from moe_engine.text.tokenizer import Tokenizer
 from moe_engine.types.messages import MemoryLedger
 
 QWEN3_30B = ModelConfig.from_directory(MODELS / "qwen3-30b-a3b")
-RESULTS = MODELS.parent / "results"
 EVEN = [8 / 128] * 128
 
 
@@ -168,7 +168,9 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     config = MODELS.parents[1] / "configs" / "demo-cpu.yaml"
     command = f"bench --config {config} --load-format auto --batches 1,3 --input 16 --output 8"
     command += f" --prefill-tokens 64 --repetitions 1 --check --json {output}"
-    peer = RESULTS / "peer_vllm_h200.json"
+    figures = Peer("other 1", "a CPU", "2026-01-03", 16, 9.0, {"1": 4.0}, {"1x64": 70.0}, 0.0)
+    peer = tmp_path / "peer.json"
+    peer.write_text(json.dumps(figures.to_json()))
     command += f" --peer {peer} --peer {peer}"
     monkeypatch.setattr(sys, "argv", command.split())
     bench_engine.main()
@@ -185,7 +187,7 @@ def test_the_engine_benchmark_runs_on_the_demo(monkeypatch, tmp_path):
     assert result["engine"]["memory"]["weights"] > 0
     assert result["imports_s"] > 0
     assert result["workload"] == {"input": 16, "output": 8, "temperature": 0, "repetitions": 1}
-    assert result["peers"] == 2 * [json.loads(peer.read_text())]
+    assert result["peers"] == 2 * [figures.to_json()]
     assert str(MODELS.parents[1]) not in output.read_text()
     assert "memory" not in result, "there is no driver to ask about a CPU's memory"
 

@@ -21,8 +21,8 @@ the run does not say; older files have none of them. The lines of a run, with se
 A decode step is what lies between the fastest repetitions of the two longest outputs, because a
 hiccup only ever adds time. A batch whose repetitions do not agree is left out, and the command says
 so: a hiccup in all that there are of the shorter output would make the step look faster than it is.
-Prefill is the slope
-that the run gives: between medians, of five or more repetitions of one step and of three of eight.
+Prefill is the slope that the run gives: between medians, of five or more repetitions of one step
+and of three of eight.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def paged_attention(
     assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
     with torch.cuda.device(q_TND.device):
-        return _on_gpu(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale, own_kv_2TGD)
+        return _on_gpu(q_TND, cache, batch, scale, own_kv_2TGD)
 
 
 def attend(
@@ -159,21 +159,18 @@ def attend(
         needed: the R rows of the output that are needed; None: all T of them.
     """
     k_cache_BLGD = cache[0]
-    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
-    parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
-    num_tokens, width = parts.shape[-2:]
-    num_heads = width // head_dim - 2 * num_kv_heads
+    on_gpu = k_cache_BLGD.is_cuda and native.has_triton()
+    if on_gpu and needed is None and not batch.prefills:
+        return _attend_decodes(qkv, norms, rope, positions_T, cache, batch, scale)
+    parts, num_heads = _parts_and_heads(qkv, k_cache_BLGD)
     on_hopper = prefill_attention.takes(qkv.dtype, num_heads, k_cache_BLGD)
-    if needed is None and k_cache_BLGD.is_cuda and native.has_triton():
-        if not batch.prefills:
-            return _attend_decodes(qkv, norms, rope, positions_T, cache, batch, scale)
-        if on_hopper and isinstance(qkv, torch.Tensor):
-            with torch.cuda.device(qkv.device):
-                return _attend_on_hopper(qkv, norms, rope, positions_T, cache, batch, scale)
+    if on_gpu and needed is None and on_hopper and isinstance(qkv, torch.Tensor):
+        with torch.cuda.device(qkv.device):
+            return _attend_on_hopper(qkv, norms, rope, positions_T, cache, batch, scale)
     own_kv_2TGD = None
     # Even if no prompt is for cuDNN: without them it is another kernel, yet to be compiled.
     if not on_hopper and cudnn_prefill.usable(qkv.dtype, num_heads, k_cache_BLGD):
-        own_kv_2TGD = k_cache_BLGD.new_empty(2, num_tokens, num_kv_heads, head_dim)
+        own_kv_2TGD = k_cache_BLGD.new_empty(2, parts.shape[-2], *k_cache_BLGD.shape[2:])
     q_TND = norm_rope_write(
         qkv, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T, cache,
         batch.slots_T, own_kv_2TGD,
@@ -185,6 +182,15 @@ def attend(
         return paged_attention(q_RND, cache, needed.as_decodes, scale)
     out_TND = paged_attention(q_TND, cache, batch, scale, own_kv_2TGD)
     return out_TND.index_select(0, needed.rows_R)
+
+
+def _parts_and_heads(
+    qkv: torch.Tensor | SplitSums, k_cache_BLGD: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """The projection, [T, X] or in parts [S, T, X], and how many of its heads are queries."""
+    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
+    parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
+    return parts, parts.shape[-1] // head_dim - 2 * num_kv_heads
 
 
 def _attend_decodes(
@@ -200,11 +206,8 @@ def _attend_decodes(
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
 
-    parts = qkv.parts_STO if isinstance(qkv, SplitSums) else qkv
     k_cache_BLGD, v_cache_BLGD = cache
-    num_kv_heads, head_dim = k_cache_BLGD.shape[2:]
-    num_tokens, width = parts.shape[-2:]
-    num_heads = width // head_dim - 2 * num_kv_heads
+    parts, num_heads = _parts_and_heads(qkv, k_cache_BLGD)
     assert parts.stride(-1) == 1, parts.stride()
     assert k_cache_BLGD.is_contiguous(), k_cache_BLGD.stride()
     assert v_cache_BLGD.is_contiguous(), v_cache_BLGD.stride()
@@ -223,7 +226,7 @@ def _attend_decodes(
             batch.context_lens_S,
             scale,
         )
-    out_TND = parts.new_empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype)
+    out_TND = parts.new_empty(parts.shape[-2], num_heads, k_cache_BLGD.shape[3], dtype=qkv.dtype)
     with torch.cuda.device(parts.device):
         paged_decode(
             parts,
@@ -261,7 +264,9 @@ def _attend_on_hopper(
     q_width = qkv_TX.shape[1] - 2 * num_kv_heads * head_dim
     q_TND = qkv_TX[:, :q_width].unflatten(1, (-1, head_dim))
     out_TND = qkv_TX.new_empty(q_TND.shape)
-    norm_rope_write(  # keys and values only
+    # Keys and values only. Those of decodes will be written once more, to the same bits: without
+    # them the arrays would begin where Triton compiles another variant.
+    norm_rope_write(
         qkv_TX[:, q_width:], norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T,
         cache, batch.slots_T,
     )  # fmt: skip
@@ -287,33 +292,32 @@ def _attend_on_hopper(
 
 def _on_gpu(
     q_TND: torch.Tensor,
-    k_cache_BLGD: torch.Tensor,
-    v_cache_BLGD: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
     batch: PagedBatch,
     scale: float,
     own_kv_2TGD: torch.Tensor | None,
 ) -> torch.Tensor:
-    num_heads, num_kv_heads = q_TND.shape[1], k_cache_BLGD.shape[2]
-    on_hopper = prefill_attention.takes(q_TND.dtype, num_heads, k_cache_BLGD)
+    num_heads, num_kv_heads = q_TND.shape[1], cache[0].shape[2]
+    on_hopper = prefill_attention.takes(q_TND.dtype, num_heads, cache[0])
     if own_kv_2TGD is not None and not on_hopper and batch.num_decodes == 0:
         groups = batch.prefill_groups
         if len(groups) == 1 and groups[0].implementation is Implementation.CUDNN:
             return _by_cudnn(q_TND, own_kv_2TGD, groups[0], scale)
     out_TND = torch.empty_like(q_TND)
-    _attend_prepared_decodes(q_TND, (k_cache_BLGD, v_cache_BLGD), batch, scale, out_TND)
+    _attend_prepared_decodes(q_TND, cache, batch, scale, out_TND)
     if not batch.prefills:
         return out_TND
     if on_hopper:
         prefill_attention.prefill_attention(
             q_TND,
-            (k_cache_BLGD, v_cache_BLGD),
+            cache,
             batch.block_tables_SB,
             batch.tile_orders(prefill_attention.tile_tokens(num_heads, num_kv_heads)),
             scale,
             out_TND,
         )
     else:
-        _by_groups(q_TND, k_cache_BLGD, v_cache_BLGD, batch, scale, own_kv_2TGD, out_TND)
+        _by_groups(q_TND, cache, batch, scale, own_kv_2TGD, out_TND)
     return out_TND
 
 
@@ -350,8 +354,7 @@ def _by_cudnn(
 
 def _by_groups(
     q_TND: torch.Tensor,
-    k_cache_BLGD: torch.Tensor,
-    v_cache_BLGD: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
     batch: PagedBatch,
     scale: float,
     own_kv_2TGD: torch.Tensor | None,
@@ -372,8 +375,7 @@ def _by_groups(
         else:
             paged_prefill(
                 q_TND,
-                k_cache_BLGD,
-                v_cache_BLGD,
+                *cache,
                 batch.block_tables_SB,
                 batch.context_lens_S,
                 batch.query_starts_S,

@@ -6,6 +6,7 @@ L tokens a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
 
     Example: 32 query heads, 4 KV heads: 16 tokens.
     """
-    return TILE_ROWS // int(np.gcd(num_heads // num_kv_heads, 8))
+    return TILE_ROWS // math.gcd(num_heads // num_kv_heads, 8)
 
 
 def order_tiles(spans: Sequence[PrefillSpan], first_table_row: int, tokens: int) -> list[TileOrder]:

@@ -181,7 +181,7 @@ def test_long_prompts_attend_to_the_steps_own_keys_and_values(
                 tensor.flatten(0, 1)[case.batch.slots_T[rows]] = math.nan
         else:
             own_kv_2TGD[:, rows] = math.nan
-    out_TND = attention._on_gpu(case.q_TND, *cache, case.batch, case.scale, own_kv_2TGD)
+    out_TND = attention._on_gpu(case.q_TND, tuple(cache), case.batch, case.scale, own_kv_2TGD)
     torch.testing.assert_close(out_TND, expected(case), rtol=5e-6, atol=5e-6)
 
 

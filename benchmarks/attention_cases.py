@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_engine.ops.attention import HeadNorms, PagedBatch
+from moe_engine.ops.attention import HeadNorms
+from moe_engine.ops.paged_batch import PagedBatch
 from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.ops.reference.rope import norm_rope_write as reference_norm_rope_write
 from moe_engine.ops.rope import RopeTable

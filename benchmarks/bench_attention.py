@@ -309,11 +309,11 @@ def prefill_rows(
 
     def hopper(one: cases.Inputs) -> torch.Tensor:
         out, batch = torch.empty_like(one.q_TND), one.batch
-        orders = batch.tile_orders(
+        tiles = batch.prefill_tiles(
             prefill_attention.tile_tokens(cases.NUM_HEADS, cases.NUM_KV_HEADS)
         )
         prefill_attention.prefill_attention(
-            one.q_TND, cache, batch.block_tables_SB, orders, cases.SCALE, out
+            one.q_TND, cache, batch.block_tables_SB, tiles, cases.SCALE, out
         )
         return out
 

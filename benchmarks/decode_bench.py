@@ -138,7 +138,7 @@ class DecodeBench:
     def capture(self, batch: int) -> Graphs:
         """Capture the steps of this batch size anew, as the operators choose now."""
         runner = self.runtime.runner
-        runner.capture_graphs([batch])
+        runner.capture_decode_graphs([batch])
         return runner._decode, runner._graphs
 
     def repeatable_step(self) -> StepPlan:

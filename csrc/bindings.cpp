@@ -191,9 +191,9 @@ void prefill_attention(std::uintptr_t q, std::int64_t q_stride, std::uintptr_t q
                        std::uintptr_t cos, std::uintptr_t sin, float eps, std::uintptr_t k_cache,
                        std::uintptr_t v_cache, std::uintptr_t block_tables,
                        std::int64_t block_tables_stride, std::uintptr_t out, std::uintptr_t spans,
-                       std::uintptr_t tiles, std::int64_t num_rows, std::int64_t num_slots,
-                       float scale, int num_spans, int num_tiles, int num_heads, int num_kv_heads,
-                       int block_size, std::uintptr_t stream) {
+                       std::uintptr_t tiles, std::uintptr_t num_tiles, std::int64_t num_rows,
+                       std::int64_t num_slots, float scale, int max_tiles, int num_heads,
+                       int num_kv_heads, int block_size, std::uintptr_t stream) {
   moe_engine::PrefillAttentionArgs args;
   args.q = reinterpret_cast<const void*>(q);
   args.q_stride = q_stride;
@@ -208,11 +208,11 @@ void prefill_attention(std::uintptr_t q, std::int64_t q_stride, std::uintptr_t q
   args.out = reinterpret_cast<void*>(out);
   args.spans = reinterpret_cast<const moe_engine::PrefillSpan*>(spans);
   args.tiles = reinterpret_cast<const std::uint32_t*>(tiles);
+  args.num_tiles = reinterpret_cast<const std::int32_t*>(num_tiles);
   args.num_rows = num_rows;
   args.num_slots = num_slots;
   args.scale = scale;
-  args.num_spans = num_spans;
-  args.num_tiles = num_tiles;
+  args.max_tiles = max_tiles;
   args.num_heads = num_heads;
   args.num_kv_heads = num_kv_heads;
   args.block_size = block_size;
@@ -262,7 +262,7 @@ PYBIND11_MODULE(_C, m) {
         "num_kv_heads"_a, "head_dim"_a, "block_size"_a);
   m.def("prefill_attention", &prefill_attention, py::kw_only(), "q"_a, "q_stride"_a, "q_weight"_a,
         "cos"_a, "sin"_a, "eps"_a, "k_cache"_a, "v_cache"_a, "block_tables"_a,
-        "block_tables_stride"_a, "out"_a, "spans"_a, "tiles"_a, "num_rows"_a, "num_slots"_a,
-        "scale"_a, "num_spans"_a, "num_tiles"_a, "num_heads"_a, "num_kv_heads"_a, "block_size"_a,
+        "block_tables_stride"_a, "out"_a, "spans"_a, "tiles"_a, "num_tiles"_a, "num_rows"_a,
+        "num_slots"_a, "scale"_a, "max_tiles"_a, "num_heads"_a, "num_kv_heads"_a, "block_size"_a,
         "stream"_a);
 }

@@ -11,7 +11,6 @@
 // Source: Shah et al., "FlashAttention-3", 2024; that what is summed up is only rescaled where the
 // maximum has grown by much, from FlashAttention-4.
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -128,13 +127,13 @@ __device__ __forceinline__ void consume(const PrefillProblem& p, Walk walk, Barr
 // Tile 0 is of positions 700 to 715 and takes 6 steps over the context, tile 18 of positions 988 to
 // 999 takes 8. Of 132 blocks, 76 take an item each.
 __global__ void __launch_bounds__(kThreads, 1)
-    prefill_attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Tiles tiles,
-                             const PrefillProblem p) {
+    prefill_attention_kernel(const __grid_constant__ Maps maps, const PrefillProblem p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char shared[];
   char* const aligned = align_stages(shared);
   const Buffers buffers{shared_address(aligned)};
-  auto& barriers = *reinterpret_cast<Barriers*>(aligned + (2 + 2 * kStages) * kTileBytes);
+  auto& tail = *reinterpret_cast<Tail*>(aligned + (2 + 2 * kStages) * kTileBytes);
+  auto& barriers = tail.barriers;
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == 32 * kConsumerWarps) {
     prefetch_tensor_map(&maps.q);
@@ -153,10 +152,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     barrier_init_fence();
   }
+  const Walk walk{p, tail.items, *p.num_tiles * (p.num_heads >> p.log2_heads)};
+  walk.list(tail.items);
   __syncthreads();
   wait_for_previous_kernels();
   let_next_kernel_start();
-  const Walk walk{p, tiles};
   if (warp >= kConsumerWarps) {
     give_registers<104>();
     if (warp == kConsumerWarps) produce<true>(p, walk, barriers, buffers, maps);
@@ -201,13 +201,6 @@ CUtensorMap map_of_cache(const void* cache, const PrefillAttentionArgs& args) {
                                  {std::uint64_t(args.num_kv_heads), kHeadBytes, 1}});
 }
 
-void check(const char* what, std::int64_t value, std::int64_t limit) {
-  if (value > limit) {
-    throw std::invalid_argument(std::string(what) + " is " + std::to_string(value) +
-                                "; the limit is " + std::to_string(limit));
-  }
-}
-
 }  // namespace
 
 bool prefill_attention_fits(int num_heads, int num_kv_heads, int head_dim, int block_size) {
@@ -216,21 +209,22 @@ bool prefill_attention_fits(int num_heads, int num_kv_heads, int head_dim, int b
 }
 
 void prefill_attention(const PrefillAttentionArgs& args, cudaStream_t stream) {
-  check("num_spans", args.num_spans, kPrefillMaxSpans);
-  check("num_tiles", args.num_tiles, kPrefillMaxTiles);
-  check("num_slots", args.num_slots, INT32_MAX - 1);
+  if (args.num_slots >= INT32_MAX) {
+    throw std::invalid_argument("num_slots is " + std::to_string(args.num_slots) +
+                                "; the limit is " + std::to_string(INT32_MAX - 1));
+  }
   if (!prefill_attention_fits(args.num_heads, args.num_kv_heads, kDim, args.block_size)) {
     throw std::invalid_argument("no prefill attention for " + std::to_string(args.num_heads) +
                                 " query heads, " + std::to_string(args.num_kv_heads) +
                                 " KV heads and blocks of " + std::to_string(args.block_size));
   }
-  if (args.num_tiles == 0) return;
+  if (args.max_tiles == 0) return;
   const Maps maps{map_of_queries(args), map_of_cache(args.k_cache, args),
                   map_of_cache(args.v_cache, args)};
-  Tiles tiles{};
-  std::memcpy(tiles.spans, args.spans, args.num_spans * sizeof(PrefillSpan));
-  std::memcpy(tiles.order, args.tiles, args.num_tiles * sizeof(std::uint32_t));
   PrefillProblem p{};
+  p.spans = args.spans;
+  p.tiles = args.tiles;
+  p.num_tiles = args.num_tiles;
   p.block_tables = args.block_tables;
   p.block_tables_stride = args.block_tables_stride;
   p.q_weight = static_cast<const __nv_bfloat16*>(args.q_weight);
@@ -239,7 +233,6 @@ void prefill_attention(const PrefillAttentionArgs& args, cudaStream_t stream) {
   p.eps = args.eps;
   p.out = static_cast<__nv_bfloat16*>(args.out);
   p.scale_log2 = args.scale * 1.44269504f;
-  p.num_tiles = args.num_tiles;
   const int heads = heads_of_tile(args.num_heads, args.num_kv_heads);
   while (1 << p.log2_heads < heads) ++p.log2_heads;
   p.num_heads = args.num_heads;
@@ -248,9 +241,9 @@ void prefill_attention(const PrefillAttentionArgs& args, cudaStream_t stream) {
   p.num_slots = static_cast<int>(args.num_slots);
   CHECK_CUDA(cudaFuncSetAttribute(prefill_attention_kernel,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const int blocks = std::min(args.num_tiles * (args.num_heads / heads), num_multiprocessors());
+  const int blocks = std::min(args.max_tiles * (args.num_heads / heads), num_multiprocessors());
   launch_dependent("prefill_attention_kernel", prefill_attention_kernel, dim3(blocks), kThreads,
-                   kSharedBytes, stream, /*cluster_size=*/1, maps, tiles, p);
+                   kSharedBytes, stream, /*cluster_size=*/1, maps, p);
 }
 
 }  // namespace moe_engine

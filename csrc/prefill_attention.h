@@ -7,12 +7,10 @@
 
 namespace moe_engine {
 
-constexpr int kPrefillRows = 128;       // of a tile: tokens times query heads
-constexpr int kPrefillMaxSpans = 64;    // of one launch
-constexpr int kPrefillMaxTiles = 1024;  // of one launch
+constexpr int kPrefillRows = 128;  // of a tile: tokens times query heads
 
 // Rows of the queries that are the last positions of a sequence's context.
-struct PrefillSpan {
+struct alignas(16) PrefillSpan {
   std::int32_t first_row;
   std::int32_t query_len;
   std::int32_t context_len;  // with the rows themselves, which are in the cache
@@ -32,18 +30,19 @@ struct PrefillAttentionArgs {
   const std::int32_t* block_tables;  // [..., ...], on the device
   std::int64_t block_tables_stride;
   void* out;  // bfloat16 [num_rows, num_heads, 128]
-  // On the host: the spans, and their tiles in the order in which blocks take them, those with the
-  // longest context first: number of the span << 16 | number of its tile, below 1 << 16. A tile is
-  // kPrefillRows / heads tokens, of which it has `heads` query heads of a KV head: the greatest
-  // common divisor of 8 and the number there are.
+  // On the device, complete before the kernel that precedes this one starts: the spans, and their
+  // tiles in the order in which blocks take them, those with the longest context first: number of
+  // the span << 16 | number of its tile, below 1 << 16. A tile is kPrefillRows / heads tokens, of
+  // which it has `heads` query heads of a KV head: the greatest common divisor of 8 and the number
+  // there are.
   const PrefillSpan* spans;
   const std::uint32_t* tiles;
+  const std::int32_t* num_tiles;
   std::int64_t num_rows;
   std::int64_t num_slots;  // a multiple of block_size
   float scale;             // of the scores
   float eps;               // of the norm
-  int num_spans;           // at most kPrefillMaxSpans
-  int num_tiles;           // at most kPrefillMaxTiles
+  int max_tiles;           // *num_tiles is at most that
   int num_heads;
   int num_kv_heads;
   int block_size;

@@ -24,13 +24,12 @@ constexpr int kHalfBytes = 8 * kAtomBytes;
 constexpr int kEightBytes = 2 * kHalfBytes;
 constexpr int kTileBytes = 128 / 8 * kEightBytes;  // of queries, keys or values
 
-// As in PrefillAttentionArgs.
-struct Tiles {
-  PrefillSpan spans[kPrefillMaxSpans];
-  std::uint32_t order[kPrefillMaxTiles];
-};
+constexpr int kListed = 128;  // items of a block that it looks up beforehand
 
 struct PrefillProblem {
+  const PrefillSpan* spans;
+  const std::uint32_t* tiles;
+  const std::int32_t* num_tiles;
   const std::int32_t* block_tables;
   std::int64_t block_tables_stride;
   const __nv_bfloat16* q_weight;
@@ -39,8 +38,7 @@ struct PrefillProblem {
   __nv_bfloat16* out;
   float eps;
   float scale_log2;  // of the scores, whose exponentials are powers of 2
-  int num_tiles;
-  int log2_heads;  // query heads of a tile
+  int log2_heads;    // query heads of a tile
   int num_heads;
   int num_kv_heads;
   int block_size;
@@ -56,9 +54,6 @@ struct Barriers {
   std::uint64_t k_full[kStages], k_empty[kStages];
   std::uint64_t v_full[kStages], v_empty[kStages];
 };
-
-constexpr int kSharedBytes =
-    1024 + (2 + 2 * kStages) * kTileBytes + static_cast<int>(sizeof(Barriers));
 
 // Shared addresses.
 struct Buffers {
@@ -78,10 +73,10 @@ __device__ __forceinline__ std::uint32_t chunk_offset(int row, int chunk) {
 // of the span's token first_token + r / heads, where heads is 1 << log2_heads.
 struct Item {
   PrefillSpan span;
-  int log2_heads;
   int first_head;
   int first_token;
   int num_steps;  // over the context
+  int log2_heads;
 
   __device__ __forceinline__ int token(int row) const { return first_token + (row >> log2_heads); }
   __device__ __forceinline__ int position(int row) const {
@@ -92,22 +87,32 @@ struct Item {
   }
 };
 
+// Behind the stages in shared memory. What is looked up of an item is two reads of device memory,
+// one after the other, which nobody waits for where they are done before the kernel's turn comes.
+struct Tail {
+  Item items[kListed];
+  Barriers barriers;
+};
+
+constexpr int kSharedBytes = 1024 + (2 + 2 * kStages) * kTileBytes + static_cast<int>(sizeof(Tail));
+
 // The items of a block: there and back over the blocks, so that all get as much work when items
 // come in the order of their lengths.
 struct Walk {
   const PrefillProblem& p;
-  const Tiles& tiles;
+  const Item* listed;
+  int num_items;  // of all blocks
   int round = 0;
 
-  __device__ __forceinline__ bool next(Item& item) {
+  // This block's item of a round, if there is one.
+  __device__ __forceinline__ bool find(int its_round, Item& item) const {
     const int blocks = gridDim.x;
     const int block = blockIdx.x;
-    const int number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
-    ++round;
+    const int number = its_round * blocks + (its_round % 2 == 0 ? block : blocks - 1 - block);
+    if (number >= num_items) return false;
     const int items_of_tile = p.num_heads >> p.log2_heads;
-    if (number >= p.num_tiles * items_of_tile) return false;
-    const std::uint32_t tile = tiles.order[number / items_of_tile];
-    item.span = tiles.spans[tile >> 16];
+    const std::uint32_t tile = p.tiles[number / items_of_tile];
+    item.span = p.spans[tile >> 16];
     item.log2_heads = p.log2_heads;
     item.first_head = number % items_of_tile << p.log2_heads;
     const int tokens = kPrefillRows >> p.log2_heads;
@@ -115,6 +120,22 @@ struct Walk {
     const int last = min(item.position(kPrefillRows - 1), item.span.context_len - 1);
     item.num_steps = last / kTokens + 1;
     return true;
+  }
+
+  // The first kListed items, by all threads; num_steps is 0 behind the last.
+  __device__ __forceinline__ void list(Item* items) const {
+    for (int i = threadIdx.x; i < kListed; i += kThreads) {
+      Item item;
+      if (!find(i, item)) item.num_steps = 0;
+      items[i] = item;
+    }
+  }
+
+  __device__ __forceinline__ bool next(Item& item) {
+    if (round >= kListed) return find(round++, item);
+    item = listed[round++];
+    item.log2_heads = p.log2_heads;  // no register for what is a parameter
+    return item.num_steps > 0;
   }
 };
 

@@ -304,8 +304,9 @@ def paged_decode(
         scale: factor on the scores.
         prepare: make queries, keys and values as `norm_rope_write` does, from its arguments
             ``(q_weight_D, k_weight_D, cos_PF, sin_PF, positions_S, slots_S)``. A slot is the last
-            position of its context, or -1 for a context of 0. No sequence may have another's slot
-            in its context, because nothing orders the one's store before the other's load.
+            position of its context; with a context of 0 it is -1, or where the row's key and value
+            are already. No sequence may have another's slot in its context, unless the same is
+            there already, because nothing orders the one's store before the other's load.
         eps: of the norms.
         k_scale, v_scale: what the cached keys and values are multiplied by; new ones are written
             as they are.

@@ -169,20 +169,17 @@ def prefill_attention(
     out: int,
     spans: int,
     tiles: int,
+    num_tiles: int,
     num_rows: int,
     num_slots: int,
     scale: float,
-    num_spans: int,
-    num_tiles: int,
+    max_tiles: int,
     num_heads: int,
     num_kv_heads: int,
     block_size: int,
     stream: int,
 ) -> None:
-    """Enqueue prefill attention; see ``csrc/prefill_attention.h``.
-
-    ``spans`` and ``tiles`` are on the host, the other addresses on the device.
-    """
+    """Enqueue prefill attention; see ``csrc/prefill_attention.h``."""
 
 def decode_attention_fits(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_engine.engine.staging import stage
 from moe_engine.engine.table import SequenceTable
-from moe_engine.ops.attention import NeededRows, PagedBatch
+from moe_engine.ops.paged_batch import NeededRows, PagedBatch
 from moe_engine.ops.prefill_plan import PrefillSpan
+from moe_engine.ops.transfer import stage
 from moe_engine.types.step import GroupPlan, SequenceStep
 
 

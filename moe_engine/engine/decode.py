@@ -22,8 +22,8 @@ from moe_engine.dist.groups import ParallelGroups
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.attention import PagedBatch
 from moe_engine.ops.decode import DecodeInputs, append_tokens, prepare_decode
+from moe_engine.ops.paged_batch import PagedBatch
 from moe_engine.ops.sampling import greedy_tokens, params_device, sample_tokens
 
 _ROW_ALIGNMENT = 16

@@ -1,27 +1,36 @@
-"""CUDA graphs of decode steps, one for each of some batch sizes.
+"""CUDA graphs of steps, one for each of some sizes.
 
 Replaying a graph costs the host microseconds where launching a step's kernels one by one would
-cost it more than the device needs to run them. A batch is padded to the next size captured.
-A step's graph ends with the logits. Choosing tokens from them is a graph of its own, replayed
-behind it, one for each way to choose (`engine.decode.Choice`), of which a batch needs at most one.
+cost it more than the device needs to run them. A step is padded to the next size captured.
+A decode step's graph ends with the logits. Choosing tokens from them is a graph of its own,
+replayed behind it, one for each way to choose (`engine.decode.Choice`), of which a batch needs at
+most one. The graph of a step that also computes prompts ends with the hidden states.
 
-All graphs share one memory pool: only one runs at a time, and what a step leaves behind (its
-logits) is used up before the next step starts, by the order of the stream. Only the graphs that
-choose run while a step's logits are needed, so they are captured while these are held.
+All graphs share one memory pool: only one runs at a time, and what a step leaves behind (logits or
+hidden states) is used up before the next step starts, by the order of the stream. Only the graphs
+that choose run while a step's logits are needed, so they are captured while these are held.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from moe_engine.dist.exchange import ExchangeSelector
+from moe_engine.engine.batch import StepBatch
 from moe_engine.engine.decode import Choice, DecodeStep
+from moe_engine.engine.mixed import MixedStep
 
 _BUCKET_STEPS = ((8, 64), (16, 128), (32, 256), (64, 512), (128, None))
 """(distance, largest size) of the batch sizes from 8 on."""
+
+MIXED_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Tokens of the steps of any kind to capture. Padding costs little: experts and attention leave it
+out. Larger steps keep the device longer than their launches keep the host."""
 
 
 def graph_buckets(max_rows: int) -> list[int]:
@@ -49,6 +58,16 @@ def capturable_buckets(max_rows: int, exchange: ExchangeSelector) -> list[int]:
     return [size for size in graph_buckets(max_rows) if exchange.select(size).is_capturable]
 
 
+def mixed_buckets(max_tokens: int, exchange: ExchangeSelector) -> list[int]:
+    """The sizes of `MIXED_SIZES` that steps of up to ``max_tokens`` need and that can be captured.
+
+    Example: ``mixed_buckets(100, exchange) == [16, 32, 64, 128]``, of a backend that can be.
+    """
+    smaller = [size for size in MIXED_SIZES if size < max_tokens]
+    needed = MIXED_SIZES[: len(smaller) + 1]
+    return [size for size in needed if exchange.select(size).is_capturable]
+
+
 class DecodeGraphs:
     """The captured decode steps of one rank.
 
@@ -72,12 +91,15 @@ class DecodeGraphs:
         self._choice_graphs: dict[tuple[int, Choice], torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, pool: Any) -> None:
         """Capture all sizes, the largest first, whose memory the smaller ones reuse.
 
         A collective over the world. Each size runs once beforehand, so that everything that
         happens only once (compiling kernels, loading them, connecting ranks) has happened. They do
         so one after another: a capture frees the memory that the next one would have to take anew.
+
+        Args:
+            pool: of `torch.cuda.graph_pool_handle`.
         """
         self._decode.load([], [])
         for size in reversed(self.buckets):
@@ -85,24 +107,18 @@ class DecodeGraphs:
             for choice in self._decode.choices:
                 self._decode.choose(size, logits, choice)
             del logits
-        pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.buckets):
             self._capture(size, pool)
 
     def _capture(self, size: int, pool: Any) -> None:
         """Capture the graphs of one size."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog, senders of results) may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = self._decode.compute(size, self._exchange.select(size))
-        graph.replay()  # the first replay brings the graph to the device
+        exchange = self._exchange.select(size)
+        graph, logits = _captured(partial(self._decode.compute, size, exchange), pool)
         for choice in self._decode.choices:
             # The logits are still held, so none of this graph's memory will lie over them.
-            choice_graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(choice_graph, pool=pool, capture_error_mode="thread_local"):
-                self._decode.choose(size, logits, choice)
-            choice_graph.replay()
-            self._choice_graphs[size, choice] = choice_graph
+            self._choice_graphs[size, choice], _ = _captured(
+                partial(self._decode.choose, size, logits, choice), pool
+            )
         self._graphs[size] = graph, None if logits is None else _unowned(logits)
 
     def pick(self, num_rows: int) -> int | None:
@@ -122,6 +138,63 @@ class DecodeGraphs:
     def choose(self, size: int, choice: Choice) -> None:
         """Choose tokens for the batch that was just replayed, as `DecodeStep.choose` does."""
         self._choice_graphs[size, choice].replay()
+
+
+class MixedGraphs:
+    """The captured steps of any kind of one rank.
+
+    Which sizes exist follows from the configuration alone, as with `DecodeGraphs`.
+
+    Args:
+        sizes: numbers of rows, ascending, at most the step's.
+
+    Attributes:
+        buckets: these sizes.
+    """
+
+    def __init__(self, mixed: MixedStep, exchange: ExchangeSelector, sizes: list[int]) -> None:
+        self.buckets = sizes
+        self._mixed = mixed
+        self._exchange = exchange
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    @torch.inference_mode()
+    def capture(self, pool: Any) -> None:
+        """As `DecodeGraphs.capture`; padding alone is computed."""
+        for size in reversed(self.buckets):
+            self._mixed.compute(size, self._exchange.select(size))
+        for size in reversed(self.buckets):
+            exchange = self._exchange.select(size)
+            graph, x_TH = _captured(partial(self._mixed.compute, size, exchange), pool)
+            self._graphs[size] = graph, _unowned(x_TH)
+
+    def pick(self, num_tokens: int) -> int | None:
+        """The size for a step, None if it must run without a graph."""
+        return pick_bucket(num_tokens, self.buckets)
+
+    def run(self, size: int, batch: StepBatch) -> torch.Tensor:
+        """Run a step of so many rows at most.
+
+        Returns:
+            Its final hidden states, then padding, in memory that the next `run` overwrites.
+        """
+        self._mixed.load(batch)
+        graph, x_TH = self._graphs[size]
+        graph.replay()
+        return x_TH
+
+
+Result = TypeVar("Result")
+
+
+def _captured(compute: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of what ``compute`` launches, on the device, and what it returns."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (NCCL's watchdog, senders of results) may use the device meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = compute()
+    graph.replay()  # the first replay brings the graph to the device
+    return graph, result
 
 
 class _Memory:

@@ -20,13 +20,14 @@ from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.engine.decode import Choice, DecodeStep
-from moe_engine.engine.graphs import capturable_buckets
+from moe_engine.engine.graphs import capturable_buckets, mixed_buckets
+from moe_engine.engine.mixed import MixedStep, takes_mixed_steps
 from moe_engine.engine.runner import PROMPT_ROWS_AT_ONCE
 from moe_engine.engine.sampler import Sampler, SampleRow
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops.paged_batch import PagedBatch
 from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import NewSequence
@@ -54,7 +55,7 @@ class StepMemory:
 
     Attributes:
         activations: of the largest step of any kind, sampling included.
-        graphs: an estimate, from above, of what capturing the decode steps will take.
+        graphs: an estimate, from above, of what capturing steps will take.
     """
 
     activations: int
@@ -95,14 +96,20 @@ class StepProfiler:
         for num_tokens in (size, size // 4, size // 16, size // 64):
             self._run_prefill(max(1, num_tokens))  # workspaces and loaded kernels stay
         activations = self._reserved_by(lambda: self._run_prefill(size))
-        self._run_decode(self._limits.max_num_seqs)
         buckets = capturable_buckets(self._limits.max_num_seqs, self._exchange)
         if not (with_graphs and buckets):
             return StepMemory(activations, graphs=0)
+        self._run_decode(self._limits.max_num_seqs)
         pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
+        mixed = mixed_buckets(size, self._exchange)
+        if not takes_mixed_steps(self._model, self._kv):
+            mixed = []
+        if mixed:  # the smaller graphs use the memory of the largest
+            pool = max(pool, self._reserved_by(lambda: self._run_mixed(mixed[-1])))
         # Together the graphs that choose tokens have fewer kernels than as many layers.
         num_layers = self._model_config.num_hidden_layers + len(Choice)
-        graphs = len(buckets) * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
+        num_graphs = len(buckets) + len(mixed)
+        graphs = num_graphs * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
         return StepMemory(activations, pool + graphs)
 
     def _reserved_by(self, run: Callable[[], None]) -> int:
@@ -150,6 +157,11 @@ class StepProfiler:
         logits = decode.compute(num_rows, self._exchange.select(num_rows))
         for choice in decode.choices:
             decode.choose(num_rows, logits, choice)
+
+    def _run_mixed(self, num_rows: int) -> None:
+        """A step of any kind of padding rows, with all its static memory."""
+        mixed = MixedStep(self._model, self._kv, self._new_table(), num_rows)
+        mixed.compute(num_rows, self._exchange.select(num_rows))
 
     def _new_table(self) -> SequenceTable:
         return SequenceTable(

@@ -9,22 +9,25 @@ B sequences that sample, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from moe_engine.cache.kv import KVCache
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
-from moe_engine.engine.batch import build_batch, largest_group
+from moe_engine.engine.batch import StepBatch, build_batch, largest_group
 from moe_engine.engine.decode import Choice, DecodeStep
-from moe_engine.engine.graphs import DecodeGraphs
+from moe_engine.engine.graphs import DecodeGraphs, MixedGraphs, mixed_buckets
+from moe_engine.engine.mixed import MixedStep, takes_mixed_steps
 from moe_engine.engine.pending import PendingLogprobs, PendingStep, to_host
 from moe_engine.engine.sampler import Sampler, SampleRow
-from moe_engine.engine.staging import stage
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
 from moe_engine.ops.sampling import greedy_tokens
+from moe_engine.ops.transfer import stage
 from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep, StepPlan
 
 PROMPT_ROWS_AT_ONCE = 128
@@ -45,6 +48,7 @@ class ModelRunner:
         device: torch.device,
     ) -> None:
         self._max_num_seqs = config.scheduler.max_num_seqs
+        self._max_num_tokens = config.scheduler.max_num_batched_tokens
         self._model = model
         self._kv = kv
         self._groups = groups
@@ -55,20 +59,35 @@ class ModelRunner:
         self._sequences: dict[int, NewSequence] = {}
         self._decode: DecodeStep | None = None
         self._graphs: DecodeGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
 
-    def capture_graphs(self, sizes: list[int] | None = None) -> None:
-        """Capture decode steps as CUDA graphs, which `launch` replays from then on.
+    def capture_graphs(self) -> None:
+        """Capture steps as CUDA graphs, which `launch` replays from then on.
+
+        A collective over the world; between steps only.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        buckets = mixed_buckets(self._max_num_tokens, self._exchange)
+        if buckets and takes_mixed_steps(self._model, self._kv):
+            mixed = MixedStep(self._model, self._kv, self._table, buckets[-1])
+            self._mixed_graphs = MixedGraphs(mixed, self._exchange, buckets)
+            self._mixed_graphs.capture(pool)
+        self.capture_decode_graphs(pool=pool)
+
+    def capture_decode_graphs(self, sizes: list[int] | None = None, pool: Any = None) -> None:
+        """Capture decode steps, anew if they have been before.
 
         A collective over the world; between steps only.
 
         Args:
             sizes: see `DecodeGraphs`.
+            pool: None: a new one.
         """
         self._decode = DecodeStep(
             self._model, self._kv, self._table, self._groups, self._max_num_seqs
         )
         self._graphs = DecodeGraphs(self._decode, self._exchange, sizes)
-        self._graphs.capture()
+        self._graphs.capture(pool or torch.cuda.graph_pool_handle())
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -154,16 +173,29 @@ class ModelRunner:
         """A step of any kind."""
         num_scored = [self._num_scored(step) for step in group.steps]
         batch = build_batch(self._table, group.steps, slots, num_scored)
+        x_RH = self._hidden_states(plan, group, batch)
+        first_sampled = sum(num_scored)
+        self._score_prompts(group, num_scored, x_RH[:first_sampled], pending)
+        self._sample(group, slots, x_RH[first_sampled:], pending)
+
+    def _hidden_states(self, plan: StepPlan, group: GroupPlan, batch: StepBatch) -> torch.Tensor:
+        """The final ones [R, H] of the rows needed, by a CUDA graph if there is one."""
+        size = None
+        if self._mixed_graphs is not None and group.steps:
+            size = self._mixed_graphs.pick(group.num_tokens)
+        if self._mixed_graphs is not None and size is not None:
+            x_TH = self._mixed_graphs.run(size, batch)
+            if batch.needed is None:
+                return x_TH[: group.num_tokens]
+            return x_TH.index_select(0, batch.needed.rows_R)
         step = ForwardContext(
             positions_T=batch.positions_T,
             batch=batch.paged,
             kv=self._kv,
             exchange=self._exchange.select(largest_group(plan.groups)),
         )
-        x_RH = self._model(batch.token_ids_T, step, batch.needed)
-        first_sampled = sum(num_scored)
-        self._score_prompts(group, num_scored, x_RH[:first_sampled], pending)
-        self._sample(group, slots, x_RH[first_sampled:], pending)
+        x_RH: torch.Tensor = self._model(batch.token_ids_T, step, batch.needed)
+        return x_RH
 
     def _num_scored(self, step: SequenceStep) -> int:
         """How many of a step's positions, the first ones, have logits that score the prompt."""

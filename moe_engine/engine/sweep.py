@@ -22,12 +22,14 @@ from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import split_evenly
 from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.graphs import mixed_buckets
+from moe_engine.engine.mixed import MixedStep, takes_mixed_steps
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.attention import NeededRows, PagedBatch
 from moe_engine.ops.moe import expert_ffn, group_by_expert, summed
+from moe_engine.ops.paged_batch import NeededRows, PagedBatch
 from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.ops.sampling import (
     greedy_tokens,
@@ -78,6 +80,7 @@ class StepSweep:
         self._sample(max_seqs)
         if self._with_graphs:
             self._decode(max_seqs)
+            self._mixed(max_seqs)
         for num_tokens in doubling_sizes(self._limits.max_num_batched_tokens):
             for num_decodes, span_lens in compositions(num_tokens, max_seqs):
                 self._compute(num_decodes, span_lens)
@@ -111,6 +114,15 @@ class StepSweep:
                 logits_SV = decode.compute(num_rows, exchange)
                 for choice in decode.choices:
                     decode.choose(num_rows, logits_SV, choice)
+
+    def _mixed(self, max_seqs: int) -> None:
+        """Steps of any kind in static memory, of each size that will be captured."""
+        buckets = mixed_buckets(self._limits.max_num_batched_tokens, self._exchange)
+        if buckets and takes_mixed_steps(self._model, self._kv):
+            table = SequenceTable(max_seqs, self._max_model_len, self._kv.block_size, self._device)
+            mixed = MixedStep(self._model, self._kv, table, buckets[-1])
+            for num_rows in buckets:
+                mixed.compute(num_rows, self._exchange.select(num_rows))
 
     def _compute(self, num_decodes: int, span_lens: list[int]) -> None:
         """A step of any kind."""

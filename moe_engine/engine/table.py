@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from moe_engine.engine.staging import stage
+from moe_engine.ops.transfer import stage
 from moe_engine.types.step import NewSequence, SequenceStep
 
 

@@ -15,8 +15,9 @@ from moe_engine.config import ModelConfig
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from moe_engine.layers.norm import RMSNorm
-from moe_engine.ops.attention import HeadNorms, NeededRows, attend
+from moe_engine.ops.attention import HeadNorms, attend
 from moe_engine.ops.linear import AddedOutput, SplitSums
+from moe_engine.ops.paged_batch import NeededRows
 from moe_engine.ops.rope import RopeTable
 
 
@@ -33,14 +34,19 @@ def local_kv_heads(model: ModelConfig, tp_size: int, tp_rank: int) -> range:
 
 
 class Attention(nn.Module):
-    """Self-attention of one decoder layer over the paged KV cache."""
+    """Self-attention of one decoder layer over the paged KV cache.
+
+    Attributes:
+        num_heads: query heads here.
+    """
 
     def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
         model, tp = context.model, context.groups.tp
         self._layer = layer
         self._head_dim = model.head_dim
-        q_width = model.num_attention_heads // tp.size * model.head_dim
+        self.num_heads = model.num_attention_heads // tp.size
+        q_width = self.num_heads * model.head_dim
         q_rows = slice(tp.rank * q_width, (tp.rank + 1) * q_width)
         kv_heads = local_kv_heads(model, tp.size, tp.rank)
         kv_rows = slice(kv_heads.start * model.head_dim, kv_heads.stop * model.head_dim)

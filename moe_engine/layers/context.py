@@ -13,7 +13,7 @@ from moe_engine.cache.kv import KVCache
 from moe_engine.config import ModelConfig
 from moe_engine.dist.exchange import Exchange
 from moe_engine.dist.groups import ParallelGroups
-from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops.paged_batch import PagedBatch
 
 
 @dataclass(frozen=True)

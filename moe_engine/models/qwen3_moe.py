@@ -18,9 +18,9 @@ from moe_engine.layers.mlp import DenseMLP
 from moe_engine.layers.moe import SparseMoE
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.layers.rotary import make_rope_table
-from moe_engine.ops.attention import NeededRows
 from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.paged_batch import NeededRows
 from moe_engine.ops.rope import RopeTable
 
 LayerOutput = torch.Tensor | ExpertOutputs | SplitSums
@@ -74,7 +74,11 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen3MoeForCausalLM(nn.Module):
-    """One rank's shard of the model."""
+    """One rank's shard of the model.
+
+    Attributes:
+        num_heads: query heads of a layer here.
+    """
 
     def __init__(self, context: LayerContext) -> None:
         super().__init__()
@@ -82,6 +86,9 @@ class Qwen3MoeForCausalLM(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(context, layer) for layer in range(context.model.num_hidden_layers)
         )
+        first = self.layers[0]
+        assert isinstance(first, DecoderLayer)
+        self.num_heads = first.self_attn.num_heads
         self.norm = RMSNorm(context, context.model.hidden_size)
         self.lm_head = OutputHead(context, self.embed_tokens)
         self._rope = make_rope_table(context)

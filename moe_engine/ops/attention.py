@@ -1,4 +1,4 @@
-"""Paged attention: the batch description and the operator.
+"""Paged attention: the operator, and who attends to what on a GPU.
 
 Shape legend: T tokens, S sequences, N query heads, G KV heads, D head dimension, B blocks,
 L tokens a block.
@@ -7,14 +7,14 @@ L tokens a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from moe_engine.ops import cudnn_prefill, decode_attention, native, prefill_attention
 from moe_engine.ops.linear import SplitSums
-from moe_engine.ops.prefill_attention import QueryPreparation, TileOrder, order_tiles
-from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, PrefillSpan, plan_prefills
+from moe_engine.ops.paged_batch import NeededRows, PagedBatch
+from moe_engine.ops.prefill_attention import QueryPreparation
+from moe_engine.ops.prefill_plan import Implementation, PrefillGroup, plan_prefills
 from moe_engine.ops.reference import attention as reference
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 
@@ -26,72 +26,6 @@ class HeadNorms:
     q_weight_D: torch.Tensor
     k_weight_D: torch.Tensor
     eps: float
-
-
-@dataclass(frozen=True)
-class PagedBatch:
-    """Where the tokens of one step stand in the paged KV cache.
-
-    The first ``num_decodes`` of the S sequences compute one position each, in rows
-    0 .. num_decodes - 1; the others are ``prefills``, whose rows follow in the same order. A CUDA
-    graph runs with padding rows behind the last real decode: slot -1, context length 0.
-
-    Attributes:
-        slots_T: int64, cache slot (block × L + offset) of each token's key and value; -1: nowhere.
-        block_tables_SB: int32 [S, B], each row the blocks of a sequence; what lies past its
-            context is arbitrary.
-        context_lens_S: int32 [S], tokens in the cache once this step's are written.
-        query_starts_S: int32 [S + 1], first row of each sequence, then T.
-        num_decodes: sequences that compute one position, padding rows included.
-        prefills: the spans of the other sequences, known on the host.
-    """
-
-    slots_T: torch.Tensor
-    block_tables_SB: torch.Tensor
-    context_lens_S: torch.Tensor
-    query_starts_S: torch.Tensor
-    num_decodes: int
-    prefills: tuple[PrefillSpan, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.num_decodes + sum(span.query_len for span in self.prefills)
-
-    @property
-    def rows(self) -> list[tuple[int, int]]:
-        """First row and number of rows of each sequence."""
-        decodes = [(row, 1) for row in range(self.num_decodes)]
-        return decodes + [(span.first_row, span.query_len) for span in self.prefills]
-
-    @cached_property
-    def prefill_groups(self) -> list[PrefillGroup]:
-        """Who attends to which prefills on a GPU where cuDNN can; the same in every layer."""
-        return plan_prefills(self.prefills, cudnn=True)
-
-    def tile_orders(self, tokens: int) -> list[TileOrder]:
-        """The tiles of ``tokens`` of the prefills on a Hopper GPU; the same in every layer."""
-        if tokens not in self._tile_orders:
-            self._tile_orders[tokens] = order_tiles(self.prefills, self.num_decodes, tokens)
-        return self._tile_orders[tokens]
-
-    @cached_property
-    def _tile_orders(self) -> dict[int, list[TileOrder]]:
-        return {}
-
-
-@dataclass(frozen=True, slots=True)
-class NeededRows:
-    """The rows of a step that are needed behind the last layer's attention.
-
-    Attributes:
-        rows_R: int64.
-        as_decodes: the same rows as sequences that compute one position each, if every one of them
-            is the last of its sequence. Attending to them alone is then little work.
-    """
-
-    rows_R: torch.Tensor
-    as_decodes: PagedBatch | None
 
 
 def paged_attention(
@@ -121,6 +55,7 @@ def paged_attention(
     assert q_TND.shape[2] == k_cache_BLGD.shape[3], (q_TND.shape, k_cache_BLGD.shape)
     assert batch.num_tokens == q_TND.shape[0], (batch.num_tokens, q_TND.shape)
     if not (q_TND.is_cuda and native.has_triton()):
+        batch = batch.known()
         return reference.paged_attention(
             q_TND,
             k_cache_BLGD,
@@ -160,7 +95,7 @@ def attend(
     """
     k_cache_BLGD = cache[0]
     on_gpu = k_cache_BLGD.is_cuda and native.has_triton()
-    if on_gpu and needed is None and not batch.prefills:
+    if on_gpu and needed is None and not batch.has_prefills:
         return _attend_decodes(qkv, norms, rope, positions_T, cache, batch, scale)
     parts, num_heads = _parts_and_heads(qkv, k_cache_BLGD)
     on_hopper = prefill_attention.takes(qkv.dtype, num_heads, k_cache_BLGD)
@@ -203,9 +138,6 @@ def _attend_decodes(
     scale: float,
 ) -> torch.Tensor:
     """`attend` on a GPU where every sequence computes one position, in one launch."""
-    from moe_engine.kernels.launch import supports_pdl
-    from moe_engine.kernels.paged_decode import paged_decode
-
     k_cache_BLGD, v_cache_BLGD = cache
     parts, num_heads = _parts_and_heads(qkv, k_cache_BLGD)
     assert parts.stride(-1) == 1, parts.stride()
@@ -228,26 +160,42 @@ def _attend_decodes(
         )
     out_TND = parts.new_empty(parts.shape[-2], num_heads, k_cache_BLGD.shape[3], dtype=qkv.dtype)
     with torch.cuda.device(parts.device):
-        paged_decode(
-            parts,
-            k_cache_BLGD,
-            v_cache_BLGD,
-            batch.block_tables_SB,
-            batch.context_lens_S,
-            scale,
-            out_TND,
-            prepare=(
-                norms.q_weight_D,
-                norms.k_weight_D,
-                rope.cos_PF,
-                rope.sin_PF,
-                positions_T,
-                batch.slots_T,
-            ),
-            eps=norms.eps,
-            use_pdl=supports_pdl(parts.device),
-        )
+        _attend_raw_decodes(parts, norms, rope, positions_T, cache, batch, scale, out_TND)
     return out_TND
+
+
+def _attend_raw_decodes(
+    parts: torch.Tensor,
+    norms: HeadNorms,
+    rope: RopeTable,
+    positions_S: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    scale: float,
+    out_SND: torch.Tensor,
+) -> None:
+    """The decodes, from the projection [S, X] or parts of it, whose keys and values are written."""
+    from moe_engine.kernels.launch import supports_pdl
+    from moe_engine.kernels.paged_decode import paged_decode
+
+    paged_decode(
+        parts,
+        *cache,
+        batch.block_tables_SB,
+        batch.context_lens_S,
+        scale,
+        out_SND,
+        prepare=(
+            norms.q_weight_D,
+            norms.k_weight_D,
+            rope.cos_PF,
+            rope.sin_PF,
+            positions_S,
+            batch.slots_T,
+        ),
+        eps=norms.eps,
+        use_pdl=supports_pdl(parts.device),
+    )
 
 
 def _attend_on_hopper(
@@ -271,18 +219,15 @@ def _attend_on_hopper(
         cache, batch.slots_T,
     )  # fmt: skip
     # Behind that: a decode's context may have blocks that a prompt of this step fills.
-    num_decodes = batch.num_decodes
-    if num_decodes > 0:
-        q_SND = norm_rope_write(
-            qkv_TX[:num_decodes], norms.q_weight_D, norms.k_weight_D, norms.eps, rope,
-            positions_T[:num_decodes], cache, batch.slots_T[:num_decodes],
-        )  # fmt: skip
-        _attend_prepared_decodes(q_SND, cache, batch, scale, out_TND)
+    decodes = slice(batch.num_decodes)
+    _attend_raw_decodes(
+        qkv_TX[decodes], norms, rope, positions_T, cache, batch, scale, out_TND[decodes]
+    )
     prefill_attention.prefill_attention(
         q_TND,
         cache,
         batch.block_tables_SB,
-        batch.tile_orders(prefill_attention.tile_tokens(q_TND.shape[1], num_kv_heads)),
+        batch.prefill_tiles(prefill_attention.tile_tokens(q_TND.shape[1], num_kv_heads)),
         scale,
         out_TND,
         QueryPreparation(norms.q_weight_D, norms.eps, rope.cos_PF, rope.sin_PF),
@@ -305,14 +250,14 @@ def _on_gpu(
             return _by_cudnn(q_TND, own_kv_2TGD, groups[0], scale)
     out_TND = torch.empty_like(q_TND)
     _attend_prepared_decodes(q_TND, cache, batch, scale, out_TND)
-    if not batch.prefills:
+    if not batch.has_prefills:
         return out_TND
     if on_hopper:
         prefill_attention.prefill_attention(
             q_TND,
             cache,
             batch.block_tables_SB,
-            batch.tile_orders(prefill_attention.tile_tokens(num_heads, num_kv_heads)),
+            batch.prefill_tiles(prefill_attention.tile_tokens(num_heads, num_kv_heads)),
             scale,
             out_TND,
         )
@@ -363,6 +308,7 @@ def _by_groups(
     """The prefills, into their rows of ``out_TND``, as `plan_prefills` has it."""
     from moe_engine.kernels.paged_prefill import paged_prefill
 
+    assert batch.tiles is None, "these kernels need to know the prefills on the host"
     groups = (
         plan_prefills(batch.prefills, cudnn=False) if own_kv_2TGD is None else batch.prefill_groups
     )

@@ -18,7 +18,7 @@ from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.attention import local_kv_heads
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
-from moe_engine.ops.attention import NeededRows
+from moe_engine.ops.paged_batch import NeededRows
 from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import NewSequence, SequenceStep
 from tests.dist.ranks import run_on_ranks

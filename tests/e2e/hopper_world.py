@@ -86,13 +86,14 @@ def record_kernels(monkeypatch):
     return record
 
 
-def hopper_world(directory, *, model=None, with_decode_steps=False, **options):
+def hopper_world(directory, *, model=None, with_decode_steps=False, mixed_sizes=None, **options):
     """A world with `HOPPER_MODEL`, but for changes, in bfloat16."""
     common = {"device": "cuda", "dtype": "bfloat16", "prefix_cache": False, **HOPPER_LIMITS}
     return RunnerWorld(
         directory,
         model=HOPPER_MODEL | (model or {}),
         with_decode_steps=with_decode_steps,
+        mixed_sizes=mixed_sizes,
         **common | options,
     )
 

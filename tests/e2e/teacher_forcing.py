@@ -20,10 +20,12 @@ import torch
 
 from moe_engine import SamplingParams
 from moe_engine.config.flat import build_config
+from moe_engine.engine.batch import StepBatch
 from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep, StepPlan
-from tests.unit.runner_world import decode_in_static_memory, make_runtime
+from tests.unit.runner_world import decode_in_static_memory, make_runtime, mix_in_static_memory
 
 BLOCK_SIZE = 16
+MIXED_SIZES_ON_CPU = [64, 600]
 Tokens = list[int]
 
 
@@ -90,6 +92,8 @@ class ForcedEngine:
         self.captured = runtime.uses_graphs
         if not self.captured:
             decode_in_static_memory(self._runner)
+        if runtime.device.type == "cpu":
+            mix_in_static_memory(self._runner, MIXED_SIZES_ON_CPU)
         self.buckets: list[int] = self._runner._graphs.buckets
         self.sizes_run: list[int] = []
         self._num_steps = 0
@@ -102,12 +106,24 @@ class ForcedEngine:
         self._runner._model.register_forward_hook(self._keep_hidden)
         self._replay = self._runner._graphs.replay
         self._runner._graphs.replay = self._run_bucket
+        if self._runner._mixed_graphs is not None:
+            self._run_mixed = self._runner._mixed_graphs.run
+            self._runner._mixed_graphs.run = self._run_and_keep_hidden
         # The tokens are forced, so none need to be chosen.
         self._runner._graphs.choose = lambda size, choice: None
 
     @torch.inference_mode()
-    def prefill(self, sequences: list[Tokens], chunk: int | None = None) -> list[torch.Tensor]:
-        """Logits [L, V] of all positions, computed ``chunk`` positions of each a step."""
+    def prefill(
+        self, sequences: list[Tokens], chunk: int | None = None, *, is_launched: bool = False
+    ) -> list[torch.Tensor]:
+        """Logits [L, V] of all positions, computed ``chunk`` positions of each a step.
+
+        Args:
+            is_launched: kernel by kernel, whether there are graphs of so many positions or not.
+        """
+        mixed_graphs = self._runner._mixed_graphs
+        if is_launched:
+            self._runner._mixed_graphs = None
         plan = self._admit(sequences)
         pieces: list[list[torch.Tensor]] = [[] for _ in sequences]
         longest = max(map(len, sequences))
@@ -123,6 +139,7 @@ class ForcedEngine:
                 pieces[i].append(logits_TV[first : first + count])
                 first += count
             plan = GroupPlan()
+        self._runner._mixed_graphs = mixed_graphs
         return [torch.cat(rows) for rows in pieces]
 
     @torch.inference_mode()
@@ -175,6 +192,11 @@ class ForcedEngine:
 
     def _keep_hidden(self, _model: object, _args: object, x_TH: torch.Tensor) -> None:
         self._hidden_TH = x_TH
+
+    def _run_and_keep_hidden(self, size: int, batch: StepBatch) -> torch.Tensor:
+        x_TH = self._run_mixed(size, batch)
+        self._hidden_TH = x_TH[: batch.paged.num_tokens]
+        return x_TH
 
     def _run_bucket(self, size: int) -> torch.Tensor:
         self.sizes_run.append(size)

@@ -15,6 +15,7 @@ some places, so there the measure is transformers alone.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ import torch
 from moe_engine.config import ModelConfig
 from moe_engine.demo.build import ensure_demo_checkpoint
 from tests.e2e import bf16_checkpoints, trained_checkpoint
-from tests.e2e.hopper_world import DECODE_KERNELS, PREFILL_KERNELS, KernelRecord, record_kernels
+from tests.e2e.hopper_world import DECODE_KERNELS, LAUNCHES, KernelRecord, record_kernels
 from tests.e2e.teacher_forcing import (
     Errors,
     ForcedEngine,
@@ -43,15 +44,12 @@ PROMPT_LENS = {"cpu": (1, 3, 17, 64, 200, 333), "cuda": (1, 17, 64, 200, 333, 51
 CHUNK = {"cpu": 100, "cuda": 150}
 DECODE_BATCHES = {"cpu": (1, 7), "cuda": (1, 3, 16, 33)}
 DECODE_STEPS = {"cpu": 40, "cuda": 48}
-# By the random checkpoint, on Hopper: what its decode steps and its prompts run by. The second has
-# biases, so no sum is left to another kernel, and a width that the router's kernel does not take.
-CAPTURED = {
-    "normalised": DECODE_KERNELS,
-    "unnormalised-biased": DECODE_KERNELS - {"split linear", "norm and router"},
-}
-LAUNCHED = {
-    "normalised": PREFILL_KERNELS,
-    "unnormalised-biased": PREFILL_KERNELS - {"output added in place"},
+# By the random checkpoint, on Hopper. The second has biases, so no sum is left to another kernel,
+# and a width that the router's kernel does not take.
+KERNELS = {
+    "normalised": LAUNCHES.keys(),
+    "unnormalised-biased": LAUNCHES.keys()
+    - {"split linear", "norm and router", "output added in place"},
 }
 
 
@@ -60,11 +58,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> KernelRecord:
     return record_kernels(monkeypatch)
 
 
-def check_kernels(kernels: KernelRecord, captured: set[str], launched: set[str]) -> None:
-    """Exactly the former are in graphs, and the latter have run; elsewhere none that is CUDA's."""
+def check_kernels(kernels: KernelRecord, expected: Set[str]) -> None:
+    """Exactly these are in graphs, and have run by themselves; elsewhere none that is CUDA's."""
     if on_hopper():
-        assert kernels.captured == captured
-        assert kernels.launched >= launched
+        assert kernels.captured == kernels.launched == expected
     else:
         cuda = DECODE_KERNELS | {"prefill attention"}
         assert not (kernels.captured | kernels.launched) & cuda
@@ -96,8 +93,8 @@ def check(
         errors = [Errors.of(torch.cat(logits), expected_TV) for logits in (ours, theirs)]
         assert_as_good_as(*errors, **bounds)
 
-    for chunk in (None, CHUNK[device]):
-        ours = engine.prefill(prompts, chunk)
+    for chunk, is_launched in ((None, True), (None, False), (CHUNK[device], False)):
+        ours = engine.prefill(prompts, chunk, is_launched=is_launched)
         compare(ours, theirs[:num_prompts], reference[:num_prompts])
     ours, rest = [], decoded
     for size in DECODE_BATCHES[device]:
@@ -152,7 +149,7 @@ def test_random_checkpoint_on_a_gpu(
     tmp_path: Path, variant: bf16_checkpoints.Variant, kernels: KernelRecord
 ) -> None:
     check_random_checkpoint(tmp_path, variant, "cuda")
-    check_kernels(kernels, CAPTURED[variant.name], LAUNCHED[variant.name])
+    check_kernels(kernels, KERNELS[variant.name])
 
 
 def test_trained_checkpoint_on_a_cpu(tmp_path: Path) -> None:
@@ -166,7 +163,7 @@ def test_trained_checkpoint_on_a_gpu(tmp_path: Path, kernels: KernelRecord) -> N
     options = trained_checkpoint.LARGE
     trained_checkpoint.train_checkpoint(tmp_path, options, "cuda", num_steps=300, rate=2e-3)
     check_trained_checkpoint(tmp_path, "cuda")
-    check_kernels(kernels, DECODE_KERNELS, PREFILL_KERNELS)
+    check_kernels(kernels, LAUNCHES.keys())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])

@@ -9,8 +9,8 @@ Every test says which kernels it is about, and fails if they were not taken.
 
 import pytest
 
+from moe_engine.engine.graphs import MIXED_SIZES
 from tests.e2e.hopper_world import (
-    DECODE_KERNELS,
     HOPPER_LIMITS,
     LAUNCHES,
     PREFILL_KERNELS,
@@ -32,6 +32,8 @@ from tests.unit.runner_world import ALL_KINDS, DRAWN_KINDS, GREEDY_KINDS
 pytestmark = pytest.mark.usefixtures("needs_hopper")
 
 PLAIN_KINDS = (*DRAWN_KINDS, GREEDY_KINDS[0], {"temperature": 0.6, "top_k": 20, "top_p": 0.95})
+# Of the graphs of steps of any kind.
+SIZES = [size for size in MIXED_SIZES if size <= HOPPER_LIMITS["max_num_batched_tokens"]]
 # Every token goes to every expert, so that rounding cannot swap any.
 DENSE = {"num_experts": 8}
 
@@ -47,7 +49,8 @@ def start_graphs(kernels, directory, **options):
     kernels.captured.clear()
     world = hopper_world(directory, **options)
     assert world.runtime.uses_graphs
-    assert kernels.captured == DECODE_KERNELS
+    assert kernels.captured == LAUNCHES.keys()
+    assert world.runner._mixed_graphs.buckets == SIZES
     kernels.launched.clear()
     return world
 
@@ -61,6 +64,7 @@ def graphs(kernels, tmp_path_factory):
 def launches(tmp_path_factory):
     """The same steps, with every kernel launched by itself and one step at a time."""
     options = {"cuda_graphs": False, "with_decode_steps": True, "pipeline_depth": 1}
+    options["mixed_sizes"] = SIZES
     return hopper_world(tmp_path_factory.mktemp("launches"), **options)
 
 
@@ -74,11 +78,13 @@ def check_same_bits(kernels, world, launches, requests):
     """Returns the sizes of the graphs that were replayed, and of those that drew."""
     kernels.launched.clear()
     outputs = world.run(requests)
-    assert kernels.launched >= PREFILL_KERNELS | {"grouped experts"}
-    sizes = launches.runner._graphs
-    num_run, num_drawn = len(sizes.sizes_run), len(sizes.sizes_drawn)
+    assert not kernels.launched, "some step was no graph"
+    sizes, mixed_sizes = launches.runner._graphs, launches.runner._mixed_graphs.sizes_run
+    num_run, num_drawn, num_mixed = len(sizes.sizes_run), len(sizes.sizes_drawn), len(mixed_sizes)
     expected = launches.run(requests)
+    assert kernels.launched >= PREFILL_KERNELS | {"grouped experts"}
     assert world.steps == launches.steps
+    assert len(set(mixed_sizes[num_mixed:])) > 1
     for number, (output, other) in enumerate(zip(outputs, expected, strict=True)):
         assert output == other, f"request {number}"
     return set(sizes.sizes_run[num_run:]), set(sizes.sizes_drawn[num_drawn:])
@@ -120,7 +126,7 @@ def test_preempted_requests_go_on_where_they_were(kernels, scarce_graphs):
     before = scarce_graphs.scheduler.stats().num_preemptions_total
     kernels.launched.clear()
     outputs = scarce_graphs.run(requests)
-    assert kernels.launched >= PREFILL_KERNELS
+    assert not kernels.launched
     assert scarce_graphs.scheduler.stats().num_preemptions_total > before
     # Its prompt and what it had said.
     assert max(num_tokens for step in scarce_graphs.steps for _, num_tokens in step) > 1300
@@ -145,7 +151,7 @@ def test_requests_share_what_their_own_step_computes(tmp_path, kernels, scarce_g
     requests = [(prompt, greedy(16, logprobs=2))] * 6
     kernels.launched.clear()
     together = world.run(requests)
-    assert kernels.launched >= {"prefill attention"}
+    assert not kernels.launched
     assert sorted(num_tokens for _, num_tokens in world.steps[0]) == [*[1] * 5, length]
     (expected,) = alone(scarce_graphs, requests[:1])
     for output in together:
@@ -166,7 +172,4 @@ def test_no_step_waits_for_the_device(tmp_path, kernels, cuda_graphs):
     kernels.launched.clear()
     requests = requests_with_long_prompts(1, kinds=ALL_KINDS)
     assert launch_counting(world, requests) == {"decode", "mixed"}
-    if cuda_graphs:
-        assert kernels.launched >= PREFILL_KERNELS | {"grouped experts"}
-    else:
-        assert kernels.launched == LAUNCHES.keys()
+    assert kernels.launched == (set() if cuda_graphs else LAUNCHES.keys())

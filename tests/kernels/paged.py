@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_engine.ops.attention import PagedBatch
+from moe_engine.ops.paged_batch import PagedBatch
 from moe_engine.ops.prefill_plan import PrefillSpan
 
 

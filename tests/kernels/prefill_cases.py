@@ -13,8 +13,8 @@ import torch
 
 from moe_engine.ops.prefill_attention import (
     QueryPreparation,
-    order_tiles,
     prefill_attention,
+    stage_tiles,
     tile_tokens,
 )
 from moe_engine.ops.prefill_plan import PrefillSpan
@@ -91,7 +91,7 @@ PREFILL_CASES = [
     Prefill([(1, 7), (1, 0), (1, 33), (9, 20), (150, 150), (33, 170), (8, 90)], 16, 2,
             others=(3, 1)),
     Prefill([(1, 40), (20, 30), (16, 16), (3, 140)], 4, 2, others=(2, 1)),
-    # Of two launches.
+    # Of many spans.
     Prefill([(1, 5), *((2 + n % 20, 2 + n % 20 + n % 3 * 60) for n in range(70))],
             others=(1, 0)),
     *(Prefill(FEW, *heads) for heads in ((2, 2), (4, 2), (3, 1), (8, 2), (6, 1), (12, 1), (16, 1))),
@@ -158,7 +158,7 @@ def attend(
         wide_TAD.cuda()[:, :num_heads],
         (k_cache_BLGD.cuda(), v_cache_BLGD.cuda()),
         case.batch.block_tables_SB.cuda(),
-        order_tiles(spans, first_table_row, tile_tokens(num_heads, num_kv_heads)),
+        stage_tiles(spans, first_table_row, tile_tokens(num_heads, num_kv_heads), out_TND.device),
         case.scale,
         out_TND,
         None if preparation is None else on_gpu(preparation),

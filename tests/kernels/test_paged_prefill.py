@@ -15,8 +15,9 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from moe_engine.ops import attention, cudnn_prefill, prefill_attention, prefill_plan
-from moe_engine.ops.attention import NeededRows, PagedBatch, paged_attention
+from moe_engine.ops.attention import paged_attention
 from moe_engine.ops.linear import SplitSums
+from moe_engine.ops.paged_batch import NeededRows, PagedBatch
 from moe_engine.ops.reference import rope as rope_reference
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 from tests.kernels.paged import (

@@ -9,6 +9,7 @@ from moe_engine.dist.groups import single_rank_groups
 from moe_engine.dist.layout import RankLayout
 from moe_engine.engine.decode import Choice, DecodeStep
 from moe_engine.engine.graphs import graph_buckets, pick_bucket
+from moe_engine.engine.mixed import MixedStep
 from moe_engine.engine.rank_main import _make_scheduler
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.types.messages import AddRequest
@@ -62,6 +63,24 @@ class UncapturedGraphs:
         self._decode.choose(size, self._logits, choice)
 
 
+class UncapturedMixedGraphs:
+    """The same of steps of any kind."""
+
+    def __init__(self, mixed, exchange, sizes):
+        self.buckets = sizes
+        self.sizes_run = []
+        self._mixed = mixed
+        self._exchange = exchange
+
+    def pick(self, num_tokens):
+        return pick_bucket(num_tokens, self.buckets)
+
+    def run(self, size, batch):
+        self.sizes_run.append(size)
+        self._mixed.load(batch)
+        return self._mixed.compute(size, self._exchange.select(size))
+
+
 class RunnerWorld:
     """Runs requests to their ends.
 
@@ -69,6 +88,7 @@ class RunnerWorld:
         directory: where to put the model's config; the weights are random.
         with_decode_steps: run decode steps in static memory and padded, as graphs do on a GPU, but
             launch their kernels one by one.
+        mixed_sizes: the same of steps that also compute prompts, padded to these sizes.
         model: changes to `MODEL`.
         options: of the engine, besides `LIMITS`.
 
@@ -76,7 +96,9 @@ class RunnerWorld:
         steps: what each step of the last run computed, (start, number of positions) by sequence.
     """
 
-    def __init__(self, directory, *, with_decode_steps=False, model=None, **options):
+    def __init__(
+        self, directory, *, with_decode_steps=False, mixed_sizes=None, model=None, **options
+    ):
         (directory / "config.json").write_text(json.dumps(MODEL | (model or {})))
         values = {"model": str(directory), "load_format": "dummy", "device": "cpu"}
         config, _ = build_config(values | LIMITS | options)
@@ -86,6 +108,8 @@ class RunnerWorld:
         self.runner = self.runtime.runner
         if with_decode_steps:
             decode_in_static_memory(self.runner)
+        if mixed_sizes:
+            mix_in_static_memory(self.runner, mixed_sizes)
         self.scheduler = _make_scheduler(self.runtime, self.num_blocks)
         self.steps = []
 
@@ -115,6 +139,12 @@ def decode_in_static_memory(runner):
         runner._model, runner._kv, runner._table, runner._groups, runner._max_num_seqs
     )
     runner._graphs = UncapturedGraphs(runner._decode, runner._exchange)
+
+
+def mix_in_static_memory(runner, sizes):
+    """Let a runner without graphs compute prompts as it would with them."""
+    mixed = MixedStep(runner._model, runner._kv, runner._table, sizes[-1])
+    runner._mixed_graphs = UncapturedMixedGraphs(mixed, runner._exchange, sizes)
 
 
 def make_runtime(config: EngineConfig) -> RankRuntime:

@@ -56,11 +56,7 @@ def test_warps_of_a_block_of_decode_attention() -> None:
 
 
 def test_launches_of_prefill_attention() -> None:
-    for name, value in (
-        ("Rows", prefill_attention.TILE_ROWS),
-        ("MaxSpans", prefill_attention.MAX_SPANS),
-        ("MaxTiles", prefill_attention.MAX_TILES),
-    ):
-        assert numbers("prefill_attention.h", rf"constexpr int kPrefill{name} = (\d+);") == [value]
+    rows = numbers("prefill_attention.h", r"constexpr int kPrefillRows = (\d+);")
+    assert rows == [prefill_attention.TILE_ROWS]
     steps = numbers("prefill_tiles.cuh", r"constexpr int kTokens = (\d+);")
     assert steps == [prefill_attention.STEP_TOKENS]

@@ -5,6 +5,7 @@ And what `attend` gives to it and to the kernels beside it, for which the refere
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,15 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_engine.ops import attention, hopper
-from moe_engine.ops.attention import HeadNorms, PagedBatch
+from moe_engine.ops.attention import HeadNorms
+from moe_engine.ops.paged_batch import PagedBatch
 from moe_engine.ops.prefill_attention import (
     MAX_SPAN_TILES,
     MAX_SPANS,
-    MAX_TILES,
     STEP_TOKENS,
+    PrefillTiles,
     QueryPreparation,
-    TileOrder,
     order_tiles,
+    stage_tiles,
     takes,
     tile_tokens,
 )
@@ -35,75 +37,58 @@ from tests.unit.hopper_on_cpu import choose_as_on_hopper
 from tests.unit.test_prefill_plan import spans, whole
 
 
-def checked_order(planned: list[PrefillSpan], first_table_row: int, tokens: int) -> list[TileOrder]:
-    """The launches, which have every tile of every span once, the longest contexts first."""
-    orders, found = order_tiles(planned, first_table_row, tokens), []
-    for order in orders:
-        assert (order.spans.dtype, order.tiles.dtype) == (np.int32, np.uint32)
-        assert order.spans.flags.c_contiguous
-        assert order.tiles.flags.c_contiguous
-        assert 0 < len(order.spans) <= MAX_SPANS
-        assert 0 < len(order.tiles) <= MAX_TILES
-        steps = []
-        for tile in order.tiles.tolist():
-            first_row, query_len, context_len, table_row = order.spans[tile >> 16].tolist()
-            index, number = table_row - first_table_row, tile & 0xFFFF
-            assert planned[index] == PrefillSpan(first_row, query_len, context_len)
-            found.append((index, number))
-            end = context_len - query_len + min((number + 1) * tokens, query_len)
-            steps.append(-(-end // STEP_TOKENS))
-        assert steps == sorted(steps, reverse=True)
+def checked_order(
+    planned: list[PrefillSpan], first_table_row: int, tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`order_tiles`, which has every tile of every span once, the longest contexts first."""
+    table, tiles = order_tiles(planned, first_table_row, tokens)
+    assert (table.dtype, tiles.dtype) == (np.int32, np.uint32)
+    assert table.shape == (len(planned), 4)
+    steps, found = [], []
+    for tile in tiles.tolist():
+        index, number = tile >> 16, tile & 0xFFFF
+        first_row, query_len, context_len, table_row = table[index].tolist()
+        assert planned[index] == PrefillSpan(first_row, query_len, context_len)
+        assert table_row == first_table_row + index
+        found.append((index, number))
+        end = context_len - query_len + min((number + 1) * tokens, query_len)
+        steps.append(-(-end // STEP_TOKENS))
+    assert steps == sorted(steps, reverse=True)
     assert sorted(found) == [
         (index, number)
         for index, span in enumerate(planned)
         for number in range(-(-span.query_len // tokens))
     ]
-    return orders
+    return table, tiles
 
 
-def test_no_span_is_no_launch() -> None:
-    assert order_tiles([], 3, 16) == []
+def test_no_span_has_no_tile() -> None:
+    checked_order([], 3, 16)
 
 
 def test_the_docstrings_example() -> None:
-    (order,) = checked_order(whole(20, 40), 0, 16)
-    assert order.tiles.tolist() == [0, 1, 1 << 16, 1 << 16 | 1, 1 << 16 | 2]
+    _, tiles = checked_order(whole(20, 40), 0, 16)
+    assert tiles.tolist() == [0, 1, 1 << 16, 1 << 16 | 1, 1 << 16 | 2]
 
 
 def test_the_longest_context_comes_first_and_equal_ones_stay_in_order() -> None:
     """Tiles of 128 tokens: of 1 step; of 1, 2 and 3 steps; of 9; of 8."""
-    (order,) = checked_order(spans([(100, 100), (300, 300), (40, 1060), (20, 1024)]), 5, 128)
-    assert order.spans.tolist() == [
+    table, order = checked_order(spans([(100, 100), (300, 300), (40, 1060), (20, 1024)]), 5, 128)
+    assert table.tolist() == [
         [0, 100, 100, 5],
         [100, 300, 300, 6],
         [400, 40, 1060, 7],
         [440, 20, 1024, 8],
     ]
-    tiles = [(tile >> 16, tile & 0xFFFF) for tile in order.tiles.tolist()]
+    tiles = [(tile >> 16, tile & 0xFFFF) for tile in order.tolist()]
     assert tiles == [(2, 0), (3, 0), (1, 2), (1, 1), (0, 0), (1, 0)]
 
 
 def test_a_tile_counts_up_to_its_own_last_token() -> None:
     """Not to the span's last: of 16 tokens before position 128 and 16 behind, the first ends one
     step earlier, and so does a tile that is filled up past its context."""
-    (order,) = checked_order(spans([(32, 144), (10, 128)]), 0, 16)
-    assert order.tiles.tolist() == [1, 0, 1 << 16]
-
-
-@pytest.mark.parametrize("num_spans", [MAX_SPANS, MAX_SPANS + 1, 2 * MAX_SPANS + 3])
-def test_launches_of_so_many_spans(num_spans: int) -> None:
-    orders = checked_order(whole(*[3] * num_spans), 7, 16)
-    full, rest = divmod(num_spans, MAX_SPANS)
-    assert [len(order.spans) for order in orders] == [MAX_SPANS] * full + [rest] * (rest > 0)
-    assert orders[-1].spans[-1, 3] == 7 + num_spans - 1
-
-
-@pytest.mark.parametrize("num_tiles", [MAX_TILES, MAX_TILES + 1, 3 * MAX_TILES])
-def test_launches_of_so_many_tiles(num_tiles: int) -> None:
-    orders = checked_order(whole(30, 16 * num_tiles - 32), 0, 16)
-    full, rest = divmod(num_tiles, MAX_TILES)
-    assert [len(order.tiles) for order in orders] == [MAX_TILES] * full + [rest] * (rest > 0)
-    assert all(np.array_equal(order.spans, orders[0].spans) for order in orders)
+    _, tiles = checked_order(spans([(32, 144), (10, 128)]), 0, 16)
+    assert tiles.tolist() == [1, 0, 1 << 16]
 
 
 @settings(deadline=None)
@@ -127,20 +112,55 @@ def test_a_tile_is_up_to_8_query_heads_of_a_kv_head(
     assert tile_tokens(num_heads, num_kv_heads) == tokens
 
 
-def test_more_tiles_of_a_span_than_its_number_has_room_for_are_refused() -> None:
-    assert sum(len(order.tiles) for order in order_tiles(whole(MAX_SPAN_TILES), 0, 1)) == 1 << 16
+def test_more_spans_or_tiles_of_a_span_than_a_number_has_room_for_are_refused() -> None:
+    _, tiles = order_tiles(whole(MAX_SPAN_TILES), 0, 1)
+    assert len(tiles) == 1 << 16
     with pytest.raises(AssertionError):
         order_tiles(whole(MAX_SPAN_TILES + 1), 0, 1)
+    _, tiles = order_tiles(whole(*[2] * MAX_SPANS), 0, 16)
+    assert tiles[-1] >> 16 == MAX_SPANS - 1
+    with pytest.raises(AssertionError):
+        order_tiles(whole(*[2] * (MAX_SPANS + 1)), 0, 16)
 
 
 def test_a_step_orders_its_tiles_once_for_all_layers() -> None:
     nothing = torch.empty(0)
     batch = PagedBatch(nothing, nothing, nothing, nothing, 3, tuple(whole(40, 40)))
-    orders = batch.tile_orders(16)
-    assert batch.tile_orders(16) is orders
-    assert [order.spans[:, 3].tolist() for order in orders] == [[3, 4]]
-    assert [len(order.tiles) for order in orders] == [6]
-    assert [len(order.tiles) for order in batch.tile_orders(32)] == [4]
+    tiles = batch.prefill_tiles(16)
+    assert batch.prefill_tiles(16) is tiles
+    assert tiles.spans_P4[:, 3].tolist() == [3, 4]
+    assert (len(tiles.tiles_M), tiles.num_tiles_1.tolist()) == (6, [6])
+    assert len(batch.prefill_tiles(32).tiles_M) == 4
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.tuples(st.integers(2, 90), st.integers(0, 300)), max_size=9),
+    st.integers(0, 5),
+    st.sampled_from([16, 128]),
+)
+def test_what_only_the_device_knows_can_be_read_back(
+    lens: list[tuple[int, int]], num_decodes: int, tokens: int
+) -> None:
+    """Some of the decodes there may be are none; more tiles than there are have room."""
+    planned = spans([(query_len, before + query_len) for query_len, before in lens])
+    num_tokens = 5 + sum(span.query_len for span in planned)
+    tables_SB = torch.arange(5 + len(lens))[:, None].int()
+    decode_lens_S = torch.tensor([7] * num_decodes + [0] * (5 + len(lens) - num_decodes)).int()
+    staged = stage_tiles(planned, num_decodes, tokens, torch.device("cpu"))
+    room = torch.full((len(staged.tiles_M) + 3,), -1, dtype=torch.int32)
+    room[:-3] = staged.tiles_M
+    batch = PagedBatch(
+        torch.zeros(num_tokens).long(), tables_SB, decode_lens_S, torch.empty(0), 5, (),
+        tiles=replace(staged, tiles_M=room),
+    )  # fmt: skip
+    assert (batch.num_tokens, batch.has_prefills) == (num_tokens, True)
+    known = batch.known()
+    assert known.prefills == tuple(planned)
+    contexts = [7] * num_decodes + [0] * (5 - num_decodes)
+    assert known.context_lens_S.tolist() == contexts + [span.context_len for span in planned]
+    rows = [0, 1, 2, 3, 4] + [num_decodes + i for i in range(len(lens))]
+    assert known.block_tables_SB.flatten().tolist() == rows
 
 
 def cache(
@@ -184,14 +204,13 @@ def attend_to_spans(
     q_TND: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     tables_SB: torch.Tensor,
-    orders: list[TileOrder],
+    tiles: PrefillTiles,
     scale: float,
     out_TND: torch.Tensor,
     preparation: QueryPreparation,
 ) -> None:
     """What the kernel does, by the references."""
-    spans = np.concatenate([order.spans for order in orders])
-    for first, num, context, table_row in spans.tolist():
+    for first, num, context, table_row in tiles.spans_P4.tolist():
         normed_TND = torch.nn.functional.rms_norm(
             q_TND[first : first + num], (16,), preparation.norm_weight_D, preparation.eps
         )
@@ -207,17 +226,25 @@ def attend_to_spans(
 
 
 def attend_to_decodes(
-    q_TND: torch.Tensor,
+    qkv_SX: torch.Tensor,
+    norms: HeadNorms,
+    rope: RopeTable,
+    positions_T: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     batch: PagedBatch,
     scale: float,
-    out_TND: torch.Tensor,
+    out_SND: torch.Tensor,
 ) -> None:
     """The same of the rows before the spans'."""
     num = batch.num_decodes
+    assert len(qkv_SX) == len(out_SND) == num
+    q_SND = norm_rope_write(
+        qkv_SX, norms.q_weight_D, norms.k_weight_D, norms.eps, rope, positions_T[:num], cache,
+        batch.slots_T[:num],
+    )  # fmt: skip
     tables_SB, contexts_S = batch.block_tables_SB[:num], batch.context_lens_S[:num]
-    out_TND[:num] = reference.paged_attention(
-        q_TND[:num], *cache, tables_SB, contexts_S, batch.rows[:num], scale
+    out_SND[:] = reference.paged_attention(
+        q_SND, *cache, tables_SB, contexts_S, batch.rows[:num], scale
     )
 
 
@@ -249,7 +276,7 @@ def test_attend_shares_out_the_projection(case: Case, monkeypatch: pytest.Monkey
     caches = [(case.cache[0].clone(), case.cache[1].clone()) for _ in range(2)]
     rest = case.batch, case.scale
     expected_TND = attention.attend(qkv_TX, norms, rope, case.positions_T, caches[0], *rest)
-    monkeypatch.setattr(attention, "_attend_prepared_decodes", attend_to_decodes)
+    monkeypatch.setattr(attention, "_attend_raw_decodes", attend_to_decodes)
     monkeypatch.setattr(attention.prefill_attention, "prefill_attention", attend_to_spans)
     monkeypatch.setattr(attention, "norm_rope_write", write)
     out_TND = attention._attend_on_hopper(qkv_TX, norms, rope, case.positions_T, caches[1], *rest)

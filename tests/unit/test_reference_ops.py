@@ -6,15 +6,11 @@ import pytest
 import torch
 
 from moe_engine.config import RopeConfig
-from moe_engine.ops.attention import (
-    HeadNorms,
-    PagedBatch,
-    PrefillSpan,
-    attend,
-    paged_attention,
-)
+from moe_engine.ops.attention import HeadNorms, attend, paged_attention
 from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.moe import expert_ffn, group_by_expert, norm_and_route, route, summed
+from moe_engine.ops.paged_batch import PagedBatch
+from moe_engine.ops.prefill_plan import PrefillSpan
 from moe_engine.ops.reference.rope import apply_rope, rope_cos_sin, rope_frequencies
 from moe_engine.ops.rope import RopeTable, norm_rope_write
 

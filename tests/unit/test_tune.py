@@ -219,13 +219,13 @@ def run_tuner(
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text(json.dumps(MODEL))
 
-    def capture_graphs(runner: ModelRunner, sizes: list[int]) -> None:
+    def capture_decode_graphs(runner: ModelRunner, sizes: list[int]) -> None:
         arguments = runner._model, runner._kv, runner._table, runner._groups, runner._max_num_seqs
         runner._decode = DecodeStep(*arguments)
         [size] = sizes
         runner._graphs = TimedGraphs(runner._decode, runner._exchange, size, router.runs(size))
 
-    monkeypatch.setattr(ModelRunner, "capture_graphs", capture_graphs)
+    monkeypatch.setattr(ModelRunner, "capture_decode_graphs", capture_decode_graphs)
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")

@@ -35,7 +35,7 @@ from moe_engine.types.step import NewSequence
 GRAPH_BYTES_PER_LAYER = 256 << 10
 """What the driver keeps for one layer of one captured graph, rounded up."""
 
-GRAPH_WORKSPACE_BYTES = 96 << 20
+GRAPH_WORKSPACE_BYTES = 160 << 20
 """What matrix libraries take anew for the stream on which graphs are captured."""
 
 _HARDEST_SAMPLING = SamplingParams(

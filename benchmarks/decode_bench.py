@@ -38,12 +38,13 @@ Graphs = tuple[DecodeStep | None, DecodeGraphs | None]
 """A runner's captured steps and their static memory."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, batches: list[int]) -> None:
-    """What every script around a `DecodeBench` takes: engine and batch sizes."""
+def add_arguments(parser: argparse.ArgumentParser, batches: list[int] | None = None) -> None:
+    """What every script around a `DecodeBench` takes: the engine, and batch sizes if any."""
     parser.add_argument("--config", type=Path, help="YAML file of the engine's options")
     parser.add_argument("--model", help="checkpoint directory, or a name in benchmarks/models")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
-    parser.add_argument("--batches", type=int_list, default=batches)
+    if batches is not None:
+        parser.add_argument("--batches", type=int_list, default=batches)
 
 
 class DecodeBench:
@@ -103,6 +104,7 @@ class DecodeBench:
             seed=0,
         )
         self._ids: list[str] = []
+        self._numbers = itertools.count()
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._pipeline_depth = pipeline_depth
         self._ends: list[torch.cuda.Event] = []
@@ -110,17 +112,9 @@ class DecodeBench:
 
     def prepare(self, batch: int, num_input: int, temperature: float = 0.0) -> Callable[[], None]:
         """Compute the prompts of a new batch; the function returned finishes one decode step."""
-        while self._in_flight:
-            self._finish_step()
+        self._clear()
         self._use(self._start_graphs)
-        for request_id in self._ids:
-            self._scheduler.abort(request_id)
-        vocab_size = self.runtime.model_config.vocab_size
-        params = SamplingParams(temperature=temperature, ignore_eos=True)
-        self._ids = [f"{batch}-{num_input}-{number}" for number in range(batch)]
-        prompts = random_prompts(batch, num_input, vocab_size, seed=batch)
-        for request_id, prompt in zip(self._ids, prompts, strict=True):
-            self._scheduler.add(AddRequest(request_id, prompt, params))
+        self._add(batch, num_input, temperature)
         is_prefilling = True
         while is_prefilling:
             is_prefilling = self._step() != batch
@@ -149,6 +143,39 @@ class DecodeBench:
         """
         while self._in_flight:
             self._finish_step()
+        return self._next_step_again()
+
+    def repeatable_prompts(
+        self, num_decodes: int, num_input: int, num_prompts: int, num_tokens: int
+    ) -> StepPlan:
+        """A step of whole prompts beside decodes, which can be launched again and again."""
+        if num_decodes > 0:
+            self.prepare(num_decodes, num_input)
+            while self._in_flight:
+                self._finish_step()
+        else:
+            self._clear()
+        self._add(num_prompts, num_tokens, temperature=0.0)
+        plan = self._next_step_again()
+        assert_equal(plan.groups[0].num_tokens, num_decodes + num_prompts * num_tokens)
+        return plan
+
+    def hidden_states(self, plan: StepPlan) -> torch.Tensor:
+        """The final ones of a step that can be launched again, float32 [rows that sample, H]."""
+        runner, kept = self.runtime.runner, list[torch.Tensor]()
+        compute = runner._hidden_states
+
+        def compute_and_keep(*args: Any) -> torch.Tensor:
+            kept.append(compute(*args))
+            return kept[-1]
+
+        runner._hidden_states = compute_and_keep  # type: ignore[assignment, method-assign]
+        runner.launch(plan).result()
+        runner._hidden_states = compute  # type: ignore[method-assign]
+        return kept[0].float()
+
+    def _next_step_again(self) -> StepPlan:
+        """The next step of all sequences, after it has run once."""
         plan = self._scheduler.schedule()
         assert plan is not None
         self._in_flight.append((plan, self.runtime.runner.launch(plan)))
@@ -156,6 +183,23 @@ class DecodeBench:
         steps = [replace(step, new_blocks=[]) for step in plan.groups[0].steps]
         assert_equal(len(steps), len(self._ids))
         return StepPlan(plan.step_id, [GroupPlan(steps)])
+
+    def _add(self, number: int, num_tokens: int, temperature: float) -> None:
+        """Ask for so many more sequences, which end when they are aborted."""
+        vocab_size = self.runtime.model_config.vocab_size
+        params = SamplingParams(temperature=temperature, ignore_eos=True)
+        prompts = random_prompts(number, num_tokens, vocab_size, seed=number)
+        for prompt in prompts:
+            self._ids.append(f"{next(self._numbers)}")
+            self._scheduler.add(AddRequest(self._ids[-1], prompt, params))
+
+    def _clear(self) -> None:
+        """Let go of all sequences."""
+        while self._in_flight:
+            self._finish_step()
+        for request_id in self._ids:
+            self._scheduler.abort(request_id)
+        self._ids.clear()
 
     def repeat(self, plan: StepPlan, graphs: Graphs, num_steps: int) -> list[float]:
         """Seconds from the end of each `repeatable_step` on the device to the end of the next."""

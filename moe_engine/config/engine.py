@@ -173,7 +173,7 @@ class EngineConfig:
     )
     cuda_graphs: bool = option(
         True,
-        "on a GPU, replay steps as CUDA graphs; false launches every kernel by itself (enforce_eager)",
+        "on a GPU, replay steps as CUDA graphs; false launches kernel by kernel (enforce_eager)",
     )
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
     startup_timeout: float = option(600.0, "seconds the ranks have to load the model")

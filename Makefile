@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # What is installed where there is no NVIDIA driver.
 TORCH ?= torch==2.13.0
+# Processes that share out the tests. Where there is a GPU, one, because tests measure its memory.
+JOBS ?= $(if $(shell command -v nvidia-smi),0,2)
 # Extra flags for the server or for pytest: make serve ARGS="--port 9000"
 ARGS ?=
 
@@ -16,7 +18,7 @@ serve: $(VENV)/.serve
 	$(BIN)/python -m moe_engine.serve $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import schemathesis
@@ -44,27 +45,49 @@ SEEN: Counter[tuple[str, int]] = Counter()  # (path, status) of fuzzed POSTs
 schema = schemathesis.openapi.from_asgi("/openapi.json", make_fuzzed_app())
 
 
-@schema.parametrize()
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-def test_fuzzed_requests_get_what_the_document_promises(case):
-    response = case.call_and_validate(
-        checks=[
-            not_a_server_error,
-            status_code_conformance,
-            content_type_conformance,
-            response_schema_conformance,
-            negative_data_rejection,
-            unsupported_method,
-        ]
+def fuzz(path: str) -> Callable[[], None]:
+    """A test that requests of one path get what the document promises.
+
+    One for each path, because schemathesis gives all that it makes of one function the same name,
+    by which pytest-xdist shares tests out.
+    """
+
+    @schema.include(path=path).parametrize()
+    @settings(
+        max_examples=12,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
-    if case.method == "POST":
-        SEEN[case.path, response.status_code] += 1
+    def test(case: schemathesis.Case) -> None:
+        response = case.call_and_validate(
+            checks=[
+                not_a_server_error,
+                status_code_conformance,
+                content_type_conformance,
+                response_schema_conformance,
+                negative_data_rejection,
+                unsupported_method,
+            ]
+        )
+        if case.method == "POST":
+            SEEN[case.path, response.status_code] += 1
+
+    return test
+
+
+test_fuzzed_completions = fuzz("/v1/completions")
+test_fuzzed_chat_completions = fuzz("/v1/chat/completions")
+test_fuzzed_models = fuzz("/v1/models")
+test_fuzzed_model = fuzz("/v1/models/{model}")
+test_fuzzed_health = fuzz("/health")
+test_fuzzed_metrics = fuzz("/metrics")
+
+
+def test_every_path_is_fuzzed() -> None:
+    names = [name for name in globals() if name.startswith("test_fuzzed_")]
+    assert len(DOCUMENT["paths"]) == len(names), DOCUMENT["paths"].keys()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -9,6 +9,11 @@ warm up, then the repetitions. Output tokens per second of both count from the f
 the last token received, so their ratio is what HTTP costs. A model without a tokenizer gets a
 synthetic one of its vocabulary's size, so that every token brings text.
 
+``--requests 8 --spread 0.5``: every stream sends 8 requests, one after the other, whose outputs
+have 0.5 to 1.5 times as many tokens as ``--output`` says. Then prompts are computed beside the
+others' decodes all the time, as users do who come and go; `MoEEngine` gets all of them at once and
+runs as many as there are streams.
+
 ``--fake-step-ms 15.2`` measures the front end and the server alone: a stand-in makes a token for
 every stream each 15.2 ms (`fake_core`). The server's own processor time is read from the system.
 """
@@ -18,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import socket
 import statistics
@@ -38,7 +44,7 @@ from benchmarks.driver import percentile, random_prompts, run_batch
 from benchmarks.gpu_state import gpu_state, require_gpu
 from benchmarks.options import find_model, plain_options
 from benchmarks.report import save_result
-from benchmarks.stream_client import Clients, Stream
+from benchmarks.stream_client import Clients, Request, Stream
 from benchmarks.synthetic_tokenizer import write_tokenizer
 from moe_engine import MoEEngine
 from moe_engine.config import ModelConfig
@@ -70,11 +76,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--input", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=256, help="tokens of an output")
+    parser.add_argument("--requests", type=int, default=1, help="of a stream, in turn")
+    parser.add_argument("--spread", type=float, default=0.0, help="of the outputs' lengths, share")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--clients", type=int, default=max(1, (os.cpu_count() or 1) // 2))
     parser.add_argument("--fake-step-ms", type=float, help="no model: a token a stream so often")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.fake_step_ms is not None and arguments.requests > 1:
+        parser.error("--fake-step-ms runs everything at once: --requests must be 1")
+    return arguments
 
 
 def engine_options(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
@@ -83,7 +94,7 @@ def engine_options(arguments: argparse.Namespace, directory: Path) -> dict[str, 
     values |= {
         "load_format": arguments.load_format,
         "prefix_cache": False,
-        "max_model_len": arguments.input + arguments.output,
+        "max_model_len": arguments.input + longest_output(arguments),
         "max_num_seqs": arguments.streams,
     }
     values["max_num_batched_tokens"] = max(
@@ -100,25 +111,41 @@ def engine_options(arguments: argparse.Namespace, directory: Path) -> dict[str, 
     return values
 
 
+def longest_output(arguments: argparse.Namespace) -> int:
+    """Tokens of the longest output that there can be."""
+    return round(arguments.output * (1 + arguments.spread))
+
+
+def make_work(arguments: argparse.Namespace, vocab_size: int) -> list[list[Request]]:
+    """The requests of every stream, the same every time."""
+    choose = random.Random(0)
+    shortest, longest = round(arguments.output * (1 - arguments.spread)), longest_output(arguments)
+    number = arguments.streams * arguments.requests
+    prompts = random_prompts(number, arguments.input, vocab_size, seed=0)
+    requests = [(prompt, choose.randint(max(1, shortest), longest)) for prompt in prompts]
+    return [requests[i :: arguments.streams] for i in range(arguments.streams)]
+
+
 def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """The content of the JSON file."""
     if arguments.fake_step_ms is not None:
         os.environ[fake_core.STEP_MS_VARIABLE] = str(arguments.fake_step_ms)
         fake_core.install()
-    offline_s, prompts = run_offline(options, arguments)
-    num_tokens = arguments.streams * arguments.output
+    offline_s, work = run_offline(options, arguments)
+    asked = sorted(num for requests in work for _, num in requests)
+    num_tokens = sum(asked)
     is_fake = arguments.fake_step_ms is not None
     with running_server(options, is_fake=is_fake) as server, Clients(arguments.clients) as clients:
         url, ready_s, process = server
         model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-        clients.run(url, model, prompts, min(8, arguments.output))  # warm up
+        clients.run(url, model, [warm_up(requests) for requests in work])
         rounds, busy = [], []
         for _ in range(arguments.repetitions):
             before = processor_seconds(process.pid)
-            rounds.append(clients.run(url, model, prompts, arguments.output))
+            rounds.append(clients.run(url, model, work))
             busy.append(processor_seconds(process.pid) - before)
     for streams in rounds:
-        assert all(stream.num_tokens == arguments.output for stream in streams)
+        assert sorted(stream.num_tokens for stream in streams) == asked
     online_s = [round_seconds(streams) for streams in rounds]
     offline_rate = num_tokens / statistics.median(offline_s)
     online_rate = num_tokens / statistics.median(online_s)
@@ -128,6 +155,8 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
         "streams": arguments.streams,
         "input": arguments.input,
         "output": arguments.output,
+        "requests": arguments.requests,
+        "spread": arguments.spread,
         "client_processes": arguments.clients,
         "fake_step_ms": arguments.fake_step_ms,
         "summary": {
@@ -143,19 +172,27 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     }
 
 
+def warm_up(requests: list[Request]) -> list[Request]:
+    """The first request of a stream, cut short."""
+    (prompt, num_tokens), *_ = requests
+    return [(prompt, min(8, num_tokens))]
+
+
 def run_offline(
     options: dict[str, Any], arguments: argparse.Namespace
-) -> tuple[list[float], list[list[int]]]:
-    """Seconds of each repetition without HTTP, and the prompts."""
+) -> tuple[list[float], list[list[Request]]]:
+    """Seconds of each repetition without HTTP, and the requests of every stream."""
     with MoEEngine(**options) as engine:
         print(engine.info.summary, flush=True)
-        prompts = random_prompts(arguments.streams, arguments.input, engine.info.vocab_size, seed=0)
-        run_batch(engine, prompts, min(8, arguments.output))  # warm up
-        seconds = [
-            run_batch(engine, prompts, arguments.output).seconds
-            for _ in range(arguments.repetitions)
-        ]
-    return seconds, prompts
+        work = make_work(arguments, engine.info.vocab_size)
+        in_turns = [request for turn in zip(*work, strict=True) for request in turn]
+
+        def seconds(requests: list[Request]) -> float:
+            prompts, nums = zip(*requests, strict=True)
+            return run_batch(engine, list(prompts), nums).seconds
+
+        seconds([warm_up(requests)[0] for requests in work])
+        return [seconds(in_turns) for _ in range(arguments.repetitions)], work
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import queue
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_engine import MoEEngine, SamplingParams
@@ -49,18 +50,25 @@ class Run:
 
 
 def run_batch(
-    engine: MoEEngine, prompts: list[list[int]], num_tokens: int, temperature: float = 0.0
+    engine: MoEEngine,
+    prompts: list[list[int]],
+    num_tokens: int | Sequence[int],
+    temperature: float = 0.0,
 ) -> Run:
     """Decode past any end-of-sequence token.
 
     What `MoEEngine.generate` does, with a clock where the engine's news arrive.
+
+    Args:
+        num_tokens: of every output, or of each.
     """
-    params = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True)
+    sizes = [num_tokens] * len(prompts) if isinstance(num_tokens, int) else num_tokens
     arrivals: list[list[float]] = [[] for _ in prompts]
     news: queue.SimpleQueue[tuple[int, News]] = queue.SimpleQueue()
     start = time.perf_counter()
     requests = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
+        params = SamplingParams(temperature=temperature, max_tokens=size, ignore_eos=True)
 
         def put(item: News, number: int = number) -> None:
             arrivals[number].append(time.perf_counter())
@@ -74,7 +82,7 @@ def run_batch(
         num_open -= requests[number].finished
     seconds = time.perf_counter() - start
     outputs = [request.assembler.final().outputs[0].token_ids for request in requests]
-    assert all(len(tokens) == num_tokens for tokens in outputs), "an output ended early"
+    assert [len(tokens) for tokens in outputs] == list(sizes), "an output ended early"
     return Run(seconds, arrivals, outputs)
 
 

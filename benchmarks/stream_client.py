@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 import httpx
 
+Request = tuple[list[int], int]
+"""A prompt and how many tokens shall follow it."""
+
 EVENT_END = b"\n\n"
 TIMEOUT_S = 300.0
 
@@ -54,30 +57,34 @@ class Clients:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def run(self, url: str, model: str, prompts: list[list[int]], num_tokens: int) -> list[Stream]:
-        """Send all prompts at once, spread over the processes; returns when all have ended."""
-        shares = [prompts[i :: self._num_processes] for i in range(self._num_processes)]
-        futures = [
-            self._pool.submit(read_streams, url, model, share, num_tokens)
-            for share in shares
-            if share
-        ]
+    def run(self, url: str, model: str, streams: list[list[Request]]) -> list[Stream]:
+        """Start all streams at once, spread over the processes; returns when all have ended.
+
+        Args:
+            streams: of each, the requests that it sends one after the other.
+
+        Returns:
+            Each request's, those of a stream one after the other.
+        """
+        shares = [streams[i :: self._num_processes] for i in range(self._num_processes)]
+        futures = [self._pool.submit(read_streams, url, model, share) for share in shares if share]
         return [stream for future in futures for stream in future.result()]
 
 
-def read_streams(url: str, model: str, prompts: list[list[int]], num_tokens: int) -> list[Stream]:
-    """Read the completions of all prompts at once."""
-    return asyncio.run(_read_streams(url, model, prompts, num_tokens))
+def read_streams(url: str, model: str, streams: list[list[Request]]) -> list[Stream]:
+    """Read all streams at once."""
+    return asyncio.run(_read_streams(url, model, streams))
 
 
-async def _read_streams(
-    url: str, model: str, prompts: list[list[int]], num_tokens: int
-) -> list[Stream]:
+async def _read_streams(url: str, model: str, streams: list[list[Request]]) -> list[Stream]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=TIMEOUT_S) as client:
-        return await asyncio.gather(
-            *(_read_stream(client, model, prompt, num_tokens) for prompt in prompts)
-        )
+
+        async def read(requests: list[Request]) -> list[Stream]:
+            return [await _read_stream(client, model, *request) for request in requests]
+
+        read_all = await asyncio.gather(*(read(requests) for requests in streams))
+        return [stream for some in read_all for stream in some]
 
 
 async def _read_stream(

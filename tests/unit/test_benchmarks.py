@@ -266,6 +266,33 @@ def test_the_serving_benchmark_runs_against_a_core_without_a_model(monkeypatch, 
     assert summary["inter_token_ms"]["p50"] > 0
 
 
+def test_streams_that_send_several_requests(monkeypatch, tmp_path):
+    output = tmp_path / "serving.json"
+    command = "bench --streams 3 --requests 4 --spread 0.5 --input 6 --output 8 --repetitions 1"
+    command += f" --clients 2 --set device=cpu --json {output}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    work = bench_serving.make_work(bench_serving.parse_arguments(), 500)
+    assert work == bench_serving.make_work(bench_serving.parse_arguments(), 500)
+    assert [len(requests) for requests in work] == [4] * 3
+    prompts, nums = zip(*(request for requests in work for request in requests), strict=True)
+    assert len(set(map(tuple, prompts))) == 12
+    assert {len(prompt) for prompt in prompts} == {6}
+    assert len(set(nums)) > 1
+    assert set(nums) <= set(range(4, 13))
+    bench_serving.main()
+    result = json.loads(output.read_text())
+    assert result["options"]["max_num_seqs"] == 3
+    assert (result["requests"], result["spread"]) == (4, 0.5)
+    tokens = result["summary"]["online_tok_per_s"] * result["online_s"][0]
+    assert tokens == pytest.approx(sum(nums))
+
+
+def test_a_core_without_a_model_takes_one_request_of_a_stream(capsys):
+    with pytest.raises(SystemExit):
+        bench_serving.parse_arguments(["--fake-step-ms", "5", "--requests", "2"])
+    assert "--requests must be 1" in capsys.readouterr().err
+
+
 def test_kernel_names_are_cut_to_what_tells_them_apart():
     assert short_name("void at::native::reduce_kernel<512, 1, at::R>(at::R)") == (
         "reduce_kernel<512, 1, R>"

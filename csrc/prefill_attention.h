@@ -30,11 +30,11 @@ struct PrefillAttentionArgs {
   const std::int32_t* block_tables;  // [..., ...], on the device
   std::int64_t block_tables_stride;
   void* out;  // bfloat16 [num_rows, num_heads, 128]
-  // On the device, complete before the kernel that precedes this one starts: the spans, and their
-  // tiles in the order in which blocks take them, those with the longest context first: number of
-  // the span << 16 | number of its tile, below 1 << 16. A tile is kPrefillRows / heads tokens, of
-  // which it has `heads` query heads of a KV head: the greatest common divisor of 8 and the number
-  // there are.
+  // On the device, complete before the kernel that precedes this one starts, or written by a
+  // transfer behind it: the spans, and their tiles in the order in which blocks take them, those
+  // with the longest context first: number of the span << 16 | number of its tile, below 1 << 16. A
+  // tile is kPrefillRows / heads tokens, of which it has `heads` query heads of a KV head: the
+  // greatest common divisor of 8 and the number there are.
   const PrefillSpan* spans;
   const std::uint32_t* tiles;
   const std::int32_t* num_tiles;

@@ -87,8 +87,8 @@ struct Item {
   }
 };
 
-// Behind the stages in shared memory. What is looked up of an item is two reads of device memory,
-// one after the other, which nobody waits for where they are done before the kernel's turn comes.
+// Behind the stages in shared memory. To look up an item takes reads of device memory one after the
+// other, which nobody waits for where they are done before the kernel's turn comes.
 struct Tail {
   Item items[kListed];
   Barriers barriers;

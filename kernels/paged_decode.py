@@ -170,7 +170,7 @@ def _decode_kernel(
     # Nested, because one condition is the compiler's and the other the device's.
     if USE_PDL and NUM_PREFETCHED > 0:  # noqa: SIM102
         if first_tile < last_tile:
-            # What is in the cache so far does not come from the kernels that are waited for.
+            # It comes from earlier kernels than those that are waited for, or L2 has it already.
             _prefetch_cache(
                 k_ptr, v_ptr, table_ptr, head, first_tile * TILE,
                 tl.minimum(last_tile * TILE, context), G, D, L, BLOCK_D, NUM_PREFETCHED * TILE,
@@ -192,10 +192,10 @@ def _decode_kernel(
             token_ptr, qkv_part_stride, head_A, there_A, cos_F, sin_F, weights, eps, N, G, F,
             BLOCK_F, NUM_PARTS, out_ptr.dtype.element_ty,
         )  # fmt: skip
-        # Through memory, so that the loop need not know about the new key and value. This program
-        # alone reads them: the barrier orders its threads' stores before all of its loads of the
-        # cache, also the asynchronous ones, and its multiprocessor's L1 cache holds nothing older
-        # than its stores.
+        # Through memory, so that the loop need not know about the new key and value. Where they are
+        # not there yet, this program alone reads them: the barrier orders its threads' stores
+        # before all of its loads of the cache, also the asynchronous ones, and its
+        # multiprocessor's L1 cache holds nothing older than its stores.
         write_cache(k_ptr, v_ptr, slot, head_A, there_A, first_AF, second_AF, N, G, F, BLOCK_F)
         if has_end:
             tl.debug_barrier()

@@ -38,13 +38,19 @@ class StepBatch:
 
 
 def build_batch(
-    table: SequenceTable, steps: list[SequenceStep], slots: list[int], num_scored: Sequence[int]
+    table: SequenceTable,
+    steps: list[SequenceStep],
+    slots: list[int],
+    num_scored: Sequence[int],
+    *,
+    in_full: bool = False,
 ) -> StepBatch:
     """Lay out the step's tokens, one sequence after the other; nobody waits for the device.
 
     Args:
         slots: what `SequenceTable.advance` returned for ``steps``.
         num_scored: how many of a step's positions, the first ones, need logits to score the prompt.
+        in_full: nobody attends to the needed rows alone (`NeededRows.as_decodes`).
     """
     slots_S = np.array(slots, dtype=np.int64)
     starts_S = np.array([step.start for step in steps], dtype=np.int64)
@@ -99,7 +105,7 @@ def build_batch(
     if np.array_equal(needed_R, np.arange(num_tokens)):
         return StepBatch(token_ids_T, positions, paged, needed=None)
     as_decodes = None
-    if not any(num_scored):
+    if not (in_full or any(num_scored)):
         as_decodes = PagedBatch(
             slots_T=paged.slots_T.index_select(0, rows_R),
             block_tables_SB=paged.block_tables_SB.index_select(0, ends),

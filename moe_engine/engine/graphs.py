@@ -23,14 +23,10 @@ import torch
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.engine.batch import StepBatch
 from moe_engine.engine.decode import Choice, DecodeStep
-from moe_engine.engine.mixed import MixedStep
+from moe_engine.engine.mixed import MixedSize, MixedStep
 
 _BUCKET_STEPS = ((8, 64), (16, 128), (32, 256), (64, 512), (128, None))
 """(distance, largest size) of the batch sizes from 8 on."""
-
-MIXED_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Tokens of the steps of any kind to capture. Padding costs little: experts and attention leave it
-out. Larger steps keep the device longer than their launches keep the host."""
 
 
 def graph_buckets(max_rows: int) -> list[int]:
@@ -56,16 +52,6 @@ def pick_bucket(num_rows: int, buckets: list[int]) -> int | None:
 def capturable_buckets(max_rows: int, exchange: ExchangeSelector) -> list[int]:
     """The sizes of `graph_buckets` whose exchange backend can be captured."""
     return [size for size in graph_buckets(max_rows) if exchange.select(size).is_capturable]
-
-
-def mixed_buckets(max_tokens: int, exchange: ExchangeSelector) -> list[int]:
-    """The sizes of `MIXED_SIZES` that steps of up to ``max_tokens`` need and that can be captured.
-
-    Example: ``mixed_buckets(100, exchange) == [16, 32, 64, 128]``, of a backend that can be.
-    """
-    smaller = [size for size in MIXED_SIZES if size < max_tokens]
-    needed = MIXED_SIZES[: len(smaller) + 1]
-    return [size for size in needed if exchange.select(size).is_capturable]
 
 
 class DecodeGraphs:
@@ -141,39 +127,32 @@ class DecodeGraphs:
 
 
 class MixedGraphs:
-    """The captured steps of any kind of one rank.
+    """The captured steps of any kind of one rank, of all sizes of ``mixed``.
 
-    Which sizes exist follows from the configuration alone, as with `DecodeGraphs`.
-
-    Args:
-        sizes: numbers of rows, ascending, at most the step's.
-
-    Attributes:
-        buckets: these sizes.
+    Which these are follows from the configuration alone, as with `DecodeGraphs`.
     """
 
-    def __init__(self, mixed: MixedStep, exchange: ExchangeSelector, sizes: list[int]) -> None:
-        self.buckets = sizes
+    def __init__(self, mixed: MixedStep, exchange: ExchangeSelector) -> None:
         self._mixed = mixed
         self._exchange = exchange
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[MixedSize, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     @torch.inference_mode()
     def capture(self, pool: Any) -> None:
         """As `DecodeGraphs.capture`; padding alone is computed."""
-        for size in reversed(self.buckets):
-            self._mixed.compute(size, self._exchange.select(size))
-        for size in reversed(self.buckets):
-            exchange = self._exchange.select(size)
+        for size in reversed(self._mixed.sizes):
+            self._mixed.compute(size, self._exchange.select(size.num_rows))
+        for size in reversed(self._mixed.sizes):
+            exchange = self._exchange.select(size.num_rows)
             graph, x_TH = _captured(partial(self._mixed.compute, size, exchange), pool)
             self._graphs[size] = graph, _unowned(x_TH)
 
-    def pick(self, num_tokens: int) -> int | None:
+    def pick(self, num_tokens: int, num_decodes: int) -> MixedSize | None:
         """The size for a step, None if it must run without a graph."""
-        return pick_bucket(num_tokens, self.buckets)
+        return self._mixed.pick(num_tokens, num_decodes)
 
-    def run(self, size: int, batch: StepBatch) -> torch.Tensor:
-        """Run a step of so many rows at most.
+    def run(self, size: MixedSize, batch: StepBatch) -> torch.Tensor:
+        """Run a step of this size at most.
 
         Returns:
             Its final hidden states, then padding, in memory that the next `run` overwrites.

@@ -2,10 +2,10 @@
 
 Launching such a step's kernels one by one costs the host more than the device needs to run them,
 until they are thousands of tokens. As the decode steps do (`engine.decode`), it runs in static
-memory up to its hidden states, so that it can be captured in a CUDA graph, once for each number of
-rows (see `engine.graphs`). Which rows belong to which sequence is data: decodes come first, and the
-prompts' attention goes by a list of tiles (`ops.prefill_attention`). What follows, logits and
-tokens, is launched as in any other step.
+memory up to its hidden states, so that it can be captured in a CUDA graph, once for each of some
+sizes (see `engine.graphs`). Which rows are whose is data: decodes come first, and the prompts'
+attention goes by a list of tiles (`ops.prefill_attention`). What follows, logits and tokens, is
+launched as in any other step.
 
 All rows are computed to the end, also those whose logits nobody needs; that is one layer in dozens.
 
@@ -15,11 +15,13 @@ H hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from moe_engine.cache.kv import KVCache
-from moe_engine.dist.exchange import Exchange
+from moe_engine.dist.exchange import Exchange, ExchangeSelector
 from moe_engine.engine.batch import StepBatch
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
@@ -27,31 +29,79 @@ from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
 from moe_engine.ops.paged_batch import PagedBatch
 from moe_engine.ops.prefill_attention import PrefillTiles, order_tiles, takes, tile_tokens
 
+MIXED_ROWS = (16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+"""Tokens of the steps to capture. Padding costs little: experts and attention leave it out. Larger
+steps keep the device longer than their launches keep the host."""
+
+MIXED_DECODES = (16, 64)
+"""How many of them may be decodes, below the most that there can be. Their attention is launched
+for as many, and shares out the contexts of few among multiprocessors that would have nothing to do.
+"""
+
 _SPAN_NUMBERS = 4
 _HEADER = 4
 """Integers before the spans, which have to be aligned: how many tokens there are, and tiles."""
 
 
-def takes_mixed_steps(model: Qwen3MoeForCausalLM, kv: KVCache) -> bool:
-    """Whether `ops.prefill_attention`, which goes by a list of tiles, takes this model's heads."""
+@dataclass(frozen=True, slots=True)
+class MixedSize:
+    """A step to capture: its rows, and how many of them, the first, may be decodes."""
+
+    num_rows: int
+    num_decodes: int
+
+
+def mixed_sizes(max_tokens: int, max_seqs: int, exchange: ExchangeSelector) -> list[MixedSize]:
+    """What steps of up to ``max_tokens`` and ``max_seqs`` need and can be captured, ascending.
+
+    Example: for 20 tokens of 24 sequences at most, 16 rows, all of which may be decodes, and 32
+    rows, of which 16 or 24 may be.
+    """
+    num_smaller = sum(num_rows < max_tokens for num_rows in MIXED_ROWS)
+    sizes = []
+    for num_rows in MIXED_ROWS[: num_smaller + 1]:
+        if exchange.select(num_rows).is_capturable:
+            most = min(num_rows, max_seqs)
+            tiers = [*(num for num in MIXED_DECODES if num < most), most]
+            sizes += [MixedSize(num_rows, num_decodes) for num_decodes in tiers]
+    return sizes
+
+
+def make_mixed_step(
+    model: Qwen3MoeForCausalLM,
+    kv: KVCache,
+    table: SequenceTable,
+    max_tokens: int,
+    exchange: ExchangeSelector,
+) -> MixedStep | None:
+    """Of the sizes to capture; None if there are none, or `ops.prefill_attention`, which goes by
+    a list of tiles, does not take the model's heads."""
+    sizes = mixed_sizes(max_tokens, len(table.blocks_NB), exchange)
     k_cache_BLGD, _ = kv.layer(0)
-    return takes(k_cache_BLGD.dtype, model.num_heads, k_cache_BLGD)
+    if not (sizes and takes(k_cache_BLGD.dtype, model.num_heads, k_cache_BLGD)):
+        return None
+    return MixedStep(model, kv, table, sizes)
 
 
 class MixedStep:
-    """The static memory of steps of up to ``max_rows`` tokens, and what runs on it.
+    """The static memory of steps of any of some sizes, and what runs on it.
 
     Args:
         table: of the sequences.
 
     Attributes:
-        max_rows: W.
+        sizes: ascending; a number of rows comes with as many decodes as there can be, at least.
     """
 
     def __init__(
-        self, model: Qwen3MoeForCausalLM, kv: KVCache, table: SequenceTable, max_rows: int
+        self,
+        model: Qwen3MoeForCausalLM,
+        kv: KVCache,
+        table: SequenceTable,
+        sizes: list[MixedSize],
     ) -> None:
-        self.max_rows = max_rows
+        self.sizes = sizes
+        max_rows = sizes[-1].num_rows
         self._model = model
         self._kv = kv
         k_cache_BLGD, _ = kv.layer(0)
@@ -64,7 +114,7 @@ class MixedStep:
         self._slots_W = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
         self._tables_SB = torch.zeros(max_seqs, max_blocks, dtype=torch.int32, device=device)
         self._decode_lens_S = torch.zeros(max_seqs, dtype=torch.int32, device=device)
-        self._starts_S1 = torch.zeros(max_seqs + 1, dtype=torch.int32, device=device)
+        self._no_starts = torch.empty(0, dtype=torch.int32, device=device)
         # From the host, in one transfer: tokens and tiles, how many; the spans; the tiles.
         self._first_tile = _HEADER + _SPAN_NUMBERS * max_seqs
         size = self._first_tile + self._max_tiles(max_rows)
@@ -92,20 +142,32 @@ class MixedStep:
         numbers[self._first_tile :] = tiles.view(np.int32)
         self._numbers[: len(host)].copy_(host, non_blocking=True)
 
-    def compute(self, num_rows: int, exchange: Exchange) -> torch.Tensor:
-        """Run the loaded step as ``num_rows`` rows; nothing here waits for the device.
+    def pick(self, num_tokens: int, num_decodes: int) -> MixedSize | None:
+        """The smallest size for a step, None if there is none."""
+        return next(
+            (
+                size
+                for size in self.sizes
+                if num_tokens <= size.num_rows and num_decodes <= size.num_decodes
+            ),
+            None,
+        )
+
+    def compute(self, size: MixedSize, exchange: Exchange) -> torch.Tensor:
+        """Run the loaded step, which is of this size at most; nothing here waits for the device.
 
         Returns:
-            Final hidden states [T, H]; a collective over the world.
+            Final hidden states [T, H], then padding; a collective over the world.
         """
+        num_rows = size.num_rows
         first_tile, last_tile = self._first_tile, self._first_tile + self._max_tiles(num_rows)
         spans = self._numbers[_HEADER:first_tile]
         batch = PagedBatch(
             slots_T=self._slots_W[:num_rows],
             block_tables_SB=self._tables_SB,
             context_lens_S=self._decode_lens_S,
-            query_starts_S=self._starts_S1,
-            num_decodes=min(num_rows, self._max_seqs),
+            query_starts_S=self._no_starts,
+            num_decodes=size.num_decodes,
             prefills=(),
             tiles=PrefillTiles(
                 spans.view(-1, _SPAN_NUMBERS),

@@ -20,10 +20,11 @@ from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.engine.decode import Choice, DecodeStep
-from moe_engine.engine.graphs import capturable_buckets, mixed_buckets
-from moe_engine.engine.mixed import MixedStep, takes_mixed_steps
+from moe_engine.engine.graphs import capturable_buckets
+from moe_engine.engine.mixed import MixedSize, MixedStep, make_mixed_step
 from moe_engine.engine.runner import PROMPT_ROWS_AT_ONCE
 from moe_engine.engine.sampler import Sampler, SampleRow
+from moe_engine.engine.sweep import step_batch
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -36,7 +37,8 @@ GRAPH_BYTES_PER_LAYER = 256 << 10
 """What the driver keeps for one layer of one captured graph, rounded up."""
 
 GRAPH_WORKSPACE_BYTES = 160 << 20
-"""What matrix libraries take anew for the stream on which graphs are captured."""
+"""What matrix libraries take anew for the stream on which graphs are captured, rounded up: in a
+fresh process on an H200, small graphs and all this were 144 MiB."""
 
 _HARDEST_SAMPLING = SamplingParams(
     temperature=1.0,
@@ -98,17 +100,16 @@ class StepProfiler:
         activations = self._reserved_by(lambda: self._run_prefill(size))
         buckets = capturable_buckets(self._limits.max_num_seqs, self._exchange)
         if not (with_graphs and buckets):
+            self._run_decodes_singly(self._limits.max_num_seqs)
             return StepMemory(activations, graphs=0)
         self._run_decode(self._limits.max_num_seqs)
         pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
-        mixed = mixed_buckets(size, self._exchange)
-        if not takes_mixed_steps(self._model, self._kv):
-            mixed = []
-        if mixed:  # the smaller graphs use the memory of the largest
-            pool = max(pool, self._reserved_by(lambda: self._run_mixed(mixed[-1])))
+        sizes = self._mixed_sizes()
+        if sizes:  # the smaller graphs use the memory of the largest
+            pool = max(pool, self._reserved_by(self._run_mixed))
         # Together the graphs that choose tokens have fewer kernels than as many layers.
         num_layers = self._model_config.num_hidden_layers + len(Choice)
-        num_graphs = len(buckets) + len(mixed)
+        num_graphs = len(buckets) + len(sizes)
         graphs = num_graphs * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
         return StepMemory(activations, pool + graphs)
 
@@ -158,10 +159,25 @@ class StepProfiler:
         for choice in decode.choices:
             decode.choose(num_rows, logits, choice)
 
-    def _run_mixed(self, num_rows: int) -> None:
-        """A step of any kind of padding rows, with all its static memory."""
-        mixed = MixedStep(self._model, self._kv, self._new_table(), num_rows)
-        mixed.compute(num_rows, self._exchange.select(num_rows))
+    def _run_decodes_singly(self, num_rows: int) -> None:
+        """The same as where nothing is captured."""
+        batch = step_batch(num_rows, [], self._kv.block_size, self._device)
+        self._model.logits(self._forward(batch, torch.zeros_like(batch.slots_T)))
+
+    def _mixed_step(self) -> MixedStep | None:
+        max_tokens = self._limits.max_num_batched_tokens
+        return make_mixed_step(self._model, self._kv, self._new_table(), max_tokens, self._exchange)
+
+    def _mixed_sizes(self) -> list[MixedSize]:
+        mixed = self._mixed_step()
+        return [] if mixed is None else mixed.sizes
+
+    def _run_mixed(self) -> None:
+        """The largest step of any kind, of padding rows, with all its static memory."""
+        mixed = self._mixed_step()
+        assert mixed is not None
+        largest = mixed.sizes[-1]
+        mixed.compute(largest, self._exchange.select(largest.num_rows))
 
     def _new_table(self) -> SequenceTable:
         return SequenceTable(

@@ -19,8 +19,8 @@ from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.engine.batch import StepBatch, build_batch, largest_group
 from moe_engine.engine.decode import Choice, DecodeStep
-from moe_engine.engine.graphs import DecodeGraphs, MixedGraphs, mixed_buckets
-from moe_engine.engine.mixed import MixedStep, takes_mixed_steps
+from moe_engine.engine.graphs import DecodeGraphs, MixedGraphs
+from moe_engine.engine.mixed import MixedSize, make_mixed_step
 from moe_engine.engine.pending import PendingLogprobs, PendingStep, to_host
 from moe_engine.engine.sampler import Sampler, SampleRow
 from moe_engine.engine.table import SequenceTable
@@ -67,10 +67,11 @@ class ModelRunner:
         A collective over the world; between steps only.
         """
         pool = torch.cuda.graph_pool_handle()
-        buckets = mixed_buckets(self._max_num_tokens, self._exchange)
-        if buckets and takes_mixed_steps(self._model, self._kv):
-            mixed = MixedStep(self._model, self._kv, self._table, buckets[-1])
-            self._mixed_graphs = MixedGraphs(mixed, self._exchange, buckets)
+        mixed = make_mixed_step(
+            self._model, self._kv, self._table, self._max_num_tokens, self._exchange
+        )
+        if mixed is not None:
+            self._mixed_graphs = MixedGraphs(mixed, self._exchange)
             self._mixed_graphs.capture(pool)
         self.capture_decode_graphs(pool=pool)
 
@@ -172,18 +173,26 @@ class ModelRunner:
     ) -> None:
         """A step of any kind."""
         num_scored = [self._num_scored(step) for step in group.steps]
-        batch = build_batch(self._table, group.steps, slots, num_scored)
-        x_RH = self._hidden_states(plan, group, batch)
+        size = self._mixed_size(group)
+        batch = build_batch(self._table, group.steps, slots, num_scored, in_full=size is not None)
+        x_RH = self._hidden_states(plan, group, batch, size)
         first_sampled = sum(num_scored)
         self._score_prompts(group, num_scored, x_RH[:first_sampled], pending)
         self._sample(group, slots, x_RH[first_sampled:], pending)
 
-    def _hidden_states(self, plan: StepPlan, group: GroupPlan, batch: StepBatch) -> torch.Tensor:
-        """The final ones [R, H] of the rows needed, by a CUDA graph if there is one."""
-        size = None
-        if self._mixed_graphs is not None and group.steps:
-            size = self._mixed_graphs.pick(group.num_tokens)
-        if self._mixed_graphs is not None and size is not None:
+    def _mixed_size(self, group: GroupPlan) -> MixedSize | None:
+        """The graph for a step of any kind, the same on every rank."""
+        if self._mixed_graphs is None or not group.steps:
+            return None
+        num_decodes = sum(step.num_tokens == 1 for step in group.steps)
+        return self._mixed_graphs.pick(group.num_tokens, num_decodes)
+
+    def _hidden_states(
+        self, plan: StepPlan, group: GroupPlan, batch: StepBatch, size: MixedSize | None
+    ) -> torch.Tensor:
+        """The final ones [R, H] of the rows needed, by the CUDA graph of ``size`` if there is."""
+        if size is not None:
+            assert self._mixed_graphs is not None
             x_TH = self._mixed_graphs.run(size, batch)
             if batch.needed is None:
                 return x_TH[: group.num_tokens]

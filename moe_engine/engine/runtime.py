@@ -176,7 +176,7 @@ class RankRuntime:
 
     @property
     def uses_graphs(self) -> bool:
-        """Whether decode steps are CUDA graphs; only compiled kernels can be captured."""
+        """Whether steps are CUDA graphs; only compiled kernels can be captured."""
         return self.config.cuda_graphs and self.device.type == "cuda" and native.has_triton()
 
     def _start_compiling(self) -> Precompilation | None:
@@ -214,7 +214,7 @@ class RankRuntime:
         return profiler.measure(with_graphs=self.uses_graphs)
 
     def _capture_graphs(self) -> int:
-        """Capture the decode steps; returns the bytes that it took."""
+        """Capture steps; returns the bytes that it took."""
         free, _ = self._memory()
         self.runner.capture_graphs()
         torch.cuda.empty_cache()

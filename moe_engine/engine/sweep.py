@@ -22,8 +22,7 @@ from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import split_evenly
 from moe_engine.engine.decode import DecodeStep
-from moe_engine.engine.graphs import mixed_buckets
-from moe_engine.engine.mixed import MixedStep, takes_mixed_steps
+from moe_engine.engine.mixed import make_mixed_step
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.layers.moe import SparseMoE
@@ -117,12 +116,12 @@ class StepSweep:
 
     def _mixed(self, max_seqs: int) -> None:
         """Steps of any kind in static memory, of each size that will be captured."""
-        buckets = mixed_buckets(self._limits.max_num_batched_tokens, self._exchange)
-        if buckets and takes_mixed_steps(self._model, self._kv):
-            table = SequenceTable(max_seqs, self._max_model_len, self._kv.block_size, self._device)
-            mixed = MixedStep(self._model, self._kv, table, buckets[-1])
-            for num_rows in buckets:
-                mixed.compute(num_rows, self._exchange.select(num_rows))
+        table = SequenceTable(max_seqs, self._max_model_len, self._kv.block_size, self._device)
+        max_tokens = self._limits.max_num_batched_tokens
+        mixed = make_mixed_step(self._model, self._kv, table, max_tokens, self._exchange)
+        if mixed is not None:
+            for size in mixed.sizes:
+                mixed.compute(size, self._exchange.select(size.num_rows))
 
     def _compute(self, num_decodes: int, span_lens: list[int]) -> None:
         """A step of any kind."""
@@ -167,13 +166,16 @@ def doubling_sizes(largest: int) -> list[int]:
 def compositions(num_tokens: int, max_num_seqs: int) -> list[tuple[int, list[int]]]:
     """Steps of ``num_tokens``: how many decodes, and the lengths of as many prompts as can be.
 
-    Prompts alone, prompts and one decode, prompts and decodes, decodes alone, as far as there are
-    enough sequences; a prompt has two tokens or more.
+    Prompts alone, prompts and one decode, prompts and decodes, one prompt and as many decodes as
+    can be, decodes alone, as far as there are enough sequences; a prompt has two tokens or more.
 
-    Example: 9 tokens of up to 4 sequences: ``[(0, [3, 2, 2, 2]), (1, [3, 3, 2]), (2, [4, 3])]``.
+    Example: 9 tokens of up to 4 sequences:
+    ``[(0, [3, 2, 2, 2]), (1, [3, 3, 2]), (2, [4, 3]), (3, [6])]``.
     """
     steps = []
-    for num_decodes in sorted({0, 1, min(num_tokens, max_num_seqs) // 2, num_tokens}):
+    most = max(0, min(num_tokens - 2, max_num_seqs - 1))
+    half = min(num_tokens, max_num_seqs) // 2
+    for num_decodes in sorted({0, 1, half, most, num_tokens}):
         rest = num_tokens - num_decodes
         num_prompts = min(rest // 2, max_num_seqs - num_decodes)
         if num_prompts > 0:

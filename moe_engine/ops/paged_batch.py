@@ -24,7 +24,7 @@ class PagedBatch:
 
     In a CUDA graph for steps of any kind only the device knows the prefills, by ``tiles``. Then
     ``num_decodes`` is the most that there can be: rows whose context length is 0 are no decodes,
-    but padding or a prefill's.
+    but padding or a prefill's. The output of padding is arbitrary.
 
     Attributes:
         slots_T: int64, cache slot (block × L + offset) of each token's key and value; -1: nowhere.
@@ -82,7 +82,11 @@ class PagedBatch:
         return {}
 
     def known(self) -> PagedBatch:
-        """The same with the prefills on the host, which waits for the device."""
+        """The same with the prefills on the host, for the references; waits for the device.
+
+        Rows of the first ``num_decodes`` may be a prefill's as well; ``query_starts_S`` stays
+        arbitrary.
+        """
         if self.tiles is None:
             return self
         spans = self.tiles.spans()
@@ -105,7 +109,8 @@ class NeededRows:
     Attributes:
         rows_R: int64.
         as_decodes: the same rows as sequences that compute one position each, if every one of them
-            is the last of its sequence. Attending to them alone is then little work.
+            is the last of its sequence and the step can make use of it. Attending to them alone is
+            then little work.
     """
 
     rows_R: torch.Tensor

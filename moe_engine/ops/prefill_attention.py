@@ -28,8 +28,8 @@ STEP_TOKENS = 128
 class PrefillTiles:
     """What a launch computes, on the device, as ``csrc/prefill_attention.h`` wants it.
 
-    Kernels may read it before those launched before them have ended, so it must be complete, or be
-    written by a transfer, before the step's first kernel.
+    The kernel reads it before the kernel before it has ended, so it must be complete before that
+    one begins, or be written by a transfer behind it.
 
     Attributes:
         spans_P4: int32, of each span: first row, rows, context, row of the block table.
@@ -42,7 +42,7 @@ class PrefillTiles:
     num_tiles_1: torch.Tensor
 
     def spans(self) -> list[tuple[PrefillSpan, int]]:
-        """The spans of the tiles and their rows of the block table; waits for the device."""
+        """The spans and their rows of the block table, for the references; waits for the device."""
         tiles = self.tiles_M[: int(self.num_tiles_1)].cpu().numpy().view(np.uint32)
         used = sorted(set((tiles >> 16).tolist()))
         return [

@@ -21,11 +21,12 @@ import torch
 from moe_engine import SamplingParams
 from moe_engine.config.flat import build_config
 from moe_engine.engine.batch import StepBatch
+from moe_engine.engine.mixed import MixedSize
 from moe_engine.types.step import GroupPlan, NewSequence, SequenceStep, StepPlan
 from tests.unit.runner_world import decode_in_static_memory, make_runtime, mix_in_static_memory
 
 BLOCK_SIZE = 16
-MIXED_SIZES_ON_CPU = [64, 600]
+MIXED_ROWS_ON_CPU = (64, 600)
 Tokens = list[int]
 
 
@@ -93,7 +94,8 @@ class ForcedEngine:
         if not self.captured:
             decode_in_static_memory(self._runner)
         if runtime.device.type == "cpu":
-            mix_in_static_memory(self._runner, MIXED_SIZES_ON_CPU)
+            sizes = [MixedSize(num, min(num, max_rows)) for num in MIXED_ROWS_ON_CPU]
+            mix_in_static_memory(self._runner, sizes)
         self.buckets: list[int] = self._runner._graphs.buckets
         self.sizes_run: list[int] = []
         self._num_steps = 0
@@ -124,11 +126,15 @@ class ForcedEngine:
         mixed_graphs = self._runner._mixed_graphs
         if is_launched:
             self._runner._mixed_graphs = None
+        try:
+            return self._prefill(sequences, chunk or max(map(len, sequences)))
+        finally:
+            self._runner._mixed_graphs = mixed_graphs
+
+    def _prefill(self, sequences: list[Tokens], chunk: int) -> list[torch.Tensor]:
         plan = self._admit(sequences)
         pieces: list[list[torch.Tensor]] = [[] for _ in sequences]
-        longest = max(map(len, sequences))
-        chunk = chunk or longest
-        for start in range(0, longest, chunk):
+        for start in range(0, max(map(len, sequences)), chunk):
             counts = [max(0, min(chunk, len(tokens) - start)) for tokens in sequences]
             places = [(i, start, count) for i, count in enumerate(counts) if count]
             self._launch(plan, places, uniform=None)
@@ -139,7 +145,6 @@ class ForcedEngine:
                 pieces[i].append(logits_TV[first : first + count])
                 first += count
             plan = GroupPlan()
-        self._runner._mixed_graphs = mixed_graphs
         return [torch.cat(rows) for rows in pieces]
 
     @torch.inference_mode()
@@ -193,7 +198,7 @@ class ForcedEngine:
     def _keep_hidden(self, _model: object, _args: object, x_TH: torch.Tensor) -> None:
         self._hidden_TH = x_TH
 
-    def _run_and_keep_hidden(self, size: int, batch: StepBatch) -> torch.Tensor:
+    def _run_and_keep_hidden(self, size: MixedSize, batch: StepBatch) -> torch.Tensor:
         x_TH = self._run_mixed(size, batch)
         self._hidden_TH = x_TH[: batch.paged.num_tokens]
         return x_TH

@@ -61,6 +61,7 @@ def compilations(monkeypatch):
         (True, 26000, {"num_hidden_layers": 4, "mlp_only_layers": [1], "num_key_value_heads": 8}),
         # Heads that prefill attention on Hopper takes, and a projection that is split there.
         (True, 34000, {"hidden_size": 1024, "head_dim": 128, "num_key_value_heads": 4}),
+        (False, 42000, {"hidden_size": 1024, "head_dim": 128, "num_key_value_heads": 4}),
     ],
 )
 def test_serving_compiles_nothing(tmp_path, compilations, cuda_graphs, vocab_size, model):

@@ -9,7 +9,6 @@ Every test says which kernels it is about, and fails if they were not taken.
 
 import pytest
 
-from moe_engine.engine.graphs import MIXED_SIZES
 from tests.e2e.hopper_world import (
     HOPPER_LIMITS,
     LAUNCHES,
@@ -32,8 +31,6 @@ from tests.unit.runner_world import ALL_KINDS, DRAWN_KINDS, GREEDY_KINDS
 pytestmark = pytest.mark.usefixtures("needs_hopper")
 
 PLAIN_KINDS = (*DRAWN_KINDS, GREEDY_KINDS[0], {"temperature": 0.6, "top_k": 20, "top_p": 0.95})
-# Of the graphs of steps of any kind.
-SIZES = [size for size in MIXED_SIZES if size <= HOPPER_LIMITS["max_num_batched_tokens"]]
 # Every token goes to every expert, so that rounding cannot swap any.
 DENSE = {"num_experts": 8}
 
@@ -50,7 +47,6 @@ def start_graphs(kernels, directory, **options):
     world = hopper_world(directory, **options)
     assert world.runtime.uses_graphs
     assert kernels.captured == LAUNCHES.keys()
-    assert world.runner._mixed_graphs.buckets == SIZES
     kernels.launched.clear()
     return world
 
@@ -64,7 +60,7 @@ def graphs(kernels, tmp_path_factory):
 def launches(tmp_path_factory):
     """The same steps, with every kernel launched by itself and one step at a time."""
     options = {"cuda_graphs": False, "with_decode_steps": True, "pipeline_depth": 1}
-    options["mixed_sizes"] = SIZES
+    options["mixed_sizes"] = []
     return hopper_world(tmp_path_factory.mktemp("launches"), **options)
 
 

@@ -26,6 +26,9 @@ BF16 = torch.bfloat16
 # Of an output before the kernel writes it.
 UNWRITTEN = -77.0
 
+# Of a block, as in csrc/prefill_tiles.cuh.
+LISTED_ITEMS = 128
+
 Lens = list[tuple[int, int]]
 
 

@@ -26,6 +26,7 @@ from tests.kernels.paged import expected, in_the_last_blocks, make_case
 from tests.kernels.prefill_cases import (
     CHUNKS,
     FEW,
+    LISTED_ITEMS,
     UNWRITTEN,
     Prefill,
     attend,
@@ -45,15 +46,21 @@ QWEN3 = {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "block_size": 16}
 @pytest.mark.parametrize(
     "prefill",
     [
-        # Several tiles for each multiprocessor; many spans; more tiles than blocks look up at once.
+        # Several tiles for each multiprocessor; many spans.
         Prefill([(1, 50), (2000, 2000), (700, 3000), (1024, 1024)], 32, 4, others=(1, 0)),
         Prefill([(272 + n % 3, 272 + n % 5 + n % 3) for n in range(66)]),
-        Prefill([(9000 + n, 9000 + n) for n in range(4)], 32, 1, others=(1, 0)),
     ],
     ids=str,
 )
 def test_many_tiles_match_float32(prefill: Prefill) -> None:
     run_prefill(prefill)
+
+
+def test_more_items_than_a_block_looks_up_beforehand_match_float32() -> None:
+    """Of 16 KV heads each span is 16 items, and only a few more tokens."""
+    num_blocks = torch.cuda.get_device_properties(0).multi_processor_count
+    num_spans = LISTED_ITEMS * num_blocks // 16 + 99
+    run_prefill(Prefill([(2 + n % 3, 2 + n % 3 + n % 7) for n in range(num_spans)], 16, 16))
 
 
 @pytest.mark.parametrize("heads", [(32, 4), (2, 1), (5, 5)])

@@ -20,6 +20,7 @@ from tests.kernels.triton_device import DEVICE, HAS_TRITON, INTERPRETED, needs_g
 pytestmark = needs_triton
 if HAS_TRITON:
     from moe_engine.kernels.launch import supports_pdl
+    from moe_engine.kernels.norm_rope import norm_rope_write as write_kernel
     from moe_engine.kernels.paged_decode import paged_decode
     from moe_engine.kernels.paged_decode_table import DecodeLaunch, DecodeTiles
 
@@ -310,6 +311,40 @@ def test_prepares_the_new_tokens_as_norm_rope_write_does(
             torch.testing.assert_close(
                 ours.float(), theirs.float(), rtol=rtol, atol=tolerance, equal_nan=True
             )
+
+
+@pytest.mark.parametrize("launch", [None, (3, 16)])
+def test_prompts_among_the_rows_keep_their_keys_and_values(launch: tuple[int, int] | None) -> None:
+    """They have slots, whose content is there already, and here a context of 0."""
+    contexts, are_decodes = [17, 5, 65, 20], torch.tensor([True, False, True, False])
+    case = decodes(contexts, num_heads=2, num_kv_heads=1, head_dim=128)
+    parts, prepare = prepared(case, 1, 64)
+    q_weight_D, k_weight_D, cos_PF, sin_PF, positions_S, slots_S = prepare
+    cache = tuple(tensor.clone() for tensor in case.cache)
+    q_SND = write_kernel(
+        parts[0], q_weight_D, k_weight_D, 1e-6, cos_PF, sin_PF, positions_S, *cache, slots_S
+    )
+    expected_SND = expected(replace(case, q_TND=q_SND, cache=cache))
+    ours = tuple(tensor.clone() for tensor in cache)
+    out_SND = torch.full_like(case.q_TND, math.nan)
+    paged_decode(
+        parts[0],
+        *ours,
+        case.batch.block_tables_SB,
+        case.batch.context_lens_S * are_decodes.to(DEVICE),
+        case.scale,
+        out_SND,
+        prepare=prepare,
+        eps=1e-6,
+        tiles=DecodeTiles(**SMALL_TILES),
+        launch=launch and DecodeLaunch(*launch),
+    )
+    for mine, theirs in zip(ours, cache, strict=True):
+        assert torch.equal(mine.nan_to_num(7), theirs.nan_to_num(7))
+    assert (out_SND[~are_decodes] == 0).all()
+    torch.testing.assert_close(
+        out_SND[are_decodes], expected_SND[are_decodes], rtol=5e-6, atol=5e-6
+    )
 
 
 @needs_gpu

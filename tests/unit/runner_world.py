@@ -9,7 +9,7 @@ from moe_engine.dist.groups import single_rank_groups
 from moe_engine.dist.layout import RankLayout
 from moe_engine.engine.decode import Choice, DecodeStep
 from moe_engine.engine.graphs import graph_buckets, pick_bucket
-from moe_engine.engine.mixed import MixedStep
+from moe_engine.engine.mixed import MixedStep, make_mixed_step
 from moe_engine.engine.rank_main import _make_scheduler
 from moe_engine.engine.runtime import LocalPlace, RankRuntime
 from moe_engine.types.messages import AddRequest
@@ -66,19 +66,18 @@ class UncapturedGraphs:
 class UncapturedMixedGraphs:
     """The same of steps of any kind."""
 
-    def __init__(self, mixed, exchange, sizes):
-        self.buckets = sizes
+    def __init__(self, mixed, exchange):
+        self.mixed = mixed
         self.sizes_run = []
-        self._mixed = mixed
         self._exchange = exchange
 
-    def pick(self, num_tokens):
-        return pick_bucket(num_tokens, self.buckets)
+    def pick(self, num_tokens, num_decodes):
+        return self.mixed.pick(num_tokens, num_decodes)
 
     def run(self, size, batch):
         self.sizes_run.append(size)
-        self._mixed.load(batch)
-        return self._mixed.compute(size, self._exchange.select(size))
+        self.mixed.load(batch)
+        return self.mixed.compute(size, self._exchange.select(size.num_rows))
 
 
 class RunnerWorld:
@@ -88,7 +87,7 @@ class RunnerWorld:
         directory: where to put the model's config; the weights are random.
         with_decode_steps: run decode steps in static memory and padded, as graphs do on a GPU, but
             launch their kernels one by one.
-        mixed_sizes: the same of steps that also compute prompts, padded to these sizes.
+        mixed_sizes: the same of steps of any kind of these sizes; ``[]``: those to capture.
         model: changes to `MODEL`.
         options: of the engine, besides `LIMITS`.
 
@@ -108,7 +107,7 @@ class RunnerWorld:
         self.runner = self.runtime.runner
         if with_decode_steps:
             decode_in_static_memory(self.runner)
-        if mixed_sizes:
+        if mixed_sizes is not None:
             mix_in_static_memory(self.runner, mixed_sizes)
         self.scheduler = _make_scheduler(self.runtime, self.num_blocks)
         self.steps = []
@@ -142,9 +141,17 @@ def decode_in_static_memory(runner):
 
 
 def mix_in_static_memory(runner, sizes):
-    """Let a runner without graphs compute prompts as it would with them."""
-    mixed = MixedStep(runner._model, runner._kv, runner._table, sizes[-1])
-    runner._mixed_graphs = UncapturedMixedGraphs(mixed, runner._exchange, sizes)
+    """Let a runner without graphs compute prompts as it would with them.
+
+    Args:
+        sizes: empty: those to capture.
+    """
+    parts = runner._model, runner._kv, runner._table
+    if sizes:
+        mixed = MixedStep(*parts, sizes)
+    else:
+        mixed = make_mixed_step(*parts, runner._max_num_tokens, runner._exchange)
+    runner._mixed_graphs = UncapturedMixedGraphs(mixed, runner._exchange)
 
 
 def make_runtime(config: EngineConfig) -> RankRuntime:

@@ -9,6 +9,7 @@ import pytest
 
 from moe_engine.ops import hopper, prefill_attention
 from moe_engine.ops.tuning import ExpertChoices, Launch
+from tests.kernels.prefill_cases import LISTED_ITEMS
 from tests.unit.hopper_on_cpu import choose_as_on_hopper, zeros
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -58,5 +59,7 @@ def test_warps_of_a_block_of_decode_attention() -> None:
 def test_launches_of_prefill_attention() -> None:
     rows = numbers("prefill_attention.h", r"constexpr int kPrefillRows = (\d+);")
     assert rows == [prefill_attention.TILE_ROWS]
+    listed = numbers("prefill_tiles.cuh", r"constexpr int kListed = (\d+);")
+    assert listed == [LISTED_ITEMS]
     steps = numbers("prefill_tiles.cuh", r"constexpr int kTokens = (\d+);")
     assert steps == [prefill_attention.STEP_TOKENS]

@@ -251,6 +251,17 @@ def attend_to_decodes(
 MIXED = [(1, 7), (1, 16), (1, 70), (9, 20), (2, 2), (40, 40)]
 
 
+def with_static_tiles(batch: PagedBatch) -> PagedBatch:
+    """The same as in a CUDA graph: any row that there is a table for might be a decode."""
+    tiles = stage_tiles(batch.prefills, batch.num_decodes, 64, torch.device("cpu"))
+    decode_lens_S = batch.context_lens_S.clone()
+    decode_lens_S[batch.num_decodes :] = 0
+    num_decodes = len(decode_lens_S)
+    return replace(
+        batch, context_lens_S=decode_lens_S, num_decodes=num_decodes, prefills=(), tiles=tiles
+    )
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -261,7 +272,10 @@ MIXED = [(1, 7), (1, 16), (1, 70), (9, 20), (2, 2), (40, 40)]
     ],
     ids=["mixed", "prompts", "shared prefix"],
 )
-def test_attend_shares_out_the_projection(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_static", [False, True])
+def test_attend_shares_out_the_projection(
+    case: Case, is_static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decodes, keys and values, and raw queries; what `norm_rope_write` is given stays aligned."""
     pointers: list[int] = []
 
@@ -279,6 +293,8 @@ def test_attend_shares_out_the_projection(case: Case, monkeypatch: pytest.Monkey
     monkeypatch.setattr(attention, "_attend_raw_decodes", attend_to_decodes)
     monkeypatch.setattr(attention.prefill_attention, "prefill_attention", attend_to_spans)
     monkeypatch.setattr(attention, "norm_rope_write", write)
+    if is_static:
+        rest = with_static_tiles(case.batch), case.scale
     out_TND = attention._attend_on_hopper(qkv_TX, norms, rope, case.positions_T, caches[1], *rest)
     torch.testing.assert_close(out_TND, expected_TND)
     for ours, theirs in zip(caches[1], caches[0], strict=True):

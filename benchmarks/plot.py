@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.peer import read_peer
 from benchmarks.plot_timeline import draw_timeline
+from benchmarks.readme_gpu import PROMPT_STEPS_SECTION, render_gpu, render_prompt_steps
 from benchmarks.readme_gpu import SECTION as GPU_SECTION
-from benchmarks.readme_gpu import render_gpu
 from benchmarks.readme_table import COLUMNS, SECTION, render_results, replace_section
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +21,7 @@ SAVED = ROOT / "benchmarks" / "results"
 RESULTS = SAVED / "engine_cpu.json"
 GPU_RESULTS = SAVED / "engine_h200.json"
 GPU_SERVING = SAVED / "serving_h200.json"
+GPU_PROMPT_STEPS = SAVED / "prompt_steps_h200.json"
 GPU_PEERS = "peer_*_h200.json"
 PLOT = ROOT / "docs" / "images" / "engine_cpu.svg"
 TIMELINE = SAVED / "step_timeline.json"
@@ -55,6 +56,9 @@ def renewed_readme(readme: str) -> str:
         serving = json.loads(GPU_SERVING.read_text()) if GPU_SERVING.exists() else None
         peers = [read_peer(file) for file in sorted(SAVED.glob(GPU_PEERS))]
         readme = replace_section(readme, GPU_SECTION, render_gpu(engine, peers, serving))
+    if GPU_PROMPT_STEPS.exists():  # likewise
+        steps = render_prompt_steps(json.loads(GPU_PROMPT_STEPS.read_text()))
+        readme = replace_section(readme, PROMPT_STEPS_SECTION, steps)
     return readme
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.peer import Peer
 
 SECTION = "gpu-results"
+PROMPT_STEPS_SECTION = "gpu-prompt-steps"
 
 
 def render_gpu(
@@ -50,6 +51,27 @@ def render_gpu(
         cells = "".join(f" {_or_blank(r, '.0f')} | {_ratio(row['tok_per_s'], r)} |" for r in rates)
         lines.append(f"| {row['shape'].replace('x', ' × ')} | {row['tok_per_s']:.0f} |{cells}")
     return "\n".join([*lines, "", _conditions(engine, peers, serving)]) + "\n"
+
+
+def render_prompt_steps(result: dict[str, Any]) -> str:
+    """What `bench_prompt_steps` has saved: a table of steps, then the conditions, in Markdown."""
+    lines = [
+        "| prompts × tokens | beside decodes | step, ms | of which the host, ms "
+        "| launched kernel by kernel, ms |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["results"]:
+        ours, singly = row["engine"], row["launched"]
+        lines.append(
+            f"| {row['prompts']} × {row['tokens']} | {row['decodes']} | {ours['ms']:.1f} | "
+            f"{ours['host_ms']:.1f} | {singly['ms']:.1f} |"
+        )
+    conditions = (
+        f"One {result['gpu']['name']}, {result['model']}, dummy weights, decodes of prompts of "
+        f"{result['input']} tokens; medians of steps on an idle device, from the plan to the "
+        f"tokens on the host, measured on {result['date']}. torch {result['torch']}."
+    )
+    return "\n".join([*lines, "", conditions]) + "\n"
 
 
 def _check_comparable(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.peer import Peer
-from benchmarks.readme_gpu import render_gpu
+from benchmarks.readme_gpu import render_gpu, render_prompt_steps
 
 STEP = {
     "batch": 8,
@@ -132,3 +132,21 @@ def test_figures_of_another_gpu_or_workload_are_refused() -> None:
     render_gpu(ENGINE, [replace(PEER, temperature=1.0)], SERVING)
     with pytest.raises(ValueError, match="vLLM 1 drew tokens at temperature 0, the engine at 1"):
         render_gpu(ENGINE, [replace(PEER, temperature=0.0)], SERVING)
+
+
+def test_steps_with_prompts_are_a_table() -> None:
+    row = {"prompts": 2, "tokens": 512, "decodes": 50}
+    ways = {"engine": {"ms": 22.26, "host_ms": 2.31}, "launched": {"ms": 43.5, "host_ms": 42.0}}
+    result = {
+        "date": "2026-01-06",
+        "gpu": {"name": "NVIDIA H200"},
+        "torch": "2.11",
+        "model": "some-model",
+        "input": 300,
+        "results": [row | ways],
+    }
+    lines = render_prompt_steps(result).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 6
+    assert lines[2] == "| 2 × 512 | 50 | 22.3 | 2.3 | 43.5 |"
+    for fact in ("One NVIDIA H200, some-model", "of 300 tokens", "2026-01-06", "torch 2.11"):
+        assert fact in lines[-1]

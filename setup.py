@@ -25,6 +25,11 @@ from setuptools.errors import CompileError
 DEFAULT_ARCHS = "90a,100a"
 REQUIRE_CUDA = os.environ.get("MOE_ENGINE_REQUIRE_CUDA", "") == "1"
 CUDA_ARCHS = os.environ.get("MOE_ENGINE_CUDA_ARCHS", DEFAULT_ARCHS)
+if not set(CUDA_ARCHS.split(",")) <= set(DEFAULT_ARCHS.split(",")):
+    sys.exit(
+        f"MOE_ENGINE_CUDA_ARCHS is {CUDA_ARCHS!r}; the kernels are for {DEFAULT_ARCHS}, "
+        "one of them or both"
+    )
 ARCH_FLAGS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS.split(",")]
 
 

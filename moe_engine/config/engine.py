@@ -55,7 +55,7 @@ class ParallelConfig:
 
     attention_tp: int = option(1, "ranks that share the attention heads of a token")
     attention_dp: int = option(1, "groups of attention_tp ranks that hold different requests")
-    replicas: int = option(1, "independent copies of the world behind one router")
+    replicas: int = option(1, "independent copies of the world; more than 1 is refused so far")
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "attention_tp", "attention_dp", "replicas")

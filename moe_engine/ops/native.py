@@ -24,8 +24,8 @@ def cuda_extension(device: torch.device) -> ModuleType | None:
         from moe_engine import _C
     except ImportError as error:
         logger.warning(
-            "PyTorch does the work of the CUDA kernels on %s: moe_engine._C cannot be imported "
-            "(%s). To see why it was not built: MOE_ENGINE_REQUIRE_CUDA=1 pip install -v .",
+            "Triton and PyTorch do the work of the CUDA kernels on %s: moe_engine._C cannot be "
+            "imported (%s). To see why it was not built: MOE_ENGINE_REQUIRE_CUDA=1 pip install -v .",
             device,
             error,
         )
@@ -33,8 +33,8 @@ def cuda_extension(device: torch.device) -> ModuleType | None:
     major, minor = torch.cuda.get_device_capability(device)
     if f"{major}{minor}a" not in _C.CUDA_ARCHS.split(","):
         logger.warning(
-            "PyTorch does the work of the CUDA kernels on %s: it has compute capability %d.%d, "
-            "moe_engine._C was built for %s. Set MOE_ENGINE_CUDA_ARCHS and install again.",
+            "Triton and PyTorch do the work of the CUDA kernels on %s: it has compute capability "
+            "%d.%d, and moe_engine._C was built for %s.",
             device,
             major,
             minor,

@@ -25,7 +25,8 @@ def cuda_extension(device: torch.device) -> ModuleType | None:
     except ImportError as error:
         logger.warning(
             "Triton and PyTorch do the work of the CUDA kernels on %s: moe_engine._C cannot be "
-            "imported (%s). To see why it was not built: MOE_ENGINE_REQUIRE_CUDA=1 pip install -v .",
+            "imported (%s). To see why it was not built: MOE_ENGINE_REQUIRE_CUDA=1 "
+            "pip install -v .",
             device,
             error,
         )

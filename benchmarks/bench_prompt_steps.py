@@ -40,7 +40,9 @@ def main() -> None:
     require_gpu()
     most = max(number for number, _ in PROMPTS) + max(NUM_DECODES)
     longest = max(NUM_INPUT, *(tokens for _, tokens in PROMPTS))
+    largest = max(NUM_DECODES) + max(number * tokens for number, tokens in PROMPTS)
     options = plain_options(arguments.config, arguments.set)
+    options["max_num_batched_tokens"] = max(options.get("max_num_batched_tokens", 0), largest)
     bench = DecodeBench(options, arguments.model, [(most, longest)], SPARE_STEPS)
     rows = []
     print(f"{'decodes':>7s} {'prompts':>8s} {'ms':>7s} {'host ms':>7s}   launched singly")

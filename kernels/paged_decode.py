@@ -170,7 +170,7 @@ def _decode_kernel(
     # Nested, because one condition is the compiler's and the other the device's.
     if USE_PDL and NUM_PREFETCHED > 0:  # noqa: SIM102
         if first_tile < last_tile:
-            # It comes from earlier kernels than those that are waited for, or L2 has it already.
+            # Whether it is there already or not: L2 is where all stores arrive.
             _prefetch_cache(
                 k_ptr, v_ptr, table_ptr, head, first_tile * TILE,
                 tl.minimum(last_tile * TILE, context), G, D, L, BLOCK_D, NUM_PREFETCHED * TILE,

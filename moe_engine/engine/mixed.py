@@ -9,8 +9,7 @@ launched as in any other step.
 
 All rows are computed to the end, also those whose logits nobody needs; that is one layer in dozens.
 
-Shape legend: W rows of the largest step, S sequences, B blocks, P spans, M tiles, T rows of a step,
-H hidden size.
+Shape legend: W rows of the largest step, S sequences, B blocks, T rows of a step, H hidden size.
 """
 
 from __future__ import annotations
@@ -74,8 +73,12 @@ def make_mixed_step(
     max_tokens: int,
     exchange: ExchangeSelector,
 ) -> MixedStep | None:
-    """Of the sizes to capture; None if there are none, or `ops.prefill_attention`, which goes by
-    a list of tiles, does not take the model's heads."""
+    """The step of the sizes to capture.
+
+    Returns:
+        None if there are no sizes, or if `ops.prefill_attention`, which goes by a list of tiles,
+        does not take the model's heads.
+    """
     sizes = mixed_sizes(max_tokens, len(table.blocks_NB), exchange)
     k_cache_BLGD, _ = kv.layer(0)
     if not (sizes and takes(k_cache_BLGD.dtype, model.num_heads, k_cache_BLGD)):

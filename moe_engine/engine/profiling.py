@@ -21,7 +21,7 @@ from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.engine.decode import Choice, DecodeStep
 from moe_engine.engine.graphs import capturable_buckets
-from moe_engine.engine.mixed import MixedSize, MixedStep, make_mixed_step
+from moe_engine.engine.mixed import MixedSize, make_mixed_step
 from moe_engine.engine.runner import PROMPT_ROWS_AT_ONCE
 from moe_engine.engine.sampler import Sampler, SampleRow
 from moe_engine.engine.sweep import step_batch
@@ -104,9 +104,9 @@ class StepProfiler:
             return StepMemory(activations, graphs=0)
         self._run_decode(self._limits.max_num_seqs)
         pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
-        sizes = self._mixed_sizes()
-        if sizes:  # the smaller graphs use the memory of the largest
-            pool = max(pool, self._reserved_by(self._run_mixed))
+        sizes: list[MixedSize] = []
+        # The smaller graphs use the memory of the largest.
+        pool = max(pool, self._reserved_by(lambda: sizes.extend(self._run_mixed())))
         # Together the graphs that choose tokens have fewer kernels than as many layers.
         num_layers = self._model_config.num_hidden_layers + len(Choice)
         num_graphs = len(buckets) + len(sizes)
@@ -160,24 +160,25 @@ class StepProfiler:
             decode.choose(num_rows, logits, choice)
 
     def _run_decodes_singly(self, num_rows: int) -> None:
-        """The same as where nothing is captured."""
+        """The same where nothing is captured, without static memory."""
         batch = step_batch(num_rows, [], self._kv.block_size, self._device)
         self._model.logits(self._forward(batch, torch.zeros_like(batch.slots_T)))
 
-    def _mixed_step(self) -> MixedStep | None:
+    def _run_mixed(self) -> list[MixedSize]:
+        """The largest step of any kind, of padding rows, with all its static memory.
+
+        Returns:
+            The sizes that will be captured; none if the model has no such step.
+        """
         max_tokens = self._limits.max_num_batched_tokens
-        return make_mixed_step(self._model, self._kv, self._new_table(), max_tokens, self._exchange)
-
-    def _mixed_sizes(self) -> list[MixedSize]:
-        mixed = self._mixed_step()
-        return [] if mixed is None else mixed.sizes
-
-    def _run_mixed(self) -> None:
-        """The largest step of any kind, of padding rows, with all its static memory."""
-        mixed = self._mixed_step()
-        assert mixed is not None
+        mixed = make_mixed_step(
+            self._model, self._kv, self._new_table(), max_tokens, self._exchange
+        )
+        if mixed is None:
+            return []
         largest = mixed.sizes[-1]
         mixed.compute(largest, self._exchange.select(largest.num_rows))
+        return mixed.sizes
 
     def _new_table(self) -> SequenceTable:
         return SequenceTable(

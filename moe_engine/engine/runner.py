@@ -67,13 +67,23 @@ class ModelRunner:
         A collective over the world; between steps only.
         """
         pool = torch.cuda.graph_pool_handle()
+        self.capture_mixed_graphs(pool)
+        self.capture_decode_graphs(pool=pool)
+
+    def capture_mixed_graphs(self, pool: Any = None) -> None:
+        """Capture steps of any kind, anew if they have been before; none if the model has no such.
+
+        A collective over the world; between steps only.
+
+        Args:
+            pool: None: a new one.
+        """
         mixed = make_mixed_step(
             self._model, self._kv, self._table, self._max_num_tokens, self._exchange
         )
         if mixed is not None:
             self._mixed_graphs = MixedGraphs(mixed, self._exchange)
-            self._mixed_graphs.capture(pool)
-        self.capture_decode_graphs(pool=pool)
+            self._mixed_graphs.capture(pool or torch.cuda.graph_pool_handle())
 
     def capture_decode_graphs(self, sizes: list[int] | None = None, pool: Any = None) -> None:
         """Capture decode steps, anew if they have been before.

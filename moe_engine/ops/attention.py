@@ -174,7 +174,7 @@ def _attend_raw_decodes(
     scale: float,
     out_SND: torch.Tensor,
 ) -> None:
-    """The decodes, from the projection [S, X] or parts of it, whose keys and values are written."""
+    """The decodes, from the projection [S, X] or parts of it; writes their keys and values."""
     from moe_engine.kernels.launch import supports_pdl
     from moe_engine.kernels.paged_decode import paged_decode
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.compare_builds import load_build, parse_arguments, report, running
+from benchmarks.compare_builds import load_build, parse_arguments, prompts, report, running
 from benchmarks.gpu_timing import in_turns
 from moe_engine.ops import hopper
 
@@ -70,3 +70,24 @@ def test_each_path_is_a_module_of_its_own(tmp_path: Path) -> None:
     assert first.__file__ == str(paths[0])
     assert second.__file__ == str(paths[1])
     assert first.CUDA_ARCHS == second.CUDA_ARCHS
+
+
+def test_prompts_run_by_the_graphs_of_the_build_that_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A graph holds the kernels of the build that captured it, whichever is there later."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    device, ran = torch.device("cuda"), []
+    runner = SimpleNamespace(_mixed_graphs=None)
+
+    def capture() -> None:
+        runner._mixed_graphs = f"graphs of {hopper.extension(device)}"
+
+    def prepare(number: int, length: int, temperature: float) -> None:
+        ran.append((runner._mixed_graphs, hopper.extension(device)))
+
+    runner.capture_mixed_graphs = capture
+    bench = SimpleNamespace(runtime=SimpleNamespace(runner=runner), prepare=prepare)
+    result = prompts(bench, {"a.so": "old", "b.so": "new"}, 2, 512)
+    assert result["ms"].keys() == {"a.so", "b.so"}
+    assert set(ran) == {("graphs of old", "old"), ("graphs of new", "new")}

@@ -3,16 +3,15 @@
     python -m benchmarks.bench_serving --config configs/qwen3-30b-a3b-1gpu.yaml \
         --load-format dummy --streams 64 --input 512 --output 256 --json FILE
 
-First the prompts run through `MoEEngine` in this process. Then a server process is started, and
-client processes send the same prompts all at once and read the streams to the end; one round to
-warm up, then the repetitions. Output tokens per second of both count from the first prompt sent to
-the last token received, so their ratio is what HTTP costs. A model without a tokenizer gets a
-synthetic one of its vocabulary's size, so that every token brings text.
+First the prompts run through `MoEEngine` in this process, all at once. Then a server process is
+started, and client processes send the same prompts all at once and read the streams to the end; one
+round to warm up, then the repetitions. Output tokens per second of both count from the first prompt
+sent to the last token received, so their ratio is what HTTP costs. A model without a tokenizer gets
+a synthetic one of its vocabulary's size, so that every token brings text.
 
 ``--requests 8 --spread 0.5``: every stream sends 8 requests, one after the other, whose outputs
 have 0.5 to 1.5 times as many tokens as ``--output`` says. Then prompts are computed beside the
-others' decodes all the time, as users do who come and go; `MoEEngine` gets all of them at once and
-runs as many as there are streams.
+others' decodes all the time, as those of users are who come and go; offline as over HTTP.
 
 ``--fake-step-ms 15.2`` measures the front end and the server alone: a stand-in makes a token for
 every stream each 15.2 ms (`fake_core`). The server's own processor time is read from the system.
@@ -40,11 +39,11 @@ from typing import Any
 import httpx
 
 from benchmarks import fake_core
-from benchmarks.driver import percentile, random_prompts, run_batch
+from benchmarks.driver import Request, percentile, random_prompts, run_streams
 from benchmarks.gpu_state import gpu_state, require_gpu
 from benchmarks.options import find_model, plain_options
 from benchmarks.report import save_result
-from benchmarks.stream_client import Clients, Request, Stream
+from benchmarks.stream_client import Clients, Stream
 from benchmarks.synthetic_tokenizer import write_tokenizer
 from moe_engine import MoEEngine
 from moe_engine.config import ModelConfig
@@ -185,14 +184,8 @@ def run_offline(
     with MoEEngine(**options) as engine:
         print(engine.info.summary, flush=True)
         work = make_work(arguments, engine.info.vocab_size)
-        in_turns = [request for turn in zip(*work, strict=True) for request in turn]
-
-        def seconds(requests: list[Request]) -> float:
-            prompts, nums = zip(*requests, strict=True)
-            return run_batch(engine, list(prompts), nums).seconds
-
-        seconds([warm_up(requests)[0] for requests in work])
-        return [seconds(in_turns) for _ in range(arguments.repetitions)], work
+        run_streams(engine, [warm_up(requests) for requests in work])
+        return [run_streams(engine, work).seconds for _ in range(arguments.repetitions)], work
 
 
 @contextmanager

@@ -7,11 +7,13 @@ import queue
 import random
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_engine import MoEEngine, SamplingParams
 from moe_engine.engine.frontend import News
+
+Request = tuple[list[int], int]
+"""A prompt and how many tokens shall follow it."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +52,55 @@ class Run:
 
 
 def run_batch(
-    engine: MoEEngine,
-    prompts: list[list[int]],
-    num_tokens: int | Sequence[int],
-    temperature: float = 0.0,
+    engine: MoEEngine, prompts: list[list[int]], num_tokens: int, temperature: float = 0.0
 ) -> Run:
-    """Decode past any end-of-sequence token.
+    """Hand over all prompts at once, for ``num_tokens`` each, past any end-of-sequence token."""
+    return run_streams(engine, [[(prompt, num_tokens)] for prompt in prompts], temperature)
+
+
+def run_streams(engine: MoEEngine, streams: list[list[Request]], temperature: float = 0.0) -> Run:
+    """Serve streams of requests, each of which is handed over when the one before it has ended.
 
     What `MoEEngine.generate` does, with a clock where the engine's news arrive.
 
     Args:
-        num_tokens: of every output, or of each.
-    """
-    sizes = [num_tokens] * len(prompts) if isinstance(num_tokens, int) else num_tokens
-    arrivals: list[list[float]] = [[] for _ in prompts]
-    news: queue.SimpleQueue[tuple[int, News]] = queue.SimpleQueue()
-    start = time.perf_counter()
-    requests = []
-    for number, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
-        params = SamplingParams(temperature=temperature, max_tokens=size, ignore_eos=True)
+        streams: the requests of each, one at least.
 
-        def put(item: News, number: int = number) -> None:
+    Returns:
+        Those of a stream one after the other.
+    """
+    work = [request for requests in streams for request in requests]
+    arrivals: list[list[float]] = [[] for _ in work]
+    news: queue.SimpleQueue[tuple[int, News]] = queue.SimpleQueue()
+    opened = {}
+
+    def hand_over(number: int) -> None:
+        prompt, num_tokens = work[number]
+
+        def put(item: News) -> None:
             arrivals[number].append(time.perf_counter())
             news.put((number, item))
 
-        requests.append(engine._open(prompt, params, put))
-    num_open = len(requests)
+        params = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True)
+        opened[number] = engine._open(prompt, params, put)
+
+    ends = list(itertools.accumulate(len(requests) for requests in streams))
+    start = time.perf_counter()
+    for first in [0, *ends[:-1]]:
+        hand_over(first)
+    num_open = len(streams)
     while num_open:
         number, item = news.get()
-        requests[number].handle(item)
-        num_open -= requests[number].finished
+        opened[number].handle(item)
+        if opened[number].finished:
+            if number + 1 in ends:
+                num_open -= 1
+            else:
+                hand_over(number + 1)
     seconds = time.perf_counter() - start
-    outputs = [request.assembler.final().outputs[0].token_ids for request in requests]
-    assert [len(tokens) for tokens in outputs] == list(sizes), "an output ended early"
+    outputs = [opened[i].assembler.final().outputs[0].token_ids for i in range(len(work))]
+    asked = [num_tokens for _, num_tokens in work]
+    assert [len(tokens) for tokens in outputs] == asked, "an output ended early"
     return Run(seconds, arrivals, outputs)
 
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import httpx
 
-Request = tuple[list[int], int]
-"""A prompt and how many tokens shall follow it."""
+from benchmarks.driver import Request
 
 EVENT_END = b"\n\n"
 TIMEOUT_S = 300.0

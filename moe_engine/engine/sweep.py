@@ -3,7 +3,9 @@
 They are for `moe_engine.kernels.launch.compile_only`: Triton's kernels are compiled instead of run.
 What a step computes then means nothing, and what indexes memory with it is left out
 (`ops.hopper`). A kernel has at most one variant for each power of two of some size, so sizes that
-double meet all of them; and all layers of a kind are alike, so the first layers will do.
+double meet all of them. Only where all decode do choices of two tables come together, the
+projection's and the attention's, whose limits lie closer (`fine_sizes`). All layers of a kind are
+alike, so the first layers will do.
 
 Shape legend: T tokens of a step, S sequences, B blocks, H hidden size, R rows, K experts per token,
 V vocabulary.
@@ -22,6 +24,7 @@ from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import split_evenly
 from moe_engine.engine.decode import DecodeStep
+from moe_engine.engine.graphs import capturable_buckets
 from moe_engine.engine.mixed import make_mixed_step
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
@@ -83,6 +86,8 @@ class StepSweep:
         for num_tokens in doubling_sizes(self._limits.max_num_batched_tokens):
             for num_decodes, span_lens in compositions(num_tokens, max_seqs):
                 self._compute(num_decodes, span_lens)
+        for num_decodes in fine_sizes(max_seqs):
+            self._compute(num_decodes, [])
         if self._groups.layout.world_size > 1:
             self._run_experts()
 
@@ -103,16 +108,14 @@ class StepSweep:
                 greedy_tokens(logits_RV[:num_rows])
 
     def _decode(self, max_rows: int) -> None:
-        """Steps in static memory."""
+        """Steps in which all decode, in static memory, of each size that will be captured."""
         table = SequenceTable(max_rows, self._max_model_len, self._kv.block_size, self._device)
         decode = DecodeStep(self._model, self._kv, table, self._groups, max_rows)
         decode.load([], [])
-        for num_rows in doubling_sizes(max_rows):
-            exchange = self._exchange.select(num_rows)
-            if exchange.is_capturable:
-                logits_SV = decode.compute(num_rows, exchange)
-                for choice in decode.choices:
-                    decode.choose(num_rows, logits_SV, choice)
+        for num_rows in capturable_buckets(max_rows, self._exchange):
+            logits_SV = decode.compute(num_rows, self._exchange.select(num_rows))
+            for choice in decode.choices:
+                decode.choose(num_rows, logits_SV, choice)
 
     def _mixed(self, max_seqs: int) -> None:
         """Steps of any kind in static memory, of each size that will be captured."""
@@ -163,11 +166,21 @@ def doubling_sizes(largest: int) -> list[int]:
     return [1 << power for power in range((largest - 1).bit_length())] + [largest]
 
 
+def fine_sizes(largest: int) -> list[int]:
+    """Sizes of which four double, on which all limits of the tables lie, up to ``largest``.
+
+    Example: ``fine_sizes(21) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 21]``.
+    """
+    powers = (1 << power for power in range((largest - 1).bit_length()))
+    sizes = {power * quarters // 4 for power in powers for quarters in (4, 5, 6, 7)}
+    return sorted(size for size in sizes | {largest} if size <= largest)
+
+
 def compositions(num_tokens: int, max_num_seqs: int) -> list[tuple[int, list[int]]]:
     """Steps of ``num_tokens``: how many decodes, and the lengths of as many prompts as can be.
 
     Prompts alone, prompts and one decode, prompts and decodes, one prompt and as many decodes as
-    can be, decodes alone, as far as there are enough sequences; a prompt has two tokens or more.
+    can be, as far as there are enough sequences; a prompt has two tokens or more.
 
     Example: 9 tokens of up to 4 sequences:
     ``[(0, [3, 2, 2, 2]), (1, [3, 3, 2]), (2, [4, 3]), (3, [6])]``.
@@ -175,13 +188,11 @@ def compositions(num_tokens: int, max_num_seqs: int) -> list[tuple[int, list[int
     steps = []
     most = max(0, min(num_tokens - 2, max_num_seqs - 1))
     half = min(num_tokens, max_num_seqs) // 2
-    for num_decodes in sorted({0, 1, half, most, num_tokens}):
+    for num_decodes in sorted({0, 1, half, most}):
         rest = num_tokens - num_decodes
         num_prompts = min(rest // 2, max_num_seqs - num_decodes)
         if num_prompts > 0:
             steps.append((num_decodes, split_evenly(rest, num_prompts)))
-        elif rest == 0 and num_decodes <= max_num_seqs:
-            steps.append((num_decodes, []))
     return steps
 
 

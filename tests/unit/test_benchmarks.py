@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, and the scripts from end to end on the demo model."""
 
+import itertools
 import json
 import math
 import sys
@@ -18,7 +19,7 @@ from benchmarks.bench_engine import (
 )
 from benchmarks.bench_serving import latencies, round_seconds
 from benchmarks.decode_floor import expected_experts_hit, slope, step_bytes
-from benchmarks.driver import Run, percentile, random_prompts
+from benchmarks.driver import Run, percentile, random_prompts, run_batch, run_streams
 from benchmarks.gpu_state import triton_cache
 from benchmarks.options import MODELS, find_model, launch_list, launch_name
 from benchmarks.peer import Peer
@@ -34,6 +35,7 @@ from benchmarks.step_timeline import (
 )
 from benchmarks.stream_client import Stream
 from benchmarks.synthetic_tokenizer import write_tokenizer
+from moe_engine import MoEEngine
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.flat import build_config
 from moe_engine.engine import launcher
@@ -285,6 +287,18 @@ def test_streams_that_send_several_requests(monkeypatch, tmp_path):
     assert (result["requests"], result["spread"]) == (4, 0.5)
     tokens = result["summary"]["online_tok_per_s"] * result["online_s"][0]
     assert tokens == pytest.approx(sum(nums))
+
+
+def test_a_stream_sends_its_next_request_when_the_one_before_has_ended():
+    streams = [[([1, 2, 3], 5), ([4], 2), ([5, 6], 1)], [([7, 8], 9)]]
+    with MoEEngine(device="cpu", max_num_seqs=4) as engine:
+        run = run_streams(engine, streams)
+        alone = [run_batch(engine, [prompt], size) for prompt, size in itertools.chain(*streams)]
+    assert [len(tokens) for tokens in run.token_ids] == [5, 2, 1, 9]
+    assert run.token_ids == [tokens for one in alone for tokens in one.token_ids]
+    first, second, third, other = run.arrivals
+    assert first[-1] < second[0] <= second[-1] < third[0]
+    assert other[0] < first[-1], "streams run side by side"
 
 
 def test_a_core_without_a_model_takes_one_request_of_a_stream(capsys):

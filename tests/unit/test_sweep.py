@@ -5,16 +5,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_engine.engine.graphs import graph_buckets
 from moe_engine.engine.sweep import (
     StepSweep,
     compositions,
     doubling_sizes,
+    fine_sizes,
     num_layers_of_all_kinds,
     step_batch,
 )
+from moe_engine.ops import tuning
 from tests.unit.runner_world import RunnerWorld
 
 CPU = torch.device("cpu")
+# The committed choices for projections, and those for shapes that no table has.
+LINEAR_CHOICES = [
+    *(
+        chosen
+        for path in sorted(tuning.FOLDER.glob("*.json"))
+        for chosen in tuning.parse_document(tuning.read_document(path), path).values()
+        if isinstance(chosen, tuning.LinearChoices)
+    ),
+    *(tuning.LinearChoices.default(depth, 1024) for depth in (512, 2048, 4096, 16384)),
+]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +46,20 @@ def test_every_power_of_two_up_to_which_there_is_a_size_is_met(largest, size):
     assert any(upper // 2 < swept <= upper for swept in doubling_sizes(largest))
 
 
+@pytest.mark.parametrize("largest", [1, 18, 33, 100, 256, 1000])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("linear", LINEAR_CHOICES)
+def test_whatever_meets_where_all_decode_meets_in_a_fine_size(largest, num_kv_heads, linear):
+    """A parted projection and its attention's launch are one variant of the decode kernel."""
+    decode_launch = pytest.importorskip("moe_engine.kernels.paged_decode_table").decode_launch
+
+    def variant(num_rows):
+        return tuning.pick(linear.kernels, num_rows), decode_launch(num_rows * num_kv_heads)
+
+    met = {variant(num_rows) for num_rows in fine_sizes(largest)}
+    assert met == {variant(num_rows) for num_rows in range(1, largest + 1)}
+
+
 @given(st.integers(1, 300), st.integers(1, 40))
 def test_compositions_are_steps_of_the_size_with_enough_sequences(num_tokens, max_num_seqs):
     steps = compositions(num_tokens, max_num_seqs)
@@ -42,7 +69,7 @@ def test_compositions_are_steps_of_the_size_with_enough_sequences(num_tokens, ma
         assert all(length >= 2 for length in span_lens)
     if num_tokens >= 2:
         assert (0, min(num_tokens // 2, max_num_seqs)) in [(n, len(lens)) for n, lens in steps]
-    assert ((num_tokens, []) in steps) == (num_tokens <= max_num_seqs)
+    assert all(span_lens for _, span_lens in steps)
     assert len(steps) == len({num_decodes for num_decodes, _ in steps})
     for fewest in {1, min(num_tokens, max_num_seqs) // 2}:
         if num_tokens >= fewest + 2 and max_num_seqs > fewest:
@@ -111,9 +138,11 @@ def test_sweep_runs_steps_of_all_sizes_on_the_first_layers(tmp_path, monkeypatch
         make_sweep(runtime, with_graphs=with_graphs)()
     sizes = doubling_sizes(runtime.config.scheduler.max_num_batched_tokens)
     rows = doubling_sizes(runtime.config.scheduler.max_num_seqs)
-    expected = {(layer, size, False) for layer in (0, 1) for size in sizes}
+    max_seqs = runtime.config.scheduler.max_num_seqs
+    eager = {*sizes, *fine_sizes(max_seqs)}
+    expected = {(layer, size, False) for layer in (0, 1) for size in eager}
     if with_graphs:
-        expected |= {(layer, size, True) for layer in (0, 1) for size in rows}
+        expected |= {(layer, size, True) for layer in (0, 1) for size in graph_buckets(max_seqs)}
     assert attended == expected
     assert sampled == {(size, torch.float32, some) for size in rows for some in (True, False)}
     assert decoded == set(rows)

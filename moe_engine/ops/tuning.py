@@ -110,8 +110,8 @@ class ExpertChoices(Choices):
 
     VALUES: ClassVar = {"kernels": ("streaming", "grouped"), "tiles": (16, 32, 64, 128, 256)}
 
-    kernels: Steps[str] = ((4, "streaming"), (INF, "grouped"))
-    tiles: Steps[int] = ((0.25, 16), (40, 64), (128, 128), (INF, 256))
+    kernels: Steps[str] = ((2, "streaming"), (INF, "grouped"))
+    tiles: Steps[int] = ((0.5, 16), (40, 64), (128, 128), (INF, 256))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ NUM_STEPS = 12
 MOST_ROWS, NUM_SEQUENCES = 256, 512
 # Batches, and the buckets that they are padded to: all kernels for few rows, split linear layers up
 # to 64 rows and the library's beyond, tiles of 64 pairs up to 160 rows and of 128 beyond.
-BUCKETS = {1: 1, 3: 4, 9: 16, 33: 40, 60: 64, 100: 112, 129: 160, 200: 224, 256: 256}
+BUCKETS = {1: 1, 2: 2, 3: 4, 9: 16, 33: 40, 60: 64, 100: 112, 129: 160, 200: 224, 256: 256}
 # Of the logits' norm: at a typical position, where both sides are about 1e-2 from float32 and share
 # the rounding of all that does not depend on the bucket, and over all positions, in a few of which
 # rounding swaps experts.
@@ -60,7 +60,7 @@ def kernels_of(bucket: int) -> set[str]:
     """The CUDA kernels of a decode step of so many rows in bfloat16, with two KV heads."""
     if not on_hopper():
         return set()
-    names = {"streaming experts" if bucket <= 4 else "grouped experts"}
+    names = {"streaming experts" if bucket <= 2 else "grouped experts"}
     if bucket <= 64:
         names |= {"norm and router", "streaming linear" if bucket <= 16 else "split linear"}
     if bucket <= 66:

@@ -43,12 +43,12 @@ def operators() -> list[Operator]:
 
 @pytest.mark.usefixtures("hopper_kernels")
 def test_today_each_operator_runs_by_the_defaults() -> None:
-    batches = (1, 4, 5, 16, 17, 64, 65, 4096)
+    batches = (1, 2, 4, 16, 17, 64, 65, 4096)
     found = [[op.runs(batch) for batch in batches] for op in operators()]
-    assert found[0] == ["streaming"] * 2 + ["tile 64"] * 5 + ["tile 256"]
+    assert found[0] == ["streaming"] * 2 + ["tile 16"] + ["tile 64"] * 4 + ["tile 256"]
     assert found[1] == ["streaming"] * 4 + ["split"] * 2 + ["library"] * 2
     assert found[2] == ["fused"] * 6 + ["separate"] * 2
-    assert found[3][:3] == ["0:8:2048"] * 2 + ["12:8:80"]
+    assert found[3][:4] == ["0:8:2048"] * 3 + ["12:8:160"]
     assert found[3][-1] == "paged"
 
 

@@ -133,12 +133,12 @@ def test_a_limit_belongs_to_what_is_best_up_to_it() -> None:
 
 
 def test_the_defaults_are_what_was_found_on_the_first_gpu() -> None:
-    # 128 experts, so 32 pairs are 0.25 for each.
-    pairs = (1, 32, 33, 5120, 5121, 16384, 16385, 10**6)
+    # 128 experts, so 64 pairs are 0.5 for each.
+    pairs = (1, 64, 65, 5120, 5121, 16384, 16385, 10**6)
     tiles = [pick(ExpertChoices.default().tiles, number / 128) for number in pairs]
     assert tiles == [16, 16, 64, 64, 128, 128, 256, 256]
-    assert pick(ExpertChoices.default().kernels, 4) == "streaming"
-    assert pick(ExpertChoices.default().kernels, 5) == "grouped"
+    assert pick(ExpertChoices.default().kernels, 2) == "streaming"
+    assert pick(ExpertChoices.default().kernels, 3) == "grouped"
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_experts_follow_their_table(table: tuning.Table, monkeypatch: pytest.Mon
         moe.expert_ffn(zeros(num_rows, 64), ids_RK, ids_RK.float(), gate_up_EJH, down_EHI)
         return tiles[-1]
 
-    assert [run(rows) for rows in (4, 5, 160, 161)] == [0, 64, 64, 128]
+    assert [run(rows) for rows in (2, 3, 160, 161)] == [0, 64, 64, 128]
     steps = ((6, "streaming"), (INF, "grouped"))
     table[ExpertChoices, (64, 64, 8, 2)] = ExpertChoices(steps, ((2, 32), (INF, 16)))
     assert [run(rows) for rows in (6, 7, 8, 9)] == [0, 32, 32, 16]

@@ -17,12 +17,12 @@ from .launch import COUNTERS_PER_STREAM, arrival_counters, launch_kernel, suppor
 BLOCK = 2048
 # Programs to aim at: as many as the multiprocessors hold, because each has little under way.
 NUM_PROGRAMS = 2048
-MAX_SEGMENTS = 128
+MAX_SEGMENTS = 128  # a power of two
 
 _LARGEST_ID = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_per_segment", "num_segments"])
 def _argmax_kernel(
     logits_ptr,
     partial_ptr,
@@ -30,9 +30,9 @@ def _argmax_kernel(
     tokens_ptr,
     vocab_size,
     row_stride,
-    BLOCKS_PER_SEGMENT: tl.constexpr,
-    NUM_SEGMENTS: tl.constexpr,
-    PADDED_SEGMENTS: tl.constexpr,
+    blocks_per_segment,
+    num_segments,
+    MAX_SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -54,8 +54,8 @@ def _argmax_kernel(
     lanes = tl.arange(0, BLOCK)
     best_keys = tl.full([BLOCK], LOWEST_KEY, tl.int32)
     best_ids = tl.full([BLOCK], _LARGEST_ID, tl.int32)
-    first = segment * BLOCKS_PER_SEGMENT * BLOCK
-    for block in range(BLOCKS_PER_SEGMENT):
+    first = segment * blocks_per_segment * BLOCK
+    for block in range(blocks_per_segment):
         ids = first + block * BLOCK + lanes
         in_row = ids < vocab_size
         logits = tl.load(row_ptr + ids, mask=in_row, other=float("-inf")).to(tl.float32)
@@ -68,25 +68,25 @@ def _argmax_kernel(
     key = tl.max(best_keys, axis=0)
     token = tl.min(tl.where(best_keys == key, best_ids, _LARGEST_ID), axis=0)
 
-    if NUM_SEGMENTS == 1:
+    if num_segments == 1:
         tl.store(tokens_ptr + row, token.to(tl.int64))
     else:
-        partial_ptr += row * 2 * NUM_SEGMENTS
+        partial_ptr += row * 2 * num_segments
         tl.store(partial_ptr + segment, key)
-        tl.store(partial_ptr + NUM_SEGMENTS + segment, token)
+        tl.store(partial_ptr + num_segments + segment, token)
         # Both are stored before the arrival is announced.
         tl.debug_barrier()
         num_arrived = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel", scope="gpu")
-        if num_arrived == NUM_SEGMENTS - 1:
+        if num_arrived == num_segments - 1:
             tl.store(counters_ptr + row, 0)
-            segments = tl.arange(0, PADDED_SEGMENTS)
-            exists = segments < NUM_SEGMENTS
+            segments = tl.arange(0, MAX_SEGMENTS)
+            exists = segments < num_segments
             # Past the L1 cache, which may hold what was there before.
             keys = tl.load(
                 partial_ptr + segments, mask=exists, other=LOWEST_KEY, cache_modifier=".cg"
             )
             tokens = tl.load(
-                partial_ptr + NUM_SEGMENTS + segments,
+                partial_ptr + num_segments + segments,
                 mask=exists,
                 other=_LARGEST_ID,
                 cache_modifier=".cg",
@@ -106,8 +106,7 @@ def greedy_tokens(logits_BV: torch.Tensor, out: torch.Tensor | None = None) -> t
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()
     num_blocks = triton.cdiv(vocab_size, BLOCK)
-    # A power of two, because each value is another compilation.
-    wanted = min(MAX_SEGMENTS, triton.next_power_of_2(triton.cdiv(NUM_PROGRAMS, num_rows)))
+    wanted = min(MAX_SEGMENTS, triton.cdiv(NUM_PROGRAMS, num_rows))
     if num_rows > COUNTERS_PER_STREAM:
         wanted = 1
     blocks_per_segment = triton.cdiv(num_blocks, min(wanted, num_blocks))
@@ -123,9 +122,9 @@ def greedy_tokens(logits_BV: torch.Tensor, out: torch.Tensor | None = None) -> t
         out,
         vocab_size,
         logits_BV.stride(0),
-        BLOCKS_PER_SEGMENT=blocks_per_segment,
-        NUM_SEGMENTS=num_segments,
-        PADDED_SEGMENTS=triton.next_power_of_2(num_segments),
+        blocks_per_segment,
+        num_segments,
+        MAX_SEGMENTS=MAX_SEGMENTS,
         BLOCK=BLOCK,
         USE_PDL=use_pdl,
         num_warps=4,

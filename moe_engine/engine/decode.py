@@ -61,6 +61,7 @@ class DecodeStep:
     ) -> None:
         self.max_rows = max_rows
         self._model = model
+        self._short_model = model.shortened()
         self._kv = kv
         self._table = table
         self._groups = groups
@@ -94,6 +95,17 @@ class DecodeStep:
         Returns:
             Logits [S, V] on the TP group's rank 0, None elsewhere (a collective over the world).
         """
+        return self._logits(self._model, num_rows, exchange)
+
+    def warm_up(self, num_rows: int, exchange: Exchange) -> None:
+        """Launch all that `compute` and `choose` launch, but through few layers."""
+        logits_SV = self._logits(self._short_model, num_rows, exchange)
+        for choice in self.choices:
+            self.choose(num_rows, logits_SV, choice)
+
+    def _logits(
+        self, model: Qwen3MoeForCausalLM, num_rows: int, exchange: Exchange
+    ) -> torch.Tensor | None:
         slots_S, positions_S = self._rows_3W[1, :num_rows], self._rows_3W[2, :num_rows]
         inputs = self._inputs.first(num_rows)
         prepare_decode(
@@ -119,7 +131,7 @@ class DecodeStep:
             exchange=exchange,
             num_tokens_1=self._rows_3W[0, :1],
         )
-        return self._model.logits(self._model(inputs.token_ids_S, step))
+        return model.logits(model(inputs.token_ids_S, step))
 
     def load_draw(self, params_5B: np.ndarray) -> None:
         """Bring the parameters of `ops.sampling.sample_tokens` to the device, padding behind."""

@@ -80,19 +80,16 @@ class DecodeGraphs:
     def capture(self, pool: Any) -> None:
         """Capture all sizes, the largest first, whose memory the smaller ones reuse.
 
-        A collective over the world. Each size runs once beforehand, so that everything that
-        happens only once (compiling kernels, loading them, connecting ranks) has happened. They do
-        so one after another: a capture frees the memory that the next one would have to take anew.
+        A collective over the world. Each size is warmed up beforehand, so that everything that
+        happens only once (compiling kernels, loading them, connecting ranks) has happened. That is
+        for all sizes, one after another: a capture frees memory that the next one would take anew.
 
         Args:
             pool: of `torch.cuda.graph_pool_handle`.
         """
         self._decode.load([], [])
         for size in reversed(self.buckets):
-            logits = self._decode.compute(size, self._exchange.select(size))
-            for choice in self._decode.choices:
-                self._decode.choose(size, logits, choice)
-            del logits
+            self._decode.warm_up(size, self._exchange.select(size))
         for size in reversed(self.buckets):
             self._capture(size, pool)
 
@@ -141,7 +138,7 @@ class MixedGraphs:
     def capture(self, pool: Any) -> None:
         """As `DecodeGraphs.capture`; padding alone is computed."""
         for size in reversed(self._mixed.sizes):
-            self._mixed.compute(size, self._exchange.select(size.num_rows))
+            self._mixed.warm_up(size, self._exchange.select(size.num_rows))
         for size in reversed(self._mixed.sizes):
             exchange = self._exchange.select(size.num_rows)
             graph, x_TH = _captured(partial(self._mixed.compute, size, exchange), pool)

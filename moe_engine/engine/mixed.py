@@ -32,10 +32,9 @@ MIXED_ROWS = (16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 """Tokens of the steps to capture. Padding costs little: experts and attention leave it out. Larger
 steps keep the device longer than their launches keep the host."""
 
-MIXED_DECODES = (16, 64)
-"""How many of them may be decodes, below the most that there can be. Their attention is launched
-for as many, and shares out the contexts of few among multiprocessors that would have nothing to do.
-"""
+FEW_DECODES = 16
+"""As many of them, or as many as there can be, may be decodes. Their attention is launched for all
+of those, and shares out the contexts of few among multiprocessors that would have nothing to do."""
 
 _SPAN_NUMBERS = 4
 _HEADER = 4
@@ -61,8 +60,7 @@ def mixed_sizes(max_tokens: int, max_seqs: int, exchange: ExchangeSelector) -> l
     for num_rows in MIXED_ROWS[: num_smaller + 1]:
         if exchange.select(num_rows).is_capturable:
             most = min(num_rows, max_seqs)
-            tiers = [*(num for num in MIXED_DECODES if num < most), most]
-            sizes += [MixedSize(num_rows, num_decodes) for num_decodes in tiers]
+            sizes += [MixedSize(num_rows, num) for num in sorted({min(FEW_DECODES, most), most})]
     return sizes
 
 
@@ -106,6 +104,7 @@ class MixedStep:
         self.sizes = sizes
         max_rows = sizes[-1].num_rows
         self._model = model
+        self._short_model = model.shortened()
         self._kv = kv
         k_cache_BLGD, _ = kv.layer(0)
         self._tile_tokens = tile_tokens(model.num_heads, k_cache_BLGD.shape[2])
@@ -162,6 +161,15 @@ class MixedStep:
         Returns:
             Final hidden states [T, H], then padding; a collective over the world.
         """
+        return self._hidden_states(self._model, size, exchange)
+
+    def warm_up(self, size: MixedSize, exchange: Exchange) -> None:
+        """Launch all that `compute` launches, but through few layers."""
+        self._hidden_states(self._short_model, size, exchange)
+
+    def _hidden_states(
+        self, model: Qwen3MoeForCausalLM, size: MixedSize, exchange: Exchange
+    ) -> torch.Tensor:
         num_rows = size.num_rows
         first_tile, last_tile = self._first_tile, self._first_tile + self._max_tiles(num_rows)
         spans = self._numbers[_HEADER:first_tile]
@@ -185,7 +193,7 @@ class MixedStep:
             exchange=exchange,
             num_tokens_1=self._numbers[:1],
         )
-        x_TH: torch.Tensor = self._model(self._token_ids_W[:num_rows], step)
+        x_TH: torch.Tensor = model(self._token_ids_W[:num_rows], step)
         return x_TH
 
     def _max_tiles(self, num_rows: int) -> int:

@@ -95,8 +95,12 @@ class StepProfiler:
     def measure(self, *, with_graphs: bool) -> StepMemory:
         """Run the largest steps and see how much the device's allocator has to reserve."""
         size = self._limits.max_num_batched_tokens
+        sizes = self._run_mixed() if with_graphs else []
+        most_captured = sizes[-1].num_rows if sizes else 0
+        # Workspaces and loaded kernels stay.
         for num_tokens in (size, size // 4, size // 16, size // 64):
-            self._run_prefill(max(1, num_tokens))  # workspaces and loaded kernels stay
+            if num_tokens == size or num_tokens > most_captured:
+                self._run_prefill(max(1, num_tokens))
         activations = self._reserved_by(lambda: self._run_prefill(size))
         buckets = capturable_buckets(self._limits.max_num_seqs, self._exchange)
         if not (with_graphs and buckets):
@@ -104,16 +108,15 @@ class StepProfiler:
             return StepMemory(activations, graphs=0)
         self._run_decode(self._limits.max_num_seqs)
         pool = self._reserved_by(lambda: self._run_decode(buckets[-1]))
-        sizes: list[MixedSize] = []
         # The smaller graphs use the memory of the largest.
-        pool = max(pool, self._reserved_by(lambda: sizes.extend(self._run_mixed())))
+        pool = max(pool, self._reserved_by(self._run_mixed))
         # Together the graphs that choose tokens have fewer kernels than as many layers.
         num_layers = self._model_config.num_hidden_layers + len(Choice)
         num_graphs = len(buckets) + len(sizes)
         graphs = num_graphs * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
         return StepMemory(activations, pool + graphs)
 
-    def _reserved_by(self, run: Callable[[], None]) -> int:
+    def _reserved_by(self, run: Callable[[], object]) -> int:
         """Bytes that the caching allocator has to reserve for ``run``."""
         gc.collect()
         torch.cuda.empty_cache()
@@ -165,7 +168,8 @@ class StepProfiler:
         self._model.logits(self._forward(batch, torch.zeros_like(batch.slots_T)))
 
     def _run_mixed(self) -> list[MixedSize]:
-        """The largest step of any kind, of padding rows, with all its static memory.
+        """The largest step of any kind, of padding rows, with all its static memory; the others
+        in part.
 
         Returns:
             The sizes that will be captured; none if the model has no such step.
@@ -176,6 +180,8 @@ class StepProfiler:
         )
         if mixed is None:
             return []
+        for size in mixed.sizes:
+            mixed.warm_up(size, self._exchange.select(size.num_rows))
         largest = mixed.sizes[-1]
         mixed.compute(largest, self._exchange.select(largest.num_rows))
         return mixed.sizes

@@ -60,6 +60,7 @@ def run_rank(spec: RankSpec, front_end_fd: int | None = None) -> None:
         spec: the same for all ranks.
         front_end_fd: rank 0's connection to the front end.
     """
+    garbage.settle()  # modules stay, and compilers make much that need not be looked at so often
     process = env.read_environment()
     log.setup_logging(process.log_level or "info", rank=process.rank)
     parallel = spec.config.parallel

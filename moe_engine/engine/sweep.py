@@ -13,7 +13,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from itertools import accumulate
 
 import torch
@@ -25,7 +24,7 @@ from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import split_evenly
 from moe_engine.engine.decode import DecodeStep
 from moe_engine.engine.graphs import capturable_buckets
-from moe_engine.engine.mixed import make_mixed_step
+from moe_engine.engine.mixed import MixedStep, make_mixed_step
 from moe_engine.engine.table import SequenceTable
 from moe_engine.layers.context import ForwardContext
 from moe_engine.layers.moe import SparseMoE
@@ -67,7 +66,7 @@ class StepSweep:
     ) -> None:
         self._limits = config.scheduler
         self._model_config = model_config
-        self._model = _first_layers(model, num_layers_of_all_kinds(model_config))
+        self._model = model.shortened()
         self._kv = kv
         self._groups = groups
         self._max_model_len = max_model_len
@@ -80,14 +79,11 @@ class StepSweep:
         max_seqs = self._limits.max_num_seqs
         # The slowest to compile come first.
         self._sample(max_seqs)
+        mixed = None
         if self._with_graphs:
             self._decode(max_seqs)
-            self._mixed(max_seqs)
-        for num_tokens in doubling_sizes(self._limits.max_num_batched_tokens):
-            for num_decodes, span_lens in compositions(num_tokens, max_seqs):
-                self._compute(num_decodes, span_lens)
-        for num_decodes in fine_sizes(max_seqs):
-            self._compute(num_decodes, [])
+            mixed = self._mixed(max_seqs)
+        self._launch_singly(mixed)
         if self._groups.layout.world_size > 1:
             self._run_experts()
 
@@ -113,18 +109,34 @@ class StepSweep:
         decode = DecodeStep(self._model, self._kv, table, self._groups, max_rows)
         decode.load([], [])
         for num_rows in capturable_buckets(max_rows, self._exchange):
-            logits_SV = decode.compute(num_rows, self._exchange.select(num_rows))
-            for choice in decode.choices:
-                decode.choose(num_rows, logits_SV, choice)
+            decode.warm_up(num_rows, self._exchange.select(num_rows))
 
-    def _mixed(self, max_seqs: int) -> None:
+    def _mixed(self, max_seqs: int) -> MixedStep | None:
         """Steps of any kind in static memory, of each size that will be captured."""
         table = SequenceTable(max_seqs, self._max_model_len, self._kv.block_size, self._device)
         max_tokens = self._limits.max_num_batched_tokens
         mixed = make_mixed_step(self._model, self._kv, table, max_tokens, self._exchange)
         if mixed is not None:
             for size in mixed.sizes:
-                mixed.compute(size, self._exchange.select(size.num_rows))
+                mixed.warm_up(size, self._exchange.select(size.num_rows))
+        return mixed
+
+    def _launch_singly(self, mixed: MixedStep | None) -> None:
+        """Steps of any kind that no size of ``mixed`` holds, and the largest, for the profiler."""
+        max_seqs = self._limits.max_num_seqs
+
+        def has_no_graph(num_tokens: int) -> bool:
+            return mixed is None or mixed.pick(num_tokens, min(num_tokens, max_seqs)) is None
+
+        *smaller, largest = doubling_sizes(self._limits.max_num_batched_tokens)
+        first, *others = [*filter(has_no_graph, smaller), largest]
+        # What varies with the number of sequences varies at the first size.
+        steps = [(first, num_seqs) for num_seqs in doubling_sizes(max_seqs)]
+        for num_tokens, num_seqs in [*steps, *((size, max_seqs) for size in others)]:
+            for num_decodes, span_lens in compositions(num_tokens, num_seqs):
+                self._compute(num_decodes, span_lens)
+        for num_decodes in filter(has_no_graph, fine_sizes(max_seqs)):
+            self._compute(num_decodes, [])
 
     def _compute(self, num_decodes: int, span_lens: list[int]) -> None:
         """A step of any kind."""
@@ -215,17 +227,3 @@ def step_batch(
             for start, length in zip(starts[num_decodes:], span_lens, strict=False)
         ),
     )
-
-
-def num_layers_of_all_kinds(model_config: ModelConfig) -> int:
-    """How many of the first layers show each kind, and what follows it."""
-    kinds = [model_config.is_moe_layer(layer) for layer in range(model_config.num_hidden_layers)]
-    return min(len(kinds), max(kinds.index(kind) for kind in set(kinds)) + 2)
-
-
-def _first_layers(model: Qwen3MoeForCausalLM, num_layers: int) -> Qwen3MoeForCausalLM:
-    """The same model, with the same weights, but without the later layers."""
-    part = copy.copy(model)
-    part._modules = dict(model._modules)
-    part.layers = model.layers[:num_layers]
-    return part

@@ -5,6 +5,7 @@ Shape legend: T tokens, H hidden size, V vocabulary, R rows that need logits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -114,6 +115,17 @@ class Qwen3MoeForCausalLM(nn.Module):
         assert residual is not None
         normed_RH, _ = self.norm.after_adding(x, residual)
         return normed_RH
+
+    def shortened(self) -> Qwen3MoeForCausalLM:
+        """The same weights with as few layers as show each kind of layer and what follows it.
+
+        Whatever is launched for the whole model is launched for this one, only less often.
+        """
+        kinds = [type(layer.mlp) for layer in self.layers]
+        part = copy.copy(self)
+        part._modules = dict(self._modules)
+        part.layers = self.layers[: max(map(kinds.index, kinds)) + 2]
+        return part
 
     def logits(self, x_RH: torch.Tensor) -> torch.Tensor | None:
         """Logits [R, V] on the TP group's rank 0, None elsewhere (a collective over TP)."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from moe_engine.engine.mixed import MIXED_ROWS
 from moe_engine.ops import native
 from moe_engine.ops.linear import MANY_ROWS
 from tests.unit.runner_world import ALL_KINDS, RunnerWorld, mixed_requests
@@ -65,25 +66,48 @@ def compilations(monkeypatch):
     ],
 )
 def test_serving_compiles_nothing(tmp_path, compilations, cuda_graphs, vocab_size, model):
-    world = RunnerWorld(
-        tmp_path,
-        model=COMMON | {"vocab_size": vocab_size} | model,
-        device="cuda",
-        dtype="bfloat16",
-        cuda_graphs=cuda_graphs,
-        prefix_cache=False,
-        **LIMITS,
-    )
-    assert compilations.ahead, "nothing was compiled ahead: the sizes are another test's"
-    at_start = [what for what in compilations.launched if not what.startswith(FILLS_WEIGHTS)]
-    assert not at_start, "compiled only when launched, one by one:\n" + "\n".join(at_start)
-
+    model = {"vocab_size": vocab_size} | model
+    world = start_world(tmp_path, compilations, model, cuda_graphs=cuda_graphs)
     for size in (1, 2, 3, 8, 17, 33):
         for kind in KINDS:
             choose = random.Random(size)
             world.run(mixed_requests(choose, size, longest=40, kinds=[kind], max_tokens=5))
         # Prompts of odd lengths, which share steps with others' decodes.
         world.run(mixed_requests(random.Random(size), 2 * size, longest=70, kinds=KINDS))
-    assert max(sum(num_tokens for _, num_tokens in step) for step in world.steps) > MANY_ROWS
+    assert largest_step(world) > MANY_ROWS
+    assert_nothing_late(compilations)
+
+
+def test_steps_too_large_for_graphs_compile_nothing(tmp_path, compilations):
+    """Launched by themselves are, with graphs, only steps of thousands of tokens."""
+    model = {"vocab_size": 51000, "hidden_size": 1024, "head_dim": 128, "num_key_value_heads": 4}
+    longest = {"max_num_batched_tokens": MIXED_ROWS[-1] + 2048, "num_blocks": 2000}
+    model["max_position_embeddings"] = 8192
+    world = start_world(tmp_path, compilations, model, **longest)
+    for lengths in ([5000], [5500, 5500], [2500] * 4, [200] * 35 + [5500], [190] * 40):
+        for kinds in (KINDS, [{"temperature": 0.0, "prompt_logprobs": 2}]):
+            requests = mixed_requests(random.Random(0), len(lengths), kinds=kinds, max_tokens=5)
+            world.run(
+                [([7] * size, params) for size, (_, params) in zip(lengths, requests, strict=True)]
+            )
+            assert largest_step(world) > MIXED_ROWS[-1]
+    assert_nothing_late(compilations)
+
+
+def start_world(directory, compilations, model, **options):
+    """A world for which everything was compiled ahead."""
+    options = {"dtype": "bfloat16", "device": "cuda", "prefix_cache": False} | LIMITS | options
+    world = RunnerWorld(directory, model=COMMON | model, **options)
+    assert compilations.ahead, "nothing was compiled ahead: the sizes are another test's"
+    at_start = [what for what in compilations.launched if not what.startswith(FILLS_WEIGHTS)]
+    assert not at_start, "compiled only when launched, one by one:\n" + "\n".join(at_start)
+    return world
+
+
+def largest_step(world):
+    return max(sum(num_tokens for _, num_tokens in step) for step in world.steps)
+
+
+def assert_nothing_late(compilations):
     late = [what for what in compilations.launched if not what.startswith(FILLS_WEIGHTS)]
     assert not late, "compiled while serving:\n" + "\n".join(late)

@@ -9,7 +9,7 @@ import torch
 from moe_engine.engine.batch import StepBatch, build_batch
 from moe_engine.engine.decode import Choice
 from moe_engine.engine.mixed import (
-    MIXED_DECODES,
+    FEW_DECODES,
     MIXED_ROWS,
     MixedSize,
     MixedStep,
@@ -137,7 +137,7 @@ def test_the_smallest_size_that_holds_a_step_is_picked(tmp_path):
         (
             65,
             65,
-            [(16, 16), (32, 16), (32, 32), (64, 16), (64, 64), (128, 16), (128, 64), (128, 65)],
+            [(16, 16), (32, 16), (32, 32), (64, 16), (64, 64), (128, 16), (128, 65)],
         ),
     ],
 )
@@ -145,7 +145,7 @@ def test_sizes_hold_every_step_that_there_can_be(tmp_path, max_tokens, max_seqs,
     exchange = RunnerWorld(tmp_path).runner._exchange
     found = mixed_sizes(max_tokens, max_seqs, exchange)
     assert [(size.num_rows, size.num_decodes) for size in found] == expected
-    tiers = [(MIXED_ROWS[-1], num) for num in (*MIXED_DECODES, 256)]
+    tiers = [(MIXED_ROWS[-1], num) for num in (FEW_DECODES, 256)]
     largest = mixed_sizes(10**6, 256, exchange)[-len(tiers) :]
     assert [(size.num_rows, size.num_decodes) for size in largest] == tiers
 
@@ -171,17 +171,17 @@ def test_other_heads_than_the_kernel_takes_have_no_sizes(tmp_path, monkeypatch):
 
 
 def test_all_sizes_are_measured_and_compiled(tmp_path, monkeypatch):
-    """By the profiler the largest, of which the ledger has as many graphs as there are sizes."""
+    """By the profiler only the largest in full; the ledger has a graph for each size."""
     monkeypatch.setattr("moe_engine.engine.mixed.takes", lambda *_: True)
     world = RunnerWorld(tmp_path)
-    runtime, run = world.runtime, []
-    compute = MixedStep.compute
+    runtime, run, warmed = world.runtime, [], []
+    hidden_states = MixedStep._hidden_states
 
-    def compute_and_record(mixed, size, exchange):
-        run.append(size)
-        return compute(mixed, size, exchange)
+    def record(mixed, model, size, exchange):
+        (run if model is world.runner._model else warmed).append(size)
+        return hidden_states(mixed, model, size, exchange)
 
-    monkeypatch.setattr(MixedStep, "compute", compute_and_record)
+    monkeypatch.setattr(MixedStep, "_hidden_states", record)
     sizes = mixed_sizes(32, 9, world.runner._exchange)
     parts = (
         runtime.config, runtime.model_config, world.runner._model, world.runner._kv,
@@ -189,14 +189,16 @@ def test_all_sizes_are_measured_and_compiled(tmp_path, monkeypatch):
     )  # fmt: skip
     with torch.inference_mode():
         StepSweep(*parts, with_graphs=False)()
-        assert not run
+        assert not warmed
         StepSweep(*parts, with_graphs=True)()
-    assert run == sizes
-    run.clear()
+    assert warmed == sizes
+    assert not run
+    warmed.clear()
     profiler = StepProfiler(*parts)
-    monkeypatch.setattr(profiler, "_reserved_by", lambda work: work() or 1000)
+    monkeypatch.setattr(profiler, "_reserved_by", lambda work: (work(), 1000)[1])
     with_mixed = profiler.measure(with_graphs=True)
-    assert run == sizes[-1:]
+    assert warmed == 2 * sizes, "once before, so that what stays is not counted"
+    assert run == 2 * sizes[-1:]
     monkeypatch.setattr("moe_engine.engine.mixed.takes", lambda *_: False)
     without = profiler.measure(with_graphs=True)
     num_layers = runtime.model_config.num_hidden_layers + len(Choice)

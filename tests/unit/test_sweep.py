@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_engine.engine.decode import DecodeStep
 from moe_engine.engine.graphs import graph_buckets
 from moe_engine.engine.sweep import (
     StepSweep,
     compositions,
     doubling_sizes,
     fine_sizes,
-    num_layers_of_all_kinds,
     step_batch,
 )
 from moe_engine.ops import tuning
@@ -99,8 +99,8 @@ def test_batch_of_a_composition():
     ],
 )
 def test_layers_show_each_kind_and_what_follows_it(tmp_path, options, expected):
-    model_config = RunnerWorld(tmp_path, model=options).runtime.model_config
-    assert num_layers_of_all_kinds(model_config) == expected
+    model = RunnerWorld(tmp_path, model=options).runtime._model
+    assert len(model.shortened().layers) == len(model.shortened().shortened().layers) == expected
 
 
 def make_sweep(runtime, *, with_graphs=True):
@@ -147,6 +147,47 @@ def test_sweep_runs_steps_of_all_sizes_on_the_first_layers(tmp_path, monkeypatch
     assert sampled == {(size, torch.float32, some) for size in rows for some in (True, False)}
     assert decoded == set(rows)
     assert len(model.layers) == 4
+
+
+def test_sweep_launches_singly_only_what_no_graph_holds(tmp_path, monkeypatch):
+    """And with its smallest step all numbers of decodes and of prompts that vary."""
+    monkeypatch.setattr("moe_engine.engine.mixed.takes", lambda *_: True)
+    monkeypatch.setattr("moe_engine.engine.mixed.MIXED_ROWS", (8, 16))
+    world = RunnerWorld(tmp_path, max_num_batched_tokens=70, max_num_seqs=9)
+    launched = set()
+    monkeypatch.setattr(
+        StepSweep,
+        "_compute",
+        lambda sweep, num_decodes, span_lens: launched.add((num_decodes, tuple(span_lens))),
+    )
+    with torch.inference_mode():
+        make_sweep(world.runtime)()
+    assert {num_decodes + sum(span_lens) for num_decodes, span_lens in launched} == {32, 64, 70}
+    of_32 = {(n, len(lens)) for n, lens in launched if n + sum(lens) == 32}
+    assert of_32 >= {(0, 1), (0, 2), (0, 4), (0, 8), (0, 9), (1, 1), (2, 2), (4, 4), (8, 1)}
+    launched.clear()
+    monkeypatch.setattr("moe_engine.engine.mixed.MIXED_ROWS", (128,))
+    with torch.inference_mode():
+        make_sweep(world.runtime)()
+    sizes = {num_decodes + sum(span_lens) for num_decodes, span_lens in launched}
+    assert sizes == {70}, "all is captured, but the profiler launches the largest"
+
+
+def test_warming_up_runs_few_layers_and_all_choices(tmp_path, monkeypatch):
+    world = RunnerWorld(tmp_path, model={"num_hidden_layers": 5})
+    runner = world.runner
+    decode = DecodeStep(runner._model, runner._kv, runner._table, runner._groups, 4)
+    ran, chosen = [], []
+    for layer, module in enumerate(runner._model.layers):
+        module.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+    monkeypatch.setattr(decode, "choose", lambda rows, logits, choice: chosen.append(choice))
+    decode.load([], [])
+    with torch.inference_mode():
+        decode.warm_up(4, runner._exchange.select(4))
+        assert (ran, tuple(chosen)) == ([0, 1], decode.choices)
+        ran.clear()
+        decode.compute(4, runner._exchange.select(4))
+    assert ran == [0, 1, 2, 3, 4]
 
 
 def test_sweep_leaves_the_model_and_its_outputs_as_they_were(tmp_path):

@@ -135,17 +135,21 @@ class StepSweep:
         for num_tokens, num_seqs in [*steps, *((size, max_seqs) for size in others)]:
             for num_decodes, span_lens in compositions(num_tokens, num_seqs):
                 self._compute(num_decodes, span_lens)
+        for num_scored in doubling_sizes(first):
+            self._compute(0, [first], num_scored)
         for num_decodes in filter(has_no_graph, fine_sizes(max_seqs)):
             self._compute(num_decodes, [])
 
-    def _compute(self, num_decodes: int, span_lens: list[int]) -> None:
-        """A step of any kind."""
+    def _compute(self, num_decodes: int, span_lens: list[int], num_scored: int = 0) -> None:
+        """A step of any kind, of which the last rows are needed, or the first ones."""
         num_tokens = num_decodes + sum(span_lens)
         zeros_T = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
         batch = step_batch(num_decodes, span_lens, self._kv.block_size, self._device)
         num_sequences = num_decodes + len(span_lens)
         needed = None
-        if span_lens:
+        if num_scored:
+            needed = NeededRows(torch.arange(num_scored, device=self._device), as_decodes=None)
+        elif span_lens:
             ends_S = (batch.query_starts_S[1:] - 1).to(torch.int64)
             decodes = step_batch(num_sequences, [], self._kv.block_size, self._device)
             needed = NeededRows(ends_S, as_decodes=decodes)

@@ -154,17 +154,19 @@ def test_sweep_launches_singly_only_what_no_graph_holds(tmp_path, monkeypatch):
     monkeypatch.setattr("moe_engine.engine.mixed.takes", lambda *_: True)
     monkeypatch.setattr("moe_engine.engine.mixed.MIXED_ROWS", (8, 16))
     world = RunnerWorld(tmp_path, max_num_batched_tokens=70, max_num_seqs=9)
-    launched = set()
-    monkeypatch.setattr(
-        StepSweep,
-        "_compute",
-        lambda sweep, num_decodes, span_lens: launched.add((num_decodes, tuple(span_lens))),
-    )
+    launched, scored = set(), set()
+
+    def record(sweep, num_decodes, span_lens, num_scored=0):
+        launched.add((num_decodes, tuple(span_lens)))
+        scored.add((sum(span_lens), num_scored))
+
+    monkeypatch.setattr(StepSweep, "_compute", record)
     with torch.inference_mode():
         make_sweep(world.runtime)()
     assert {num_decodes + sum(span_lens) for num_decodes, span_lens in launched} == {32, 64, 70}
     of_32 = {(n, len(lens)) for n, lens in launched if n + sum(lens) == 32}
     assert of_32 >= {(0, 1), (0, 2), (0, 4), (0, 8), (0, 9), (1, 1), (2, 2), (4, 4), (8, 1)}
+    assert scored >= {(32, num_scored) for num_scored in doubling_sizes(32)}
     launched.clear()
     monkeypatch.setattr("moe_engine.engine.mixed.MIXED_ROWS", (128,))
     with torch.inference_mode():

@@ -18,7 +18,7 @@ Request = tuple[list[int], int]
 
 @dataclass(frozen=True)
 class Run:
-    """One batch, handed over at once and served to the end.
+    """Requests that were served to the end; all at once, where steps are asked about.
 
     Attributes:
         seconds: from the first prompt handed over to the last token received.

@@ -21,7 +21,7 @@ from moe_engine.dist.exchange import ExchangeSelector
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.engine.decode import Choice, DecodeStep
 from moe_engine.engine.graphs import capturable_buckets
-from moe_engine.engine.mixed import MixedSize, make_mixed_step
+from moe_engine.engine.mixed import MixedSize, MixedStep, make_mixed_step
 from moe_engine.engine.runner import PROMPT_ROWS_AT_ONCE
 from moe_engine.engine.sampler import Sampler, SampleRow
 from moe_engine.engine.sweep import step_batch
@@ -95,13 +95,16 @@ class StepProfiler:
     def measure(self, *, with_graphs: bool) -> StepMemory:
         """Run the largest steps and see how much the device's allocator has to reserve."""
         size = self._limits.max_num_batched_tokens
-        sizes = self._run_mixed() if with_graphs else []
+        sizes = self._warm_up_mixed() if with_graphs else []
         most_captured = sizes[-1].num_rows if sizes else 0
-        # Workspaces and loaded kernels stay.
         for num_tokens in (size, size // 4, size // 16, size // 64):
-            if num_tokens == size or num_tokens > most_captured:
-                self._run_prefill(max(1, num_tokens))
-        activations = self._reserved_by(lambda: self._run_prefill(size))
+            if num_tokens > most_captured:
+                self._run_prefill(max(1, num_tokens))  # workspaces and loaded kernels stay
+        if size > most_captured:
+            activations = self._reserved_by(lambda: self._run_prefill(size))
+        else:
+            self._run_behind_graph(size)
+            activations = self._reserved_by(lambda: self._run_behind_graph(size))
         buckets = capturable_buckets(self._limits.max_num_seqs, self._exchange)
         if not (with_graphs and buckets):
             self._run_decodes_singly(self._limits.max_num_seqs)
@@ -116,7 +119,7 @@ class StepProfiler:
         graphs = num_graphs * num_layers * GRAPH_BYTES_PER_LAYER + GRAPH_WORKSPACE_BYTES
         return StepMemory(activations, pool + graphs)
 
-    def _reserved_by(self, run: Callable[[], object]) -> int:
+    def _reserved_by(self, run: Callable[[], None]) -> int:
         """Bytes that the caching allocator has to reserve for ``run``."""
         gc.collect()
         torch.cuda.empty_cache()
@@ -129,10 +132,21 @@ class StepProfiler:
         return peak
 
     def _run_prefill(self, num_tokens: int) -> None:
-        """Prompts of so many tokens in all, then the hardest sampling and scoring there is."""
+        """Prompts of so many tokens in all, and what follows them."""
         table = self._new_table()  # the runner will have one
         batch, positions = prefill_batch(num_tokens, self._max_model_len, self._kv, self._device)
-        x_TH = self._forward(batch, positions)
+        self._sample_and_score(self._forward(batch, positions))
+        del table
+
+    def _run_behind_graph(self, num_tokens: int) -> None:
+        """What follows a step of so many tokens that is a graph."""
+        table = self._new_table()
+        weight_H = self._model.norm.weight
+        self._sample_and_score(weight_H.new_zeros(num_tokens, len(weight_H)))
+        del table
+
+    def _sample_and_score(self, x_TH: torch.Tensor) -> None:
+        """The hardest sampling and scoring there is."""
         logits_RV = self._model.logits(x_TH[: self._limits.max_num_seqs])
         if logits_RV is not None:
             self._sample(logits_RV)
@@ -141,7 +155,6 @@ class StepProfiler:
         if logits_RV is not None:
             targets_R = torch.zeros(len(logits_RV), dtype=torch.int64, device=self._device)
             Sampler(logits_RV.shape[1], self._device).prompt_logprobs(logits_RV, targets_R, 20)
-        del table
 
     def _sample(self, logits_RV: torch.Tensor) -> None:
         num_rows, vocab_size = logits_RV.shape
@@ -167,24 +180,34 @@ class StepProfiler:
         batch = step_batch(num_rows, [], self._kv.block_size, self._device)
         self._model.logits(self._forward(batch, torch.zeros_like(batch.slots_T)))
 
-    def _run_mixed(self) -> list[MixedSize]:
-        """The largest step of any kind, of padding rows, with all its static memory; the others
-        in part.
+    def _warm_up_mixed(self) -> list[MixedSize]:
+        """What has to be launched once for steps of any kind that will be captured.
 
         Returns:
-            The sizes that will be captured; none if the model has no such step.
+            Their sizes, ascending; none if the model has no such step.
         """
-        max_tokens = self._limits.max_num_batched_tokens
-        mixed = make_mixed_step(
-            self._model, self._kv, self._new_table(), max_tokens, self._exchange
-        )
+        mixed = self._new_mixed()
         if mixed is None:
             return []
         for size in mixed.sizes:
             mixed.warm_up(size, self._exchange.select(size.num_rows))
-        largest = mixed.sizes[-1]
-        mixed.compute(largest, self._exchange.select(largest.num_rows))
         return mixed.sizes
+
+    def _run_mixed(self) -> None:
+        """The largest of them, of padding rows, with all its static memory."""
+        mixed = self._new_mixed()
+        if mixed is not None:
+            largest = mixed.sizes[-1]
+            mixed.compute(largest, self._exchange.select(largest.num_rows))
+
+    def _new_mixed(self) -> MixedStep | None:
+        return make_mixed_step(
+            self._model,
+            self._kv,
+            self._new_table(),
+            self._limits.max_num_batched_tokens,
+            self._exchange,
+        )
 
     def _new_table(self) -> SequenceTable:
         return SequenceTable(

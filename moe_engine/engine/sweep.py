@@ -3,9 +3,9 @@
 They are for `moe_engine.kernels.launch.compile_only`: Triton's kernels are compiled instead of run.
 What a step computes then means nothing, and what indexes memory with it is left out
 (`ops.hopper`). A kernel has at most one variant for each power of two of some size, so sizes that
-double meet all of them. Only where all decode do choices of two tables come together, the
-projection's and the attention's, whose limits lie closer (`fine_sizes`). All layers of a kind are
-alike, so the first layers will do.
+double meet all of them. Where all decode, choices of two tables come together, the projection's
+and the attention's, whose limits lie closer (`fine_sizes`). All layers of a kind are alike, so few
+will do.
 
 Shape legend: T tokens of a step, S sequences, B blocks, H hidden size, R rows, K experts per token,
 V vocabulary.
@@ -122,23 +122,27 @@ class StepSweep:
         return mixed
 
     def _launch_singly(self, mixed: MixedStep | None) -> None:
-        """Steps of any kind that no size of ``mixed`` holds, and the largest, for the profiler."""
-        max_seqs = self._limits.max_num_seqs
+        """Steps of any kind that are too large for all sizes of ``mixed``."""
+        max_tokens, max_seqs = self._limits.max_num_batched_tokens, self._limits.max_num_seqs
+        most_captured = 0 if mixed is None else mixed.sizes[-1].num_rows
+        for num_tokens in doubling_sizes(max_tokens):
+            if num_tokens > most_captured:
+                self._compose(num_tokens, max_seqs)
+        for num_decodes in fine_sizes(max_seqs):
+            if num_decodes > most_captured:
+                self._compute(num_decodes, [])
+        if 0 < most_captured < max_tokens:
+            # What varies with less than the number of tokens has varied in no smaller step.
+            smallest = most_captured + 1
+            for num_seqs in doubling_sizes(max_seqs):
+                self._compose(smallest, num_seqs)
+            for num_scored in doubling_sizes(smallest):
+                self._compute(0, [smallest], num_scored)
 
-        def has_no_graph(num_tokens: int) -> bool:
-            return mixed is None or mixed.pick(num_tokens, min(num_tokens, max_seqs)) is None
-
-        *smaller, largest = doubling_sizes(self._limits.max_num_batched_tokens)
-        first, *others = [*filter(has_no_graph, smaller), largest]
-        # What varies with the number of sequences varies at the first size.
-        steps = [(first, num_seqs) for num_seqs in doubling_sizes(max_seqs)]
-        for num_tokens, num_seqs in [*steps, *((size, max_seqs) for size in others)]:
-            for num_decodes, span_lens in compositions(num_tokens, num_seqs):
-                self._compute(num_decodes, span_lens)
-        for num_scored in doubling_sizes(first):
-            self._compute(0, [first], num_scored)
-        for num_decodes in filter(has_no_graph, fine_sizes(max_seqs)):
-            self._compute(num_decodes, [])
+    def _compose(self, num_tokens: int, max_seqs: int) -> None:
+        """All `compositions`."""
+        for num_decodes, span_lens in compositions(num_tokens, max_seqs):
+            self._compute(num_decodes, span_lens)
 
     def _compute(self, num_decodes: int, span_lens: list[int], num_scored: int = 0) -> None:
         """A step of any kind, of which the last rows are needed, or the first ones."""
@@ -183,7 +187,7 @@ def doubling_sizes(largest: int) -> list[int]:
 
 
 def fine_sizes(largest: int) -> list[int]:
-    """Sizes of which four double, on which all limits of the tables lie, up to ``largest``.
+    """Sizes of which four double, up to ``largest``; what limits of tables enclose has one of them.
 
     Example: ``fine_sizes(21) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 21]``.
     """

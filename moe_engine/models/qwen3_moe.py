@@ -119,12 +119,16 @@ class Qwen3MoeForCausalLM(nn.Module):
     def shortened(self) -> Qwen3MoeForCausalLM:
         """The same weights with as few layers as show each kind of layer and what follows it.
 
-        Whatever is launched for the whole model is launched for this one, only less often.
+        The last layer, in which few rows may be needed, is of the kind that it is in the whole
+        model. So whatever is launched there is launched here, only less often.
         """
         kinds = [type(layer.mlp) for layer in self.layers]
+        num_first = min(len(kinds), max(map(kinds.index, kinds)) + 2)
         part = copy.copy(self)
         part._modules = dict(self._modules)
-        part.layers = self.layers[: max(map(kinds.index, kinds)) + 2]
+        part.layers = self.layers[:num_first]
+        if kinds[num_first - 1] is not kinds[-1]:
+            part.layers.append(self.layers[-1])
         return part
 
     def logits(self, x_RH: torch.Tensor) -> torch.Tensor | None:

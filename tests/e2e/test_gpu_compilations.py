@@ -30,6 +30,7 @@ KINDS = (
     {"temperature": 1.0, "top_k": 5, "presence_penalty": 0.5, "repetition_penalty": 1.1},
     {"temperature": 0.9, "top_p": 0.5, "logprobs": 3, "prompt_logprobs": 2},
 )
+PLAIN_KINDS = ({"temperature": 0.0}, {"temperature": 1.0})
 FILLS_WEIGHTS = "_hash_fill_kernel"
 
 
@@ -81,11 +82,13 @@ def test_serving_compiles_nothing(tmp_path, compilations, cuda_graphs, vocab_siz
 def test_steps_too_large_for_graphs_compile_nothing(tmp_path, compilations):
     """Launched by themselves are, with graphs, only steps of thousands of tokens."""
     model = {"vocab_size": 51000, "hidden_size": 1024, "head_dim": 128, "num_key_value_heads": 4}
-    longest = {"max_num_batched_tokens": MIXED_ROWS[-1] + 2048, "num_blocks": 2000}
+    limits = {"max_num_batched_tokens": MIXED_ROWS[-1] + 2048, "num_blocks": 2000}
+    limits["max_num_seqs"] = 150
     model["max_position_embeddings"] = 8192
-    world = start_world(tmp_path, compilations, model, **longest)
-    for lengths in ([5000], [5500, 5500], [2500] * 4, [200] * 35 + [5500], [190] * 40):
-        for kinds in (KINDS, [{"temperature": 0.0, "prompt_logprobs": 2}]):
+    world = start_world(tmp_path, compilations, model, **limits)
+    scored = {"temperature": 0.0, "prompt_logprobs": 2}
+    for lengths in ([5000], [5500, 5500], [2500] * 4, [200] * 35 + [5500], [50] * 149, [700, 4000]):
+        for kinds in (KINDS, PLAIN_KINDS, [scored], [scored, *PLAIN_KINDS]):
             requests = mixed_requests(random.Random(0), len(lengths), kinds=kinds, max_tokens=5)
             world.run(
                 [([7] * size, params) for size, (_, params) in zip(lengths, requests, strict=True)]

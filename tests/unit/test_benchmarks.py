@@ -256,15 +256,17 @@ def test_stream_latencies_are_taken_between_events():
 
 def test_the_serving_benchmark_runs_against_a_core_without_a_model(monkeypatch, tmp_path):
     output = tmp_path / "serving.json"
-    command = "bench --model qwen3-30b-a3b --streams 6 --input 8 --output 12 --repetitions 1"
+    command = (
+        "bench --model qwen3-30b-a3b --streams 3 --requests 2 --input 8 --output 12 --repetitions 1"
+    )
     command += f" --clients 2 --fake-step-ms 5 --set device=cpu --json {output}"
     monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setattr(launcher, "RANK_MODULE", launcher.RANK_MODULE)
     monkeypatch.setenv(fake_core.STEP_MS_VARIABLE, "")
     bench_serving.main()
     summary = json.loads(output.read_text())["summary"]
-    # 6 streams of 12 tokens take 12 steps of 5 ms at least.
-    assert 0 < summary["online_tok_per_s"] <= summary["offline_tok_per_s"] <= 6 * 12 / 0.060
+    # 3 streams of 24 tokens take 24 steps of 5 ms at least.
+    assert 0 < summary["online_tok_per_s"] <= summary["offline_tok_per_s"] <= 3 * 12 / 0.060
     assert summary["inter_token_ms"]["p50"] > 0
 
 
@@ -299,12 +301,6 @@ def test_a_stream_sends_its_next_request_when_the_one_before_has_ended():
     first, second, third, other = run.arrivals
     assert first[-1] < second[0] <= second[-1] < third[0]
     assert other[0] < first[-1], "streams run side by side"
-
-
-def test_a_core_without_a_model_takes_one_request_of_a_stream(capsys):
-    with pytest.raises(SystemExit):
-        bench_serving.parse_arguments(["--fake-step-ms", "5", "--requests", "2"])
-    assert "--requests must be 1" in capsys.readouterr().err
 
 
 def test_kernel_names_are_cut_to_what_tells_them_apart():

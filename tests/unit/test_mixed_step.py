@@ -196,11 +196,15 @@ def test_all_sizes_are_measured_and_compiled(tmp_path, monkeypatch):
     warmed.clear()
     profiler = StepProfiler(*parts)
     monkeypatch.setattr(profiler, "_reserved_by", lambda work: (work(), 1000)[1])
+    prefills = []
+    monkeypatch.setattr(profiler, "_run_prefill", prefills.append)
     with_mixed = profiler.measure(with_graphs=True)
-    assert warmed == 2 * sizes, "once before, so that what stays is not counted"
-    assert run == 2 * sizes[-1:]
+    assert not prefills, "no step is launched singly"
+    assert warmed == sizes, "before, so that what stays is not counted"
+    assert run == sizes[-1:]
     monkeypatch.setattr("moe_engine.engine.mixed.takes", lambda *_: False)
     without = profiler.measure(with_graphs=True)
+    assert prefills == [32, 8, 2, 32], "all of them, and the largest once more to be measured"
     num_layers = runtime.model_config.num_hidden_layers + len(Choice)
     more = len(sizes) * num_layers * GRAPH_BYTES_PER_LAYER
     assert with_mixed.graphs - without.graphs == more

@@ -14,6 +14,7 @@ from moe_engine.engine.sweep import (
     fine_sizes,
     step_batch,
 )
+from moe_engine.layers.moe import SparseMoE
 from moe_engine.ops import tuning
 from tests.unit.runner_world import RunnerWorld
 
@@ -49,12 +50,19 @@ def test_every_power_of_two_up_to_which_there_is_a_size_is_met(largest, size):
 @pytest.mark.parametrize("largest", [1, 18, 33, 100, 256, 1000])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8])
 @pytest.mark.parametrize("linear", LINEAR_CHOICES)
-def test_whatever_meets_where_all_decode_meets_in_a_fine_size(largest, num_kv_heads, linear):
+@pytest.mark.parametrize("with_cuda", [True, False])
+def test_whatever_meets_where_all_decode_meets_in_a_fine_size(
+    largest, num_kv_heads, linear, with_cuda
+):
     """A parted projection and its attention's launch are one variant of the decode kernel."""
     decode_launch = pytest.importorskip("moe_engine.kernels.paged_decode_table").decode_launch
+    on_hopper = tuning.DecodeChoices().launches
 
     def variant(num_rows):
-        return tuning.pick(linear.kernels, num_rows), decode_launch(num_rows * num_kv_heads)
+        num_pairs = num_rows * num_kv_heads
+        if with_cuda and tuning.pick(on_hopper, num_pairs) is not None:
+            return None
+        return tuning.pick(linear.kernels, num_rows), decode_launch(num_pairs)
 
     met = {variant(num_rows) for num_rows in fine_sizes(largest)}
     assert met == {variant(num_rows) for num_rows in range(1, largest + 1)}
@@ -93,7 +101,8 @@ def test_batch_of_a_composition():
     [
         ({}, 2),
         ({"num_hidden_layers": 1}, 1),
-        ({"num_hidden_layers": 6, "decoder_sparse_step": 2}, 3),
+        ({"num_hidden_layers": 6, "decoder_sparse_step": 2}, 4),  # the last one is sparse
+        ({"num_hidden_layers": 5, "decoder_sparse_step": 2}, 3),
         ({"num_hidden_layers": 6, "mlp_only_layers": [0, 1, 2]}, 5),
         ({"num_hidden_layers": 6, "mlp_only_layers": [5]}, 6),
     ],
@@ -150,7 +159,7 @@ def test_sweep_runs_steps_of_all_sizes_on_the_first_layers(tmp_path, monkeypatch
 
 
 def test_sweep_launches_singly_only_what_no_graph_holds(tmp_path, monkeypatch):
-    """And with its smallest step all numbers of decodes and of prompts that vary."""
+    """And of its smallest step all numbers of decodes, of prompts and of rows that are scored."""
     monkeypatch.setattr("moe_engine.engine.mixed.takes", lambda *_: True)
     monkeypatch.setattr("moe_engine.engine.mixed.MIXED_ROWS", (8, 16))
     world = RunnerWorld(tmp_path, max_num_batched_tokens=70, max_num_seqs=9)
@@ -163,16 +172,37 @@ def test_sweep_launches_singly_only_what_no_graph_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(StepSweep, "_compute", record)
     with torch.inference_mode():
         make_sweep(world.runtime)()
-    assert {num_decodes + sum(span_lens) for num_decodes, span_lens in launched} == {32, 64, 70}
-    of_32 = {(n, len(lens)) for n, lens in launched if n + sum(lens) == 32}
-    assert of_32 >= {(0, 1), (0, 2), (0, 4), (0, 8), (0, 9), (1, 1), (2, 2), (4, 4), (8, 1)}
-    assert scored >= {(32, num_scored) for num_scored in doubling_sizes(32)}
+    sizes = {num_decodes + sum(span_lens) for num_decodes, span_lens in launched}
+    assert sizes == {17, 32, 64, 70}
+    of_17 = {(n, len(lens)) for n, lens in launched if n + sum(lens) == 17}
+    assert of_17 >= {(0, 1), (0, 2), (0, 4), (0, 8), (1, 1), (2, 2), (4, 4), (8, 1)}
+    assert scored >= {(17, num_scored) for num_scored in doubling_sizes(17)}
     launched.clear()
     monkeypatch.setattr("moe_engine.engine.mixed.MIXED_ROWS", (128,))
     with torch.inference_mode():
         make_sweep(world.runtime)()
-    sizes = {num_decodes + sum(span_lens) for num_decodes, span_lens in launched}
-    assert sizes == {70}, "all is captured, but the profiler launches the largest"
+    assert not launched, "all is captured"
+
+
+@pytest.mark.parametrize("sparse_step", [1, 2])
+def test_experts_meet_all_numbers_of_rows_that_may_be_needed(tmp_path, monkeypatch, sparse_step):
+    """Of a step that is launched singly, in which the last layer computes few rows."""
+    monkeypatch.setattr("moe_engine.engine.mixed.takes", lambda *_: True)
+    monkeypatch.setattr("moe_engine.engine.mixed.MIXED_ROWS", (8, 16))
+    model = {"num_hidden_layers": 6, "decoder_sparse_step": sparse_step}
+    world = RunnerWorld(tmp_path, max_num_batched_tokens=70, max_num_seqs=9, model=model)
+    rows = set()
+    run_experts = SparseMoE._run_experts
+
+    def record(moe, x_TH, ids_TK, weights_TK, step):
+        if step.num_tokens_1 is None:
+            rows.add(len(x_TH))
+        return run_experts(moe, x_TH, ids_TK, weights_TK, step)
+
+    monkeypatch.setattr(SparseMoE, "_run_experts", record)
+    with torch.inference_mode():
+        make_sweep(world.runtime)()
+    assert rows >= {1, 2, 4, 8, 16, 17, 32, 64, 70}
 
 
 def test_warming_up_runs_few_layers_and_all_choices(tmp_path, monkeypatch):

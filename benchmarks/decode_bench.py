@@ -190,7 +190,7 @@ class DecodeBench:
         params = SamplingParams(temperature=temperature, ignore_eos=True)
         prompts = random_prompts(number, num_tokens, vocab_size, seed=number)
         for prompt in prompts:
-            self._ids.append(f"{next(self._numbers)}")
+            self._ids.append(str(next(self._numbers)))
             self._scheduler.add(AddRequest(self._ids[-1], prompt, params))
 
     def _clear(self) -> None:

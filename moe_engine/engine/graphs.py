@@ -137,8 +137,7 @@ class MixedGraphs:
     @torch.inference_mode()
     def capture(self, pool: Any) -> None:
         """As `DecodeGraphs.capture`; padding alone is computed."""
-        for size in reversed(self._mixed.sizes):
-            self._mixed.warm_up(size, self._exchange.select(size.num_rows))
+        self._mixed.warm_up(self._exchange)
         for size in reversed(self._mixed.sizes):
             exchange = self._exchange.select(size.num_rows)
             graph, x_TH = _captured(partial(self._mixed.compute, size, exchange), pool)

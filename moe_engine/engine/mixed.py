@@ -163,9 +163,13 @@ class MixedStep:
         """
         return self._hidden_states(self._model, size, exchange)
 
-    def warm_up(self, size: MixedSize, exchange: Exchange) -> None:
-        """Launch all that `compute` launches, but through few layers."""
-        self._hidden_states(self._short_model, size, exchange)
+    def warm_up(self, exchange: ExchangeSelector) -> None:
+        """Launch all that `compute` launches for any size, but through few layers.
+
+        The largest comes first, whose memory the smaller ones use. A collective over the world.
+        """
+        for size in reversed(self.sizes):
+            self._hidden_states(self._short_model, size, exchange.select(size.num_rows))
 
     def _hidden_states(
         self, model: Qwen3MoeForCausalLM, size: MixedSize, exchange: Exchange

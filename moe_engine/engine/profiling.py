@@ -56,7 +56,8 @@ class StepMemory:
     """Bytes on top of weights and KV cache.
 
     Attributes:
-        activations: of the largest step of any kind, sampling included.
+        activations: of the largest step that is launched singly, sampling included; where all are
+            graphs, of what follows them.
         graphs: an estimate, from above, of what capturing steps will take.
     """
 
@@ -97,14 +98,12 @@ class StepProfiler:
         size = self._limits.max_num_batched_tokens
         sizes = self._warm_up_mixed() if with_graphs else []
         most_captured = sizes[-1].num_rows if sizes else 0
-        for num_tokens in (size, size // 4, size // 16, size // 64):
+        run = self._run_prefill if size > most_captured else self._run_behind_graph
+        run(size)  # workspaces and loaded kernels stay
+        for num_tokens in (size // 4, size // 16, size // 64):
             if num_tokens > most_captured:
-                self._run_prefill(max(1, num_tokens))  # workspaces and loaded kernels stay
-        if size > most_captured:
-            activations = self._reserved_by(lambda: self._run_prefill(size))
-        else:
-            self._run_behind_graph(size)
-            activations = self._reserved_by(lambda: self._run_behind_graph(size))
+                self._run_prefill(num_tokens)
+        activations = self._reserved_by(lambda: run(size))
         buckets = capturable_buckets(self._limits.max_num_seqs, self._exchange)
         if not (with_graphs and buckets):
             self._run_decodes_singly(self._limits.max_num_seqs)
@@ -189,8 +188,7 @@ class StepProfiler:
         mixed = self._new_mixed()
         if mixed is None:
             return []
-        for size in mixed.sizes:
-            mixed.warm_up(size, self._exchange.select(size.num_rows))
+        mixed.warm_up(self._exchange)
         return mixed.sizes
 
     def _run_mixed(self) -> None:

@@ -117,8 +117,7 @@ class StepSweep:
         max_tokens = self._limits.max_num_batched_tokens
         mixed = make_mixed_step(self._model, self._kv, table, max_tokens, self._exchange)
         if mixed is not None:
-            for size in mixed.sizes:
-                mixed.warm_up(size, self._exchange.select(size.num_rows))
+            mixed.warm_up(self._exchange)
         return mixed
 
     def _launch_singly(self, mixed: MixedStep | None) -> None:
@@ -132,7 +131,7 @@ class StepSweep:
             if num_decodes > most_captured:
                 self._compute(num_decodes, [])
         if 0 < most_captured < max_tokens:
-            # What varies with less than the number of tokens has varied in no smaller step.
+            # No smaller step without a graph has varied the numbers of sequences and scored rows.
             smallest = most_captured + 1
             for num_seqs in doubling_sizes(max_seqs):
                 self._compose(smallest, num_seqs)
@@ -145,7 +144,12 @@ class StepSweep:
             self._compute(num_decodes, span_lens)
 
     def _compute(self, num_decodes: int, span_lens: list[int], num_scored: int = 0) -> None:
-        """A step of any kind, of which the last rows are needed, or the first ones."""
+        """A step of any kind, of which the logits of some rows are needed.
+
+        Args:
+            num_scored: that many rows, the first, as if a prompt were scored; 0: the last row of
+                every sequence, or where all decode all rows as they are.
+        """
         num_tokens = num_decodes + sum(span_lens)
         zeros_T = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
         batch = step_batch(num_decodes, span_lens, self._kv.block_size, self._device)
@@ -187,7 +191,7 @@ def doubling_sizes(largest: int) -> list[int]:
 
 
 def fine_sizes(largest: int) -> list[int]:
-    """Sizes of which four double, up to ``largest``; what limits of tables enclose has one of them.
+    """Four sizes in each octave, and ``largest``: between any two limits of the tables lies one.
 
     Example: ``fine_sizes(21) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 21]``.
     """

@@ -97,7 +97,8 @@ class MemoryLedger(Message, frozen=True):
         total: the device's; 0 on a CPU.
         at_start: taken before the engine allocated anything, by others and by libraries.
         weights: computed from the model's shape.
-        activations: the most that a step takes, measured with the largest one; 0 on a CPU.
+        activations: the most that a step takes outside of graphs, measured with the largest one;
+            0 on a CPU.
         graphs_reserved: kept free for the CUDA graphs when the KV cache was sized.
         graphs: what capturing them took.
         kv_cache: computed from the number of blocks.

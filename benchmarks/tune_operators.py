@@ -111,15 +111,20 @@ class Experts(Operator):
         self.shape = (hidden, intermediate, num_experts, top_k)
 
     def kernels(self, batch: int) -> list[str]:
-        """Streaming while few rows share an expert, and tiles that are not mostly empty."""
+        """Streaming while few rows share an expert, Triton's while the memory takes the time, and
+        tiles that are not mostly empty."""
         mean_pairs = self._mean_pairs(batch)
         tiles = [t for t in ExpertChoices.VALUES["tiles"] if t <= max(64, 8 * mean_pairs)]
-        return ["streaming"] * (mean_pairs <= 0.5) + [_tile_name(tile) for tile in tiles]
+        return [
+            *["streaming"] * (mean_pairs <= 0.5),
+            *["triton"] * (mean_pairs <= 8),
+            *[_tile_name(tile) for tile in tiles],
+        ]
 
     def forced(self, kernel: str) -> ExpertChoices:
         """See `Operator`."""
-        if kernel == "streaming":
-            return ExpertChoices(kernels=((INF, "streaming"),))
+        if not _is_tile(kernel):
+            return ExpertChoices(kernels=((INF, kernel),))
         tile = int(kernel.removeprefix("tile "))
         return ExpertChoices(((INF, "grouped"),), ((INF, tile),))
 
@@ -132,17 +137,18 @@ class Experts(Operator):
         return _tile_name(moe.tokens_per_tile(ids_RK, down_EHI)) if kernel == "grouped" else kernel
 
     def derive(self, timed: Sequence[Timed]) -> ExpertChoices:
-        """See `Operator`; the tiles also where streaming is better, but then today's."""
+        """See `Operator`; the tiles also where another kernel is better, but then today's."""
         present = self.present
         assert isinstance(present, ExpertChoices)
         kernels, tiles = [], []
         for batch, best in best_points(timed):
             mean_pairs = self._mean_pairs(batch)
-            kernels.append((batch, "streaming" if best == "streaming" else "grouped"))
-            tile = pick(present.tiles, mean_pairs)
-            tiles.append(
-                (mean_pairs, tile if best == "streaming" else int(best.removeprefix("tile ")))
-            )
+            if _is_tile(best):
+                kernel, tile = "grouped", int(best.removeprefix("tile "))
+            else:
+                kernel, tile = best, pick(present.tiles, mean_pairs)
+            kernels.append((batch, kernel))
+            tiles.append((mean_pairs, tile))
         return ExpertChoices(renewed(present.kernels, kernels), renewed(present.tiles, tiles))
 
     def _mean_pairs(self, batch: int) -> float:
@@ -301,6 +307,10 @@ def operators_of(
 
 def _tile_name(tile: int) -> str:
     return f"tile {tile}"
+
+
+def _is_tile(kernel: str) -> bool:
+    return kernel.startswith("tile ")
 
 
 def _launch_name(launch: Launch | None) -> str:

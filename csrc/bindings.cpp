@@ -47,8 +47,8 @@ void expert_token_counts(std::uintptr_t topk_ids, bool ids_are_int64, std::int64
 void grouped_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t offsets, std::uintptr_t pairs,
                         std::uintptr_t x, std::int64_t x_stride, std::uintptr_t gate_up,
                         std::uintptr_t down, std::uintptr_t h, std::uintptr_t y,
-                        std::int64_t num_pairs, int num_experts, int top_k, int hidden,
-                        int intermediate, int tokens_per_tile, std::uintptr_t stream) {
+                        std::uintptr_t counters, std::int64_t num_pairs, int num_experts, int top_k,
+                        int hidden, int intermediate, int tokens_per_tile, std::uintptr_t stream) {
   moe_engine::ExpertFfnArgs args;
   args.expert_ids = reinterpret_cast<const std::int32_t*>(expert_ids);
   args.offsets = reinterpret_cast<const std::int32_t*>(offsets);
@@ -59,6 +59,7 @@ void grouped_expert_ffn(std::uintptr_t expert_ids, std::uintptr_t offsets, std::
   args.down = reinterpret_cast<const void*>(down);
   args.h = reinterpret_cast<void*>(h);
   args.y = reinterpret_cast<void*>(y);
+  args.counters = reinterpret_cast<std::int32_t*>(counters);
   args.num_pairs = num_pairs;
   args.num_experts = num_experts;
   args.top_k = top_k;
@@ -231,8 +232,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("grouped_experts_sort", &moe_engine::grouped_experts_sort, "num_pairs"_a, "num_experts"_a,
         "tokens_per_tile"_a);
   m.def("grouped_expert_ffn", &grouped_expert_ffn, py::kw_only(), "expert_ids"_a, "offsets"_a,
-        "pairs"_a, "x"_a, "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "y"_a, "num_pairs"_a,
-        "num_experts"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "tokens_per_tile"_a, "stream"_a);
+        "pairs"_a, "x"_a, "x_stride"_a, "gate_up"_a, "down"_a, "h"_a, "y"_a, "counters"_a,
+        "num_pairs"_a, "num_experts"_a, "top_k"_a, "hidden"_a, "intermediate"_a,
+        "tokens_per_tile"_a, "stream"_a);
   m.def("streaming_linear_fits", &moe_engine::streaming_linear_fits, "in_features"_a,
         "out_features"_a);
   m.def("streaming_linear", &streaming_linear, py::kw_only(), "x"_a, "x_stride"_a, "weight"_a,

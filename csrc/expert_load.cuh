@@ -12,7 +12,7 @@ namespace moe_engine {
 // One thread. The blocks of a cluster each load their share of the rows, for all.
 template <typename S>
 __device__ __forceinline__ void load_weights(const Ring<S>& ring, const CUtensorMap* map,
-                                             const TileWalk& tile, int step, int stage) {
+                                             const TileWalk<S>& tile, int step, int stage) {
   const int first_row =
       tile.row_tile * S::kRows + (S::kCluster > 1 ? tile.rank : 0) * S::kLoadedRows;
 #pragma unroll
@@ -39,18 +39,22 @@ __device__ __forceinline__ void load_weights(const Ring<S>& ring, const CUtensor
 // One thread: weights and rows of h, both through the copy engine.
 template <typename S>
 __device__ void produce_down(const Ring<S>& ring, const CUtensorMap* weights, const CUtensorMap* h,
-                             TileWalk tile, int num_steps) {
+                             TileWalk<S> tile, TileDealer<S> dealer, int num_steps) {
   bool more = tile.find();
+  if (more) dealer.ask();
   // The weights do not depend on the kernel before this one: a ring full of them is on its way
   // while that one ends.
-  TileWalk ahead = tile;
+  TileWalk<S> ahead = tile;
   bool more_ahead = more;
   int ahead_step = 0;
+  int num_ahead = 0;  // tiles dealt to it before `tile` comes to them
   for (int stage = 0; stage < S::kStages && more_ahead; ++stage) {
     barrier_arrive_expecting(&ring.full[stage], S::kStageBytes);
     load_weights(ring, weights, ahead, ahead_step, stage);
     if (++ahead_step == num_steps) {
       ahead_step = 0;
+      dealer.deal();
+      ++num_ahead;
       more_ahead = ahead.next();
     }
   }
@@ -58,7 +62,7 @@ __device__ void produce_down(const Ring<S>& ring, const CUtensorMap* weights, co
 
   RingPosition<S::kStages> at;
   int used = 0;
-  for (; more; more = tile.next()) {
+  while (more) {
     for (int step = 0; step < num_steps; ++step) {
       if (used < S::kStages) {
         ++used;
@@ -78,13 +82,19 @@ __device__ void produce_down(const Ring<S>& ring, const CUtensorMap* weights, co
       }
       at.advance();
     }
+    if (num_ahead > 0) {
+      --num_ahead;
+    } else {
+      dealer.deal();
+    }
+    more = tile.next();
   }
 }
 
 // One thread, before it is known who chose what: a ring full of the weights of a foreseen tile.
 template <typename S>
 __device__ void load_foreseen_weights(const Ring<S>& ring, const CUtensorMap* weights,
-                                      TileWalk tile, int num_steps) {
+                                      TileWalk<S> tile, int num_steps) {
   if (!tile.is_foreseen()) return;
   tile.find_rows();
   for (int stage = 0; stage < min(S::kStages, num_steps); ++stage) {
@@ -96,7 +106,8 @@ __device__ void load_foreseen_weights(const Ring<S>& ring, const CUtensorMap* we
 // All producer warps: weights through the copy engine, rows of x gathered 16 bytes at a time.
 template <typename S>
 __device__ void produce_gate_up(const GroupedProduct& p, const Ring<S>& ring,
-                                const CUtensorMap* weights, TileWalk tile, int num_steps) {
+                                const CUtensorMap* weights, TileWalk<S> tile, TileDealer<S> dealer,
+                                int num_steps) {
   constexpr int kThreads = 32 * S::kProducerWarps;
   constexpr int kRowsAtOnce = kThreads / 8;
   constexpr int kRowsPerThread = (S::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -108,13 +119,20 @@ __device__ void produce_gate_up(const GroupedProduct& p, const Ring<S>& ring,
   RingPosition<S::kStages> at;
   bool filled = false;
   int num_loaded = tile.is_foreseen() ? min(S::kStages, num_steps) : 0;
-  for (bool more = tile.find(); more; more = tile.next()) {
+  bool more = tile.find();
+  if (thread == 0 && more) dealer.ask();
+  const auto next_tile = [&] {
+    if (thread == 0) dealer.deal();
+    more = tile.next();
+  };
+  while (more) {
     if (S::kCluster == 1 && tile.num_pairs == 0) {
       for (; num_loaded > 0; --num_loaded) {
         barrier_arrive(&ring.full[at.stage]);
         at.advance();
         filled = filled || at.stage == 0;
       }
+      next_tile();
       continue;
     }
     std::uint32_t rows[kRowsPerThread];  // in units of 16 bytes
@@ -150,6 +168,7 @@ __device__ void produce_gate_up(const GroupedProduct& p, const Ring<S>& ring,
       at.advance();
       filled = filled || at.stage == 0;
     }
+    next_tile();
   }
 }
 

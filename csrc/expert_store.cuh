@@ -21,7 +21,7 @@ struct Destinations {
   int rows[kCount];
 
   // Read beside the product before the one that needs them, which hides the time that takes.
-  __device__ __forceinline__ void load(const GroupedProduct& p, const TileWalk& tile, int lane) {
+  __device__ __forceinline__ void load(const GroupedProduct& p, const TileWalk<S>& tile, int lane) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int pair = tile.first_pair + kStoredAtOnce * i + lane;
@@ -37,7 +37,7 @@ struct Destinations {
 // so that neighbouring threads store neighbouring pieces of a pair's row. The pieces of a row are
 // swizzled to spread them over the banks.
 template <typename S>
-__device__ __forceinline__ void store(const GroupedProduct& p, const TileWalk& tile,
+__device__ __forceinline__ void store(const GroupedProduct& p, const TileWalk<S>& tile,
                                       const float* acc, const Destinations<S>& destinations,
                                       const char* buffer) {
   constexpr int kPieces = S::kPieces;

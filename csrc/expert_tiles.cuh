@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include "hopper.cuh"
+#include "ring.cuh"
+
 namespace moe_engine {
 
 constexpr int kMaxExperts = 1024;
@@ -54,18 +57,32 @@ __device__ inline void fill_tile_table(TileTable& table, const std::int32_t* off
   __syncthreads();
 }
 
-// The tiles of one block: number `number`, then every `stride`-th. Foreseen tiles come first. Tiles
-// of a group are neighbours, so that blocks that run at the same time read the same rows.
+// The numbers of the tiles that a block is dealt, from the thread that asks for them to all others.
+// No thread is further behind than a ring of stages, of which every tile fills one or more.
+template <typename S>
+struct TileQueue {
+  static constexpr int kLength = S::kStages + 2;
+  std::uint64_t dealt[kLength];  // barriers
+  std::int32_t numbers[kLength];
+};
+
+// The tiles of one block. Foreseen tiles come first. Tiles of a group are neighbours, so that
+// blocks that run at the same time read the same rows.
+//
+// A cluster's are its own number, then every `stride`-th. A block by itself has its own number,
+// too, and then what it is dealt (TileDealer).
+template <typename S>
 struct TileWalk {
   const TileTable* table;
+  TileQueue<S>* queue;
   int group_size;
   int num_row_tiles;
-  int num_foreseen;  // a multiple of num_row_tiles
-  int cluster_size;
-  int rank;  // of this block in its cluster
+  int num_foreseen;  // a multiple of num_row_tiles, at most `stride`
+  int rank;          // of this block in its cluster
   int number;
   int stride;
   int num_tiles;
+  RingPosition<TileQueue<S>::kLength> at{};
   // Of the present tile. A block may have no pairs while others of its cluster do, or because the
   // tile was foreseen and nobody chose its expert.
   int expert = 0;
@@ -91,7 +108,6 @@ struct TileWalk {
       const int rest = number - num_foreseen;
       const int group = rest / num_row_tiles;
       row_tile = rest - group * num_row_tiles;
-      if (number - stride < num_foreseen) expert = 0;
       while (table->groups[expert + 1] <= group) ++expert;
       index = group - table->groups[expert];
       if (expert * num_row_tiles < num_foreseen) ++index;
@@ -103,8 +119,8 @@ struct TileWalk {
     const int num_larger = all_pairs - fewest * num_groups;
     first_pair = table->offsets[expert] + fewest * index + min(index, num_larger);
     num_pairs = fewest + (index < num_larger ? 1 : 0);
-    if (cluster_size > 1) {
-      const int share = (num_pairs + 8 * cluster_size - 1) / (8 * cluster_size) * 8;
+    if constexpr (S::kCluster > 1) {
+      const int share = (num_pairs + 8 * S::kCluster - 1) / (8 * S::kCluster) * 8;
       const int first = min(rank * share, num_pairs);
       num_pairs = min(share, num_pairs - first);
       // A block without pairs stays at ones that exist.
@@ -114,8 +130,52 @@ struct TileWalk {
   }
 
   __device__ __forceinline__ bool next() {
-    number += stride;
+    if (is_foreseen()) expert = 0;  // the other tiles begin there, too
+    if constexpr (S::kCluster > 1) {
+      number += stride;
+    } else {
+      barrier_wait(&queue->dealt[at.stage], at.parity);
+      number = queue->numbers[at.stage];
+      at.advance();
+    }
     return find();
+  }
+};
+
+// Deals tiles to a block as it comes for them, because multiprocessors do not all get the same
+// share of the memory's bandwidth. One thread, which has asked for a number long before it needs
+// it; all others find it in the queue. Does nothing for a cluster.
+//
+// The counter is 0 before and after the kernel: each block asks until there is no tile left for it,
+// so that min(stride, num_tiles) find none, num_tiles ask in all, and the last sets it back.
+//
+// Example, 3 blocks and 5 tiles: tiles 0, 1 and 2 need no dealing. Block 1 ends first and gets 0
+// from the counter, tile 3; block 0 gets 1, tile 4. Then blocks 0, 1 and 2 get 2, 3 and 4, numbers
+// from 5 on, of which there are no tiles, and the one that got 4 sets the counter back.
+template <typename S>
+struct TileDealer {
+  TileQueue<S>* queue;
+  std::int32_t* counter;
+  int stride;
+  int num_tiles;
+  RingPosition<TileQueue<S>::kLength> at{};
+  int upcoming = 0;
+
+  // Once, if the block has a first tile.
+  __device__ __forceinline__ void ask() {
+    if constexpr (S::kCluster == 1) upcoming = atomicAdd(counter, 1);
+  }
+
+  // Before every TileWalk::next().
+  __device__ __forceinline__ void deal() {
+    if constexpr (S::kCluster == 1) {
+      const int number = stride + upcoming;
+      if (upcoming == num_tiles - 1) *counter = 0;
+      queue->numbers[at.stage] = number;
+      barrier_arrive(&queue->dealt[at.stage]);
+      at.advance();
+      if (number < num_tiles) ask();
+    }
   }
 };
 

@@ -51,6 +51,7 @@ template <typename S>
 struct SharedTail {
   RingBarriers<S::kStages> barriers;
   TileTable table;
+  TileQueue<S> queue;
   std::conditional_t<S::kSorts, SortedPairs, Nothing> sorted;
 };
 
@@ -62,7 +63,7 @@ constexpr int shared_bytes() {
 
 template <typename S>
 __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& ring,
-                                        const char* buffer, TileWalk tile, int num_steps) {
+                                        const char* buffer, TileWalk<S> tile, int num_steps) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   RingPosition<S::kStages> at;
@@ -71,7 +72,7 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
   bool more = tile.find();
   if (more) destinations.load(p, tile, lane);
   while (more) {
-    TileWalk next = tile;
+    TileWalk<S> next = tile;
     Destinations<S> next_destinations;
     const auto look_ahead = [&] {
       more = next.next();
@@ -119,18 +120,19 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int warp = threadIdx.x / 32;
   const int num_steps = p.depth / (kAtom * S::kStepAtoms);
   constexpr int kGroup = S::kTokens * S::kCluster;
-  TileWalk walk{&tail.table,
-                kGroup,
-                p.num_row_tiles,
-                p.num_foreseen,
-                S::kCluster,
-                S::kCluster > 1 ? block_in_cluster() : 0,
-                static_cast<int>(blockIdx.x) / S::kCluster,
-                static_cast<int>(gridDim.x) / S::kCluster};
+  TileWalk<S> walk{&tail.table,
+                   &tail.queue,
+                   kGroup,
+                   p.num_row_tiles,
+                   p.num_foreseen,
+                   S::kCluster > 1 ? block_in_cluster() : 0,
+                   static_cast<int>(blockIdx.x) / S::kCluster,
+                   static_cast<int>(gridDim.x) / S::kCluster};
 
   if (threadIdx.x == 32 * S::kConsumerWarps) {
     prefetch_tensor_map(&weights);
     if constexpr (!S::kGateUp) prefetch_tensor_map(&h);
+    for (std::uint64_t& barrier : tail.queue.dealt) barrier_init(&barrier, 1);
     init_ring<S>(tail.barriers, S::kGateUp ? 1 + 32 * S::kProducerWarps : 1);
     if constexpr (S::kGateUp) load_foreseen_weights(ring, &weights, walk, num_steps);
   }
@@ -155,10 +157,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
   if (warp >= S::kConsumerWarps) {
     if constexpr (S::kMovesRegisters) give_registers<72>();
+    const TileDealer<S> dealer{&tail.queue, p.num_dealt, walk.stride, walk.num_tiles};
     if constexpr (S::kGateUp) {
-      produce_gate_up<S>(p, ring, &weights, walk, num_steps);
+      produce_gate_up<S>(p, ring, &weights, walk, dealer, num_steps);
     } else if (threadIdx.x == 32 * S::kConsumerWarps) {
-      produce_down<S>(ring, &weights, &h, walk, num_steps);
+      produce_down<S>(ring, &weights, &h, walk, dealer, num_steps);
     }
   } else {
     if constexpr (S::kMovesRegisters) take_registers<216>();
@@ -209,6 +212,7 @@ void launch_gate_up(const ExpertFfnArgs& args, GroupedProduct p, cudaStream_t st
                      {std::uint64_t(args.num_experts), 2 * intermediate * row_bytes, 1}});
   p.out = static_cast<__nv_bfloat16*>(args.h);
   p.depth = args.hidden;
+  p.num_dealt = args.counters;
   p.out_width = args.intermediate;
   p.num_row_tiles = (2 * args.intermediate + S::kRows - 1) / S::kRows;
   launch<S>(weights, weights, p, stream);
@@ -227,6 +231,7 @@ void launch_down(const ExpertFfnArgs& args, GroupedProduct p, cudaStream_t strea
                                {std::uint64_t(args.num_pairs), row_bytes, S::kTokenBox}});
   p.out = static_cast<__nv_bfloat16*>(args.y);
   p.depth = args.intermediate;
+  p.num_dealt = args.counters + 1;
   p.out_width = args.hidden;
   p.num_row_tiles = (args.hidden + S::kRows - 1) / S::kRows;
   launch<S>(weights, h, p, stream);

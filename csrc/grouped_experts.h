@@ -19,6 +19,7 @@ struct ExpertFfnArgs {
   const void* down;             // bfloat16 [num_experts, hidden, intermediate]
   void* h;                      // bfloat16 [num_pairs, intermediate], scratch
   void* y;                      // bfloat16 [num_pairs, hidden]
+  std::int32_t* counters;       // [2], 0 before and after; see TileDealer
   std::int64_t num_pairs;       // rows * top_k, a bound on offsets[num_experts]
   int num_experts;
   int top_k;

@@ -18,10 +18,11 @@ struct GroupedProduct {
   std::int64_t num_pairs;
   int num_experts;
   int top_k;
-  int depth;          // K: elements of a row of the weights
-  int out_width;      // intermediate or hidden
-  int num_row_tiles;  // tiles over the rows of one expert's weight
-  int num_foreseen;   // see TileTable
+  int depth;                // K: elements of a row of the weights
+  int out_width;            // intermediate or hidden
+  int num_row_tiles;        // tiles over the rows of one expert's weight
+  int num_foreseen;         // see TileTable
+  std::int32_t* num_dealt;  // see TileDealer
 };
 
 }  // namespace moe_engine

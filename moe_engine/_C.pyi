@@ -60,6 +60,7 @@ def grouped_expert_ffn(
     down: int,
     h: int,
     y: int,
+    counters: int,
     num_pairs: int,
     num_experts: int,
     top_k: int,

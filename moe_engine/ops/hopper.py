@@ -157,7 +157,7 @@ def grouped_expert_ffn(
         tokens_per_tile: 16, 32, 64, 128 or 256; how many pairs of an expert share a read of its
             weights.
     """
-    from moe_engine.kernels.launch import compiles_only
+    from moe_engine.kernels.launch import arrival_counters, compiles_only
 
     num_experts, hidden, intermediate = down_EHI.shape
     num_pairs = slot_ids_RK.numel()
@@ -178,6 +178,7 @@ def grouped_expert_ffn(
             down=down_EHI.data_ptr(),
             h=h_PI.data_ptr(),
             y=y_PH.data_ptr(),
+            counters=arrival_counters(x_RH.device).data_ptr(),
             num_pairs=num_pairs,
             num_experts=num_experts,
             top_k=slot_ids_RK.shape[1],

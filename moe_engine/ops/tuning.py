@@ -101,14 +101,17 @@ class ExpertChoices(Choices):
     """Of `ops.moe.expert_ffn` on Hopper.
 
     Attributes:
-        kernels: by rows: ``streaming``, `hopper.streaming_expert_ffn`, or ``grouped``,
-            `hopper.grouped_expert_ffn`.
+        kernels: by rows: ``streaming``, `hopper.streaming_expert_ffn`; ``grouped``,
+            `hopper.grouped_expert_ffn`; or ``triton``, `kernels/expert_ffn.py`.
         tiles: by the average pairs of an expert: how many pairs share a read of its weights.
     """
 
     SHAPE = ("hidden", "intermediate", "num_experts", "top_k")
 
-    VALUES: ClassVar = {"kernels": ("streaming", "grouped"), "tiles": (16, 32, 64, 128, 256)}
+    VALUES: ClassVar = {
+        "kernels": ("streaming", "grouped", "triton"),
+        "tiles": (16, 32, 64, 128, 256),
+    }
 
     kernels: Steps[str] = ((2, "streaming"), (INF, "grouped"))
     tiles: Steps[int] = ((0.5, 16), (40, 64), (128, 128), (INF, 256))

@@ -86,6 +86,14 @@ def foreseen(tile: int) -> Experts:
     return Experts("weights foreseen", ids_P[:, None], 300, hidden=1088, intermediate=64)
 
 
+def many_tiles() -> list[Experts]:
+    """So many tiles of the first or second product that each block is dealt dozens, of one step."""
+    return [
+        scattered(200, 3, 100, hidden=64, intermediate=1536),
+        scattered(200, 3, 100, hidden=2048, intermediate=64),
+    ]
+
+
 def grouped_cases(tile: int) -> list[Experts]:
     """For tiles of ``tile`` pairs: none, one, around full tiles, and sizes that fit no tile."""
     return [
@@ -98,6 +106,7 @@ def grouped_cases(tile: int) -> list[Experts]:
         scattered(3, 2, 1024, hidden=64, intermediate=64),
         scattered(tile + 3, 3, 3, hidden=256, intermediate=128),
         foreseen(tile),
+        *many_tiles(),
     ]
 
 

@@ -21,6 +21,8 @@ from tests.kernels.hopper_cases import (
     STREAMING_CASES,
     TILES,
     all_cases,
+    grouped_cases,
+    run_grouped,
     run_linear,
     run_streaming,
     scattered,
@@ -37,12 +39,15 @@ def test_edge_shape_matches_float32(run: Callable[[], None]) -> None:
     run()
 
 
-def test_streaming_counters_are_back_at_zero() -> None:
-    """Also where a token has no expert."""
+def test_counters_of_experts_are_back_at_zero() -> None:
+    """Also where a token has no expert, and where blocks find no tile left."""
     from moe_engine.kernels.launch import arrival_counters
 
     for case in STREAMING_CASES:
         run_streaming(case)
+    for tile in TILES:
+        for grouped in grouped_cases(tile):
+            run_grouped(grouped, tile)
     assert not arrival_counters(torch.device("cuda", torch.cuda.current_device())).any()
 
 

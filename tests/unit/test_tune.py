@@ -71,6 +71,8 @@ def test_what_is_hopeless_is_not_tried() -> None:
     experts, linear, router, attention = operators()
     assert "streaming" in experts.kernels(4)
     assert "streaming" not in experts.kernels(5)
+    assert "triton" in experts.kernels(64)
+    assert "triton" not in experts.kernels(65)
     assert "tile 128" not in experts.kernels(64)
     assert "tile 128" in experts.kernels(128)
     assert linear.kernels(4) == ["streaming"]
@@ -117,6 +119,18 @@ def test_tiles_change_where_another_is_faster_and_streaming_is_not() -> None:
     # 2 nothing is known of tiles.
     tiles = ((0.25, 16), (4.0, 32), (40, 64), (128, 128), (INF, 256))
     assert derived.tiles == tiles
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+def test_experts_by_triton_leave_the_tiles_as_they_are() -> None:
+    experts = operators()[0]
+
+    def ms(kernel: str, batch: int) -> float:
+        return {"triton": 1.0 if batch == 16 else 3.0, "streaming": 0.5}.get(kernel, 2.0)
+
+    derived = experts.derive(time_all(experts, ms))
+    assert derived.kernels == ((4, "streaming"), (8, "grouped"), (16, "triton"), (INF, "grouped"))
+    assert derived.tiles == experts.present.tiles
 
 
 @pytest.mark.usefixtures("hopper_kernels")

@@ -190,7 +190,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--date", required=True)
     arguments = parser.parse_args()
-    lines = [json.loads(line) for line in arguments.jsonl.read_text().splitlines() if line]
+    try:
+        lines = [json.loads(line) for line in arguments.jsonl.read_text().splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot read {arguments.jsonl}: {error}") from error
     peer = from_lines(lines, arguments.date)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(peer.to_json(), indent=2) + "\n")

@@ -115,8 +115,8 @@ def _conditions(
     temperature = workload["temperature"]
     sampling = f"temperature {temperature:g}" if temperature else "greedy"
     their_steps = "".join(
-        f" {peer.peer}, measured on {peer.date} on the same kind of GPU: a step from the fastest "
-        "repetitions, prefill from medians."
+        f" {peer.peer}, measured on {peer.date}: a step from the difference between the fastest "
+        "repetitions of two lengths of output, prefill from medians."
         for peer in peers
     )
     their_starts = "".join(
@@ -125,9 +125,10 @@ def _conditions(
     over_http = "" if serving is None else _over_http(serving)
     return (
         f"One {ceilings['device']}, {options.get('dtype', 'auto')}, {weights}, prompts of "
-        f"{workload['input']} random tokens, contexts of {context:.0f} on average, {sampling}; "
-        f"{_distinct(engine['decode'])}. A step is the mean interval between tokens while the "
-        f"whole batch decodes, the median of {workload['repetitions']} repetitions, measured on "
+        f"{workload['input']} random tokens, {sampling}; {_distinct(engine['decode'])}. A step is "
+        f"the mean interval between tokens in the second half of the outputs, where contexts are "
+        f"{context:.0f} tokens on average; the median of {workload['repetitions']} repetitions, "
+        f"measured on "
         f"{engine['date']}.{_prefill(engine['prefill'])}{their_steps} The floor is the time to "
         f"read once what a step must read, at the {ceilings['read_gb_per_s'] / 1e3:.2f} TB/s at "
         "which the same run read. "

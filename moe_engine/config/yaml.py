@@ -40,6 +40,12 @@ def _flatten(document: dict[Any, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in document.items():
         if key not in config_sections() or key == "":
+            if isinstance(value, dict) and key not in flat_options():
+                sections = [name for name in config_sections() if name]
+                raise ConfigError(
+                    f"unknown section {key!r}{suggest(str(key), sections)}; the sections are "
+                    f"{', '.join(sections)}, and the engine's options stand outside of them"
+                )
             option = _lookup("", key)
             values[option.name] = option.check(value)
             continue

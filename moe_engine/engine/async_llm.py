@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -147,7 +147,8 @@ class AsyncMoEEngine:
             EngineDeadError: the engine is dead or was not started.
         """
         front_end = self._started
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+        is_chat = isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)
+        if isinstance(prompt, str) or is_chat:
             token_ids = await asyncio.to_thread(front_end.token_ids, prompt)  # may be long
         else:
             token_ids = front_end.token_ids(prompt)

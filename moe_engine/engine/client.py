@@ -5,6 +5,7 @@ Thread-safe and free of asyncio and torch; `MoEEngine` and `AsyncMoEEngine` are 
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 
@@ -97,6 +98,8 @@ class EngineClient:
                 raise self.error
             ranks = RankProcesses(self._config, environment if environment.launched else None)
             self._ranks = ranks
+        # A script may end without a word; ranks that are killed then would be reported as dead.
+        atexit.register(self.shutdown)
         self._thread.start()
         try:
             if not self._decided.wait(self._config.startup_timeout):
@@ -106,6 +109,7 @@ class EngineClient:
                 raise self.error
         except BaseException:  # an interrupt too must leave no process behind
             self._end(EngineDeadError("the start was interrupted"))
+            atexit.unregister(self.shutdown)
             ranks.kill()
             raise
         return self.info
@@ -147,6 +151,7 @@ class EngineClient:
             ranks = self._ranks
         if ranks is None:
             return
+        atexit.unregister(self.shutdown)
         self._send(Shutdown())
         ranks.join(EXIT_GRACE if was_ready else 0.0)
         if self._thread.is_alive():

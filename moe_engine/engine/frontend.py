@@ -132,6 +132,8 @@ class FrontEnd:
         """Token ids of any kind of prompt; `InvalidRequestError` if it is none."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence):
+            raise _no_prompt(prompt)
         if set(map(type, prompt)) == {int}:  # the usual case, without a look at each in Python
             return list(cast("Sequence[int]", prompt))
         token_ids, messages = [], []
@@ -141,10 +143,7 @@ class FrontEnd:
             elif isinstance(item, int) and not isinstance(item, bool):
                 token_ids.append(item)
         if len(prompt) not in (len(token_ids), len(messages)):
-            raise InvalidRequestError(
-                f"a prompt is a text, token ids or chat messages, but this one is {prompt!r:.200}",
-                param="prompt",
-            )
+            raise _no_prompt(prompt)
         return self.tokenizer.apply_chat_template(messages) if messages else token_ids
 
     def _load_tokenizer(self, directory: Path) -> Tokenizer:
@@ -257,4 +256,11 @@ def _join(first: RequestUpdate, second: RequestUpdate) -> RequestUpdate:
         finish_reason=second.finish_reason,
         stop_token_id=second.stop_token_id,
         num_cached_tokens=second.num_cached_tokens,
+    )
+
+
+def _no_prompt(prompt: object) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"a prompt is a text, token ids or chat messages, but this one is {prompt!r:.200}",
+        param="prompt",
     )

@@ -158,7 +158,9 @@ class MoEEngine:
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """The prompts as a list, be they one or many."""
-    is_single = isinstance(prompts, str) or (
-        len(prompts) > 0 and isinstance(prompts[0], int | Mapping)
+    is_single = (
+        isinstance(prompts, str)
+        or not isinstance(prompts, Sequence)  # no prompt at all, which `FrontEnd.token_ids` says
+        or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
     )
     return cast("list[Prompt]", [prompts] if is_single else list(prompts))

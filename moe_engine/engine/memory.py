@@ -64,7 +64,8 @@ def check_weights_fit(needed: int, free: int, world_on_node: int) -> None:
     """
     if needed * world_on_node > free:
         raise ConfigError(
-            f"too little memory for the weights: {world_on_node} ranks x {size(needed)} = "
+            "too little memory for the weights: "
+            f"{world_on_node} rank{'s' * (world_on_node > 1)} x {size(needed)} = "
             f"{size(needed * world_on_node)}, but {size(free)} are free; use more ranks on more "
             "devices or a smaller dtype"
         )

@@ -23,6 +23,9 @@ from moe_engine.demo.build import ensure_demo_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
+import atexit, time
+
+atexit.register(time.sleep, 1.0)  # behind all that was registered later: time to report a death
 from moe_engine import MoEEngine, SamplingParams
 
 print("script runs")
@@ -47,6 +50,7 @@ def test_script_needs_no_main_guard_and_leaves_nothing_behind(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "script runs\n[3, 3]\nleft without shutdown\n"
+    assert "dead" not in ended.stderr
 
 
 def test_all_kinds_of_prompts_together():
@@ -63,6 +67,8 @@ def test_all_kinds_of_prompts_together():
             engine.generate([[1, 9999], "fine"])
         with pytest.raises(InvalidRequestError, match="text, token ids or chat messages"):
             engine.generate([[1, "two"]])
+        with pytest.raises(InvalidRequestError, match=r"a prompt is a text.* but this one is 5"):
+            engine.generate(5)
         with pytest.raises(InvalidRequestError, match="empty"):
             engine.generate([[]])
         assert engine.generate([]) == []
@@ -147,6 +153,8 @@ def test_duplicate_request_id_is_refused_and_the_first_request_goes_on():
         await anext(first)
         with pytest.raises(InvalidRequestError, match="same-0"):
             await anext(engine.generate([1], SamplingParams(max_tokens=3), "same"))
+        with pytest.raises(InvalidRequestError, match="this one is 5"):
+            await anext(engine.generate(5))
         outputs = [output async for output in first]
         assert outputs[-1].usage.completion_tokens == 30
         await engine.shutdown()

@@ -165,6 +165,7 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
     [
         ("modle: x", "modle.*did you mean model"),
         ("cach:\n  block_size: 1", "cach.*did you mean cache"),
+        ("engine:\n  seed: 1", "'engine'.*the engine's options stand outside"),
         ("cache:\n  blok_size: 1", "cache.blok_size.*did you mean block_size"),
         ("block_size: 1", "block_size.*did you mean cache.block_size"),
         ("server:\n  block_size: 1", "server.block_size.*did you mean cache.block_size"),

@@ -153,3 +153,9 @@ def test_committed_peers_can_be_read(tmp_path: Path) -> None:
     other.write_text('{"peer": "x"}')
     with pytest.raises(ValueError, match=r"other\.json"):
         read_peer(other)
+
+
+def test_a_file_that_cannot_be_read_is_named(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("sys.argv", ["peer", str(tmp_path / "no.jsonl"), "out", "--date", "now"])
+    with pytest.raises(SystemExit, match=r"cannot read .*no\.jsonl: .*No such file"):
+        main()

@@ -76,11 +76,11 @@ def test_without_a_peer_the_engine_stands_alone() -> None:
     "fact",
     [
         "One NVIDIA H200, bfloat16, dummy weights, prompts of 512",
-        "contexts of 705",
+        "in the second half of the outputs, where contexts are 705 tokens on average",
         "temperature 1; 99.9% or more of the tokens drawn in one step differ",
         "median of 3 repetitions, measured on 2026-01-02",
         "Prefill is the slope between 1 and 8 steps, medians of 5 and 3 repetitions.",
-        "vLLM 1, measured on 2026-01-03 on the same kind of GPU: a step from the fastest",
+        "vLLM 1, measured on 2026-01-03: a step from the difference between the fastest",
         "prefill from medians.",
         "4.34 TB/s",
         "Ready after 2.5 s of imports and 10.6 s from `MoEEngine(...)` on, 1.5 s of them filling",

@@ -111,8 +111,11 @@ class Experts(Operator):
         self.shape = (hidden, intermediate, num_experts, top_k)
 
     def kernels(self, batch: int) -> list[str]:
-        """Streaming while few rows share an expert, Triton's while the memory takes the time, and
-        tiles that are not mostly empty."""
+        """As far as they may be the best.
+
+        Streaming while few rows share an expert, Triton's while the memory takes the time, and
+        tiles that are not mostly empty.
+        """
         mean_pairs = self._mean_pairs(batch)
         tiles = [t for t in ExpertChoices.VALUES["tiles"] if t <= max(64, 8 * mean_pairs)]
         return [

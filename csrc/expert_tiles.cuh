@@ -73,9 +73,9 @@ struct TileQueue {
 // too, and then what it is dealt (TileDealer).
 template <typename S>
 struct TileWalk {
+  static constexpr int kGroup = S::kTokens * S::kCluster;  // pairs, at most
   const TileTable* table;
   TileQueue<S>* queue;
-  int group_size;
   int num_row_tiles;
   int num_foreseen;  // a multiple of num_row_tiles, at most `stride`
   int rank;          // of this block in its cluster
@@ -113,7 +113,7 @@ struct TileWalk {
       if (expert * num_row_tiles < num_foreseen) ++index;
     }
     const int all_pairs = table->offsets[expert + 1] - table->offsets[expert];
-    const int num_groups = max(1, (all_pairs + group_size - 1) / group_size);
+    const int num_groups = max(1, (all_pairs + kGroup - 1) / kGroup);
     // The first groups have one pair more than the others if they cannot all have as many.
     const int fewest = all_pairs / num_groups;
     const int num_larger = all_pairs - fewest * num_groups;

@@ -2,11 +2,12 @@
 //
 // The weights are the M side of the tensor cores (64 rows per instruction) and the pairs, few of
 // them in decode, the N side, so that a tile fits any number of pairs from 8 up. Blocks are
-// persistent and walk over the tiles. In each, producer warps keep a ring of stages in shared
-// memory full, with the copy engine for weights and h and cp.async for gathered rows of x, across
-// the borders of tiles; consumer warpgroups multiply and store. For many pairs two blocks form a
-// cluster: they work on two halves of a group and the same rows of the weight, of which each loads
-// half for both. Few pairs are sorted by every block for itself (pair_sort.cuh).
+// persistent and walk over the tiles that they are dealt (expert_tiles.cuh). In each, producer
+// warps keep a ring of stages in shared memory full, with the copy engine for weights and h and
+// cp.async for gathered rows of x, across the borders of tiles; consumer warpgroups multiply and
+// store. For many pairs two blocks form a cluster: they work on two halves of a group and the same
+// rows of the weight, of which each loads half for both. Few pairs are sorted by every block for
+// itself (pair_sort.cuh).
 //
 // gate and up rows alternate in groups of 8 within a tile (the copy engine does that while it
 // loads), so that a thread holds the gate and the up value of the same element.
@@ -119,10 +120,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const Ring<S> ring{shared_address(stages), tail.barriers.full, tail.barriers.empty};
   const int warp = threadIdx.x / 32;
   const int num_steps = p.depth / (kAtom * S::kStepAtoms);
-  constexpr int kGroup = S::kTokens * S::kCluster;
+  constexpr int kGroup = TileWalk<S>::kGroup;
   TileWalk<S> walk{&tail.table,
                    &tail.queue,
-                   kGroup,
                    p.num_row_tiles,
                    p.num_foreseen,
                    S::kCluster > 1 ? block_in_cluster() : 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -157,10 +157,9 @@ class MoEEngine:
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """The prompts as a list, be they one or many."""
-    is_single = (
-        isinstance(prompts, str)
-        or not isinstance(prompts, Sequence)  # no prompt at all, which `FrontEnd.token_ids` says
-        or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
-    )
-    return cast("list[Prompt]", [prompts] if is_single else list(prompts))
+    """The prompts as a list, be they one or many; what is none `FrontEnd.token_ids` refuses."""
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        return [prompts]
+    batch = prompts if isinstance(prompts, Sequence) else list(prompts)
+    is_single = len(batch) > 0 and isinstance(batch[0], int | Mapping)
+    return cast("list[Prompt]", [batch] if is_single else list(batch))

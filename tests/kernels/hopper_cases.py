@@ -87,7 +87,7 @@ def foreseen(tile: int) -> Experts:
 
 
 def many_tiles() -> list[Experts]:
-    """So many tiles of the first or second product that each block is dealt dozens, of one step."""
+    """Of one step each, of the first or second product, a dozen or more for each block."""
     return [
         scattered(200, 3, 100, hidden=64, intermediate=1536),
         scattered(200, 3, 100, hidden=2048, intermediate=64),

@@ -21,7 +21,8 @@ from tests.kernels.hopper_cases import (
     STREAMING_CASES,
     TILES,
     all_cases,
-    grouped_cases,
+    foreseen,
+    many_tiles,
     run_grouped,
     run_linear,
     run_streaming,
@@ -46,7 +47,7 @@ def test_counters_of_experts_are_back_at_zero() -> None:
     for case in STREAMING_CASES:
         run_streaming(case)
     for tile in TILES:
-        for grouped in grouped_cases(tile):
+        for grouped in (foreseen(tile), *many_tiles()):
             run_grouped(grouped, tile)
     assert not arrival_counters(torch.device("cuda", torch.cuda.current_device())).any()
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +30,16 @@ def test_one_prompt_of_any_kind_is_a_batch_of_one(prompt):
 )
 def test_a_sequence_of_prompts_is_a_batch_in_its_order(prompts):
     assert as_batch(prompts) == list(prompts)
+
+
+@pytest.mark.parametrize("prompts", [np.array(["a", "b"]), {"a": 0, "b": 0}.keys(), iter("ab")])
+def test_other_iterables_of_prompts_are_batches_too(prompts):
+    assert as_batch(prompts) == ["a", "b"]
+
+
+@pytest.mark.parametrize("prompt", [5, None, CHAT[0]])
+def test_what_is_no_prompt_is_left_to_be_refused(prompt):
+    assert as_batch(prompt) == [prompt]
 
 
 @given(seed=st.integers(-(2**63), 2**63 - 1), n=st.integers(1, MAX_N))

@@ -155,7 +155,7 @@ def test_committed_peers_can_be_read(tmp_path: Path) -> None:
         read_peer(other)
 
 
-def test_a_file_that_cannot_be_read_is_named(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("sys.argv", ["peer", str(tmp_path / "no.jsonl"), "out", "--date", "now"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["peer", str(tmp_path / "no.jsonl"), "out", "--date", "now"])
     with pytest.raises(SystemExit, match=r"cannot read .*no\.jsonl: .*No such file"):
         main()

@@ -14,6 +14,7 @@ each program finds its tile in the experts' offsets; those past the last tile en
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import launch_kernel, supports_pdl
+from .launch import launch_kernel, shared_bytes, supports_pdl
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ CONFIGS = (
         6,
         FfnConfig(
             GemmConfig(16, 64, 128, 4, 3, swap=True),
-            GemmConfig(16, 64, 128, 4, 3, swap=True),
+            GemmConfig(16, 128, 128, 4, 3, swap=True),
         ),
     ),
     (
@@ -84,6 +85,23 @@ def config_for(num_pairs: int, num_experts: int, dtype: torch.dtype) -> FfnConfi
         return FLOAT32_CONFIG
     mean_pairs = num_pairs / min(num_pairs, num_experts)
     return next((config for limit, config in CONFIGS if mean_pairs <= limit), LARGE_CONFIG)
+
+
+def num_stages(config: GemmConfig, num_weights: int, shared_bytes: int, holds_last: bool) -> int:
+    """Stages of a tile's loop over the inner columns: as configured, or as many as there is room.
+
+    Args:
+        num_weights: that a program multiplies by, 2 for gate and up.
+        shared_bytes: that a program may have.
+        holds_last: the last stage needs a buffer, too, because the matrix unit reads weights and
+            input from shared memory (compute capability 9.0 and later) instead of registers.
+
+    Example: 128 x 128 x 64 of gate and up take 48 KiB a stage, so the 4 of `LARGE_CONFIG` have room
+    in the 227 KiB of an H100 and, one buffer less, in the 163 of an A100; in the 99 of an L40S 3.
+    """
+    stage_bytes = 2 * config.block_k * (config.block_m + num_weights * config.block_n)
+    room = shared_bytes // stage_bytes + (0 if holds_last else 1)
+    return max(1, min(config.num_stages, room))
 
 
 @triton.jit
@@ -293,7 +311,7 @@ def gate_up(
         TOP_K=top_k,
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
-        **_options(num_experts, config, x_RH.device),
+        **_options(num_experts, config, 2, x_RH),
     )
     return h_PI
 
@@ -320,7 +338,7 @@ def down(
         num_experts,
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
-        **_options(num_experts, config, h_PI.device),
+        **_options(num_experts, config, 1, h_PI),
     )
     return y_PH
 
@@ -334,8 +352,10 @@ def _grid(num_pairs: int, num_experts: int, columns: int, config: GemmConfig) ->
     return (tiles_m * triton.cdiv(columns, config.block_n),)
 
 
-def _options(num_experts: int, config: GemmConfig, device: torch.device) -> dict[str, object]:
-    use_pdl = supports_pdl(device)
+def _options(
+    num_experts: int, config: GemmConfig, num_weights: int, rows: torch.Tensor
+) -> dict[str, object]:
+    use_pdl = supports_pdl(rows.device)
     return {
         "PADDED_E": triton.next_power_of_2(num_experts),
         "BLOCK_M": config.block_m,
@@ -344,6 +364,15 @@ def _options(num_experts: int, config: GemmConfig, device: torch.device) -> dict
         "SWAP": config.swap,
         "USE_PDL": use_pdl,
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "num_stages": _num_stages(config, num_weights, rows.device),
         "launch_pdl": use_pdl,
     }
+
+
+@functools.cache
+def _num_stages(config: GemmConfig, num_weights: int, device: torch.device) -> int:
+    room = shared_bytes(device)
+    if room is None:
+        return config.num_stages
+    holds_last = torch.cuda.get_device_capability(device) >= (9, 0)
+    return num_stages(config, num_weights, room, holds_last)

@@ -1,5 +1,5 @@
-"""What launches share: the launch itself, programmatic dependent launch, prefetching, and counters
-that stay zero.
+"""What launches share: the launch itself, programmatic dependent launch, the room for it,
+prefetching, and counters that stay zero.
 
 **Compiling only.** Inside `compile_only`, `launch_kernel` compiles a kernel for its arguments and
 does not run it. So what a step will launch can be compiled by going through the step, whatever its
@@ -61,6 +61,15 @@ def supports_pdl(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or triton.knobs.runtime.interpret:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int | None:
+    """Shared memory that a program on ``device`` may have; None in the interpreter: any."""
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @triton.jit

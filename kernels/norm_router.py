@@ -15,14 +15,12 @@ depend on the number of rows, but not on the others or on its place among them.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import launch_kernel, supports_pdl
+from .launch import launch_kernel, shared_bytes, supports_pdl
 from .top_k import MAX_LOGITS, select_top_k
 
 # (tokens up to, tokens a program, warps, stages of the first walk): programs for about every
@@ -179,14 +177,9 @@ def takes(x: torch.Tensor, num_experts: int) -> bool:
     return x.dtype in DTYPES and num_experts <= MAX_EXPERTS and _has_room(x.device)
 
 
-@functools.cache
 def _has_room(device: torch.device) -> bool:
-    """Whether the device has the shared memory; the interpreter does without any."""
-    if device.type != "cuda":
-        return True
-    index = torch.cuda.current_device() if device.index is None else device.index
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return int(properties["max_shared_mem"]) >= SHARED_BYTES
+    room = shared_bytes(device)
+    return room is None or room >= SHARED_BYTES
 
 
 def norm_router(

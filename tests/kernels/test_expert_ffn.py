@@ -125,6 +125,24 @@ def test_triton_matches_the_reference(
 
 
 @needs_triton
+def test_stages_fit_where_there_is_less_shared_memory() -> None:
+    from moe_engine.kernels import expert_ffn
+
+    # What a program may have, and whether it needs a buffer for its last stage.
+    h100, a100, l40s = (232_448, True), (166_912, False), (101_376, False)
+    for config in all_configs():
+        assert isinstance(config, expert_ffn.FfnConfig)
+        for product, num_weights in ((config.gate_up, 2), (config.down, 1)):
+            for gpu in (h100, a100):
+                assert expert_ffn.num_stages(product, num_weights, *gpu) == product.num_stages
+    # Compiled for an L40S, 4 stages of it take 147456 bytes and 3 take 98304.
+    assert expert_ffn.num_stages(expert_ffn.LARGE_CONFIG.gate_up, 2, *l40s) == 3
+    assert expert_ffn.num_stages(expert_ffn.LARGE_CONFIG.down, 1, *l40s) == 3
+    assert expert_ffn.num_stages(expert_ffn.LARGE_CONFIG.down, 1, 101_376, True) == 2
+    assert expert_ffn.num_stages(expert_ffn.LARGE_CONFIG.down, 1, 1024, True) == 1
+
+
+@needs_triton
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("config", range(4))
 def test_every_configuration_matches_the_reference(config: int) -> None:

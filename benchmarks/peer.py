@@ -18,9 +18,10 @@ the run does not say; older files have none of them. The lines of a run, with se
     {"what": "decode", "batch": 1, "raw": {"129": [0.553, 0.5532], "257": [1.0918, 1.0913]}}
     {"what": "prefill", "tokens_per_step": 8192, "prompt_len": 512, "slope_tok_s": 70900}
 
-A decode step is what lies between the fastest repetitions of the two longest outputs, because a
-hiccup only ever adds time. A batch whose repetitions do not agree is left out, and the command says
-so: a hiccup in all that there are of the shorter output would make the step look faster than it is.
+A decode step is what lies between the fastest repetitions of the two longest outputs whose
+repetitions agree, because a hiccup only ever adds time. Without two of them a batch is left out, and
+the command says so: a hiccup in all that there are of the shorter output would make the step look
+faster than it is.
 Prefill is the slope that the run gives: between medians, of five or more repetitions of one step
 and of three of eight.
 """
@@ -100,8 +101,8 @@ def read_peer(path: Path) -> Peer:
 def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
     """The figures in the lines of a vLLM run.
 
-    A batch of which the cache held only one length of output, or whose repetitions do not agree,
-    has no decode figure.
+    A batch of which the cache held only one length of output, or of which the repetitions of fewer
+    than two agree, has no decode figure.
 
     Raises:
         ValueError: there is no ``init`` line.
@@ -151,13 +152,19 @@ def decode_step_ms(line: dict[str, Any]) -> float:
     (1091.3 - 553) / 128 = 4.2055.
 
     Raises:
-        ValueError: the repetitions do not agree.
+        ValueError: the repetitions of fewer than two lengths agree.
     """
-    shorter, longer = sorted(map(int, line["raw"]))[-2:]
-    short_s, long_s = (
-        fastest(line["raw"][str(length)], f"batch {line['batch']}, {length} tokens")
-        for length in (shorter, longer)
-    )
+    fastest_s: dict[int, float] = {}
+    reasons = []
+    for length in sorted(map(int, line["raw"])):
+        name = f"batch {line['batch']}, {length} tokens"
+        try:
+            fastest_s[length] = fastest(line["raw"][str(length)], name)
+        except ValueError as error:
+            reasons.append(str(error))
+    if len(fastest_s) < 2:
+        raise ValueError("; ".join(reasons))
+    (shorter, short_s), (longer, long_s) = list(fastest_s.items())[-2:]
     return round((long_s - short_s) / (longer - shorter) * 1e3, 4)
 
 

@@ -77,6 +77,7 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
     Destinations<S> next_destinations;
     const auto look_ahead = [&] {
       more = next.next();
+      __syncwarp();  // lane 0 releases stages for all, behind which the queue is written again
       if (more) next_destinations.load(p, next, lane);
     };
     if (S::kGateUp && S::kCluster == 1 && tile.num_pairs == 0) {

@@ -138,6 +138,14 @@ def test_up_to_a_quarter_apart_the_fastest_counts() -> None:
     assert peer.decode_step_ms == {"8": pytest.approx((2.4312 - 1.296) / 128 * 1e3, abs=1e-4)}
 
 
+def test_a_length_whose_repetitions_disagree_gives_way_to_a_shorter_one() -> None:
+    disturbed = {"t1": [0.18, 0.17, 0.1108, 0.1125], "t129": [1.2556, 2.5324, 2.0871, 1.3616]}
+    assert decode_steps_ms(with_raw(**disturbed)) == (
+        {"8": pytest.approx((2.4312 - 0.1108) / 256 * 1e3, abs=1e-4)},
+        [],
+    )
+
+
 def test_only_the_two_longest_outputs_count() -> None:
     short_cache = {"what": "decode", "batch": 2, "raw": {"1": [0.5, 0.5], "65": [1.14, 1.14]}}
     no_room = {"what": "decode", "batch": 512, "raw": {"1": [9.0, 9.0]}}

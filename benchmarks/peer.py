@@ -19,9 +19,9 @@ the run does not say; older files have none of them. The lines of a run, with se
     {"what": "prefill", "tokens_per_step": 8192, "prompt_len": 512, "slope_tok_s": 70900}
 
 A decode step is what lies between the fastest repetitions of the two longest outputs whose
-repetitions agree, because a hiccup only ever adds time. Without two of them a batch is left out, and
-the command says so: a hiccup in all that there are of the shorter output would make the step look
-faster than it is.
+repetitions agree, because a hiccup only ever adds time. Without two of them a batch is left out,
+and the command says so: a hiccup in all that there are of the shorter output would make the step
+look faster than it is.
 Prefill is the slope that the run gives: between medians, of five or more repetitions of one step
 and of three of eight.
 """

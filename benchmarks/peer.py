@@ -18,10 +18,10 @@ the run does not say; older files have none of them. The lines of a run, with se
     {"what": "decode", "batch": 1, "raw": {"129": [0.553, 0.5532], "257": [1.0918, 1.0913]}}
     {"what": "prefill", "tokens_per_step": 8192, "prompt_len": 512, "slope_tok_s": 70900}
 
-A decode step is what lies between the fastest repetitions of the two longest outputs whose
-repetitions agree, because a hiccup only ever adds time. Without two of them a batch is left out,
-and the command says so: a hiccup in all that there are of the shorter output would make the step
-look faster than it is.
+A decode step is what lies between the fastest repetitions of the longest output and of the one
+next in length whose repetitions agree, because a hiccup only ever adds time. Without them a batch
+is left out, and the command says so: a hiccup in all that there are of the shorter output would
+make the step look faster than it is.
 Prefill is the slope that the run gives: between medians, of five or more repetitions of one step
 and of three of eight.
 """
@@ -73,6 +73,19 @@ class Peer:
         """What a file of ``results/`` holds: all that is known."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def unusual_lengths(self) -> dict[str, tuple[int, int]]:
+        """The outputs compared, by batch, where these are not the two longest of the run."""
+        lines = [line for line in self.raw or () if line["what"] == "decode"]
+        compared = {
+            str(line["batch"]): compared_lengths(line)
+            for line in lines
+            if str(line["batch"]) in self.decode_step_ms
+        }
+        usual = {str(line["batch"]): sorted(map(int, line["raw"]))[-2:] for line in lines}
+        return {
+            batch: lengths for batch, lengths in compared.items() if list(lengths) != usual[batch]
+        }
+
     def check_temperature(self, temperature: float) -> None:
         """Refuse a comparison with another temperature, as far as the peer's is known.
 
@@ -101,8 +114,8 @@ def read_peer(path: Path) -> Peer:
 def from_lines(lines: list[dict[str, Any]], date: str) -> Peer:
     """The figures in the lines of a vLLM run.
 
-    A batch of which the cache held only one length of output, or of which the repetitions of fewer
-    than two agree, has no decode figure.
+    A batch of which the cache held only one length of output, or of which the repetitions do not
+    agree, has no decode figure.
 
     Raises:
         ValueError: there is no ``init`` line.
@@ -152,42 +165,49 @@ def decode_step_ms(line: dict[str, Any]) -> float:
     (1091.3 - 553) / 128 = 4.2055.
 
     Raises:
-        ValueError: the repetitions of fewer than two lengths agree.
+        ValueError: the repetitions of the longest or of all shorter ones do not agree.
     """
-    fastest_s: dict[int, float] = {}
+    shorter, longer = compared_lengths(line)
+    seconds = min(line["raw"][str(longer)]) - min(line["raw"][str(shorter)])
+    return round(seconds / (longer - shorter) * 1e3, 4)
+
+
+def compared_lengths(line: dict[str, Any]) -> tuple[int, int]:
+    """The two outputs that give a step: the longest, and the longest other one to be relied on.
+
+    Raises:
+        ValueError: as in `decode_step_ms`.
+    """
+    *others, longest = sorted(map(int, line["raw"]))
+    check_repetitions(line, longest)
     reasons = []
-    for length in sorted(map(int, line["raw"])):
-        name = f"batch {line['batch']}, {length} tokens"
+    for length in reversed(others):
         try:
-            fastest_s[length] = fastest(line["raw"][str(length)], name)
+            check_repetitions(line, length)
+            return length, longest
         except ValueError as error:
             reasons.append(str(error))
-    if len(fastest_s) < 2:
-        raise ValueError("; ".join(reasons))
-    (shorter, short_s), (longer, long_s) = list(fastest_s.items())[-2:]
-    return round((long_s - short_s) / (longer - shorter) * 1e3, 4)
+    raise ValueError("; ".join(reasons))
 
 
-def fastest(seconds: list[float], name: str) -> float:
-    """The fastest repetition, once others show that it is no hiccup either.
-
-    Args:
-        name: what was repeated, for the error.
+def check_repetitions(line: dict[str, Any], length: int) -> None:
+    """That others show that the fastest repetition of a ``decode`` line's length is no hiccup.
 
     Raises:
         ValueError: they differ by more than `SPREAD`, and there are no three of which the two
             fastest are within `AGREEMENT`; or there is only one.
     """
+    seconds = line["raw"][str(length)]
     best, *others = sorted(seconds)
     is_steady = bool(others) and others[-1] <= (1 + SPREAD) * best
     has_stragglers_only = len(others) > 1 and others[0] <= (1 + AGREEMENT) * best
     if not (is_steady or has_stragglers_only):
         raise ValueError(
-            f"{name}: repetitions of {', '.join(f'{s:g} s' for s in seconds)} do not show what a "
-            f"step takes; two or more must all be within {SPREAD:.0%} of the fastest, or the two "
-            f"fastest of three or more within {AGREEMENT:.0%} of each other; repeat the run"
+            f"batch {line['batch']}, {length} tokens: repetitions of "
+            f"{', '.join(f'{s:g} s' for s in seconds)} do not show what a step takes; two or more "
+            f"must all be within {SPREAD:.0%} of the fastest, or the two fastest of three or more "
+            f"within {AGREEMENT:.0%} of each other; repeat the run"
         )
-    return best
 
 
 def main() -> None:

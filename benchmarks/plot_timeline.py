@@ -65,6 +65,7 @@ def _draw_sums(axes: Any, steps: list[dict[str, Any]], colors: dict[str, str]) -
         for name, color in [*colors.items(), (OTHER, OTHER_COLOR)]:
             width = rest if name == OTHER else sums.get(name, 0.0)
             label = name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…"
+            label = label.lstrip("_")  # else the legend leaves it out
             axes.barh(place, width, left=left, color=color, label=label if place == 0 else None)
             left += width
         axes.text(left, place, f" {left:.0f} µs", va="center", fontsize=8, color=INK)

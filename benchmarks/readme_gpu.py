@@ -116,7 +116,7 @@ def _conditions(
     sampling = f"temperature {temperature:g}" if temperature else "greedy"
     their_steps = "".join(
         f" {peer.peer}, measured on {peer.date}: a step from the difference between the fastest "
-        "repetitions of two lengths of output, prefill from medians."
+        f"repetitions of two lengths of output{_unusual_lengths(peer)}, prefill from medians."
         for peer in peers
     )
     their_starts = "".join(
@@ -135,6 +135,15 @@ def _conditions(
         f"`MoEEngine(...)` on{_triton_cache(engine)}, {start['weights']:.1f} s of them filling "
         f"weights{their_starts}."
         f"{over_http} torch {ceilings['torch']}."
+    )
+
+
+def _unusual_lengths(peer: Peer) -> str:
+    """Where a peer's two lengths are other ones than everywhere else, in words."""
+    return "".join(
+        f" (at batch {batch} of {shorter} and {longer} tokens, because repetitions between them "
+        "did not agree)"
+        for batch, (shorter, longer) in peer.unusual_lengths().items()
     )
 
 

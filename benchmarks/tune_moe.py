@@ -220,7 +220,8 @@ def _compile(job: tuple[str, Any, Dims]) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     x, i32 = torch.bfloat16, torch.int32
     sizes = {"HIDDEN": dims.hidden, "INTERMEDIATE": dims.intermediate}
-    options = kernels._options(dims.num_experts, config, device)
+    num_weights = 2 if product == "gate_up" else 1
+    options = kernels._options(dims.num_experts, config, num_weights, device)
     try:
         if product == "gate_up":
             kernels._gate_up_kernel.warmup(

@@ -87,21 +87,21 @@ def config_for(num_pairs: int, num_experts: int, dtype: torch.dtype) -> FfnConfi
     return next((config for limit, config in CONFIGS if mean_pairs <= limit), LARGE_CONFIG)
 
 
-def num_stages(config: GemmConfig, num_weights: int, shared_bytes: int, holds_last: bool) -> int:
-    """Stages of a tile's loop over the inner columns: as configured, or as many as there is room.
+def fitting_stages(config: GemmConfig, num_weights: int, room: int, holds_last: bool) -> int:
+    """Stages of a tile's loop over inner columns of 16 bits: as configured, or as many as fit.
 
     Args:
         num_weights: that a program multiplies by, 2 for gate and up.
-        shared_bytes: that a program may have.
+        room: bytes of shared memory that a program may have.
         holds_last: the last stage needs a buffer, too, because the matrix unit reads weights and
-            input from shared memory (compute capability 9.0 and later) instead of registers.
+            input from shared memory (compute capability 9.0 and 10.0) instead of registers.
 
     Example: 128 x 128 x 64 of gate and up take 48 KiB a stage, so the 4 of `LARGE_CONFIG` have room
     in the 227 KiB of an H100 and, one buffer less, in the 163 of an A100; in the 99 of an L40S 3.
     """
     stage_bytes = 2 * config.block_k * (config.block_m + num_weights * config.block_n)
-    room = shared_bytes // stage_bytes + (0 if holds_last else 1)
-    return max(1, min(config.num_stages, room))
+    most = room // stage_bytes + (0 if holds_last else 1)
+    return max(1, min(config.num_stages, most))
 
 
 @triton.jit
@@ -311,7 +311,7 @@ def gate_up(
         TOP_K=top_k,
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
-        **_options(num_experts, config, 2, x_RH),
+        **_options(num_experts, config, 2, x_RH.device),
     )
     return h_PI
 
@@ -338,7 +338,7 @@ def down(
         num_experts,
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
-        **_options(num_experts, config, 1, h_PI),
+        **_options(num_experts, config, 1, h_PI.device),
     )
     return y_PH
 
@@ -353,9 +353,9 @@ def _grid(num_pairs: int, num_experts: int, columns: int, config: GemmConfig) ->
 
 
 def _options(
-    num_experts: int, config: GemmConfig, num_weights: int, rows: torch.Tensor
+    num_experts: int, config: GemmConfig, num_weights: int, device: torch.device
 ) -> dict[str, object]:
-    use_pdl = supports_pdl(rows.device)
+    use_pdl = supports_pdl(device)
     return {
         "PADDED_E": triton.next_power_of_2(num_experts),
         "BLOCK_M": config.block_m,
@@ -364,15 +364,15 @@ def _options(
         "SWAP": config.swap,
         "USE_PDL": use_pdl,
         "num_warps": config.num_warps,
-        "num_stages": _num_stages(config, num_weights, rows.device),
+        "num_stages": _stages_on(device, config, num_weights),
         "launch_pdl": use_pdl,
     }
 
 
 @functools.cache
-def _num_stages(config: GemmConfig, num_weights: int, device: torch.device) -> int:
+def _stages_on(device: torch.device, config: GemmConfig, num_weights: int) -> int:
     room = shared_bytes(device)
     if room is None:
         return config.num_stages
-    holds_last = torch.cuda.get_device_capability(device) >= (9, 0)
-    return num_stages(config, num_weights, room, holds_last)
+    holds_last = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return fitting_stages(config, num_weights, room, holds_last)

@@ -29,8 +29,9 @@ from moe_engine.ops.paged_batch import PagedBatch
 from moe_engine.ops.prefill_attention import PrefillTiles, order_tiles, takes, tile_tokens
 
 MIXED_ROWS = (16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
-"""Tokens of the steps to capture. Padding costs little: experts and attention leave it out. Larger
-steps keep the device longer than their launches keep the host."""
+"""Tokens of the steps to capture. Experts and attention leave padding out, linear layers do not:
+2098 tokens in 3072 take the device a tenth longer than their kernels launched one by one, but those
+keep the host for as long. Larger steps keep the device longer than their launches keep the host."""
 
 FEW_DECODES = 16
 """As many of them, or as many as there can be, may be decodes. Their attention is launched for all

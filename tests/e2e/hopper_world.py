@@ -3,14 +3,16 @@
 `runner_world.MODEL` is so small that its steps run by other kernels.
 """
 
+import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from moe_engine.layers import linear as linear_layers
 from moe_engine.ops import decode_attention, hopper, moe, prefill_attention
 from moe_engine.ops.linear import adds_in_place
+from tests.hopper_device import on_hopper
 from tests.unit.runner_world import ALL_KINDS, RunnerWorld, mixed_requests
 
 HOPPER_MODEL = {
@@ -35,6 +37,9 @@ HOPPER_LIMITS = {
 # before it.
 LONG_PROMPTS = {0: 1100, 9: 1300}
 
+# By rows: all that there are, as no default is. Batches of 16 and of 24 are among the graphs.
+EXPERT_KERNELS = ((2, "streaming"), (8, "grouped"), (20, "triton"), (math.inf, "grouped"))
+
 # (module, function, which of its calls).
 LAUNCHES = {
     "streaming linear": (hopper, "linear"),
@@ -42,6 +47,7 @@ LAUNCHES = {
     "norm and router": (hopper, "norm_router"),
     "streaming experts": (hopper, "streaming_expert_ffn"),
     "grouped experts": (hopper, "grouped_expert_ffn"),
+    "triton experts": (moe, "_triton_expert_ffn", lambda *_: on_hopper()),
     "warp decode": (
         decode_attention,
         "decode_attention",
@@ -78,11 +84,19 @@ class KernelRecord:
 
 
 def record_kernels(monkeypatch):
-    """A record of what runs from now on; the start of a world runs everything once."""
+    """A record of what runs from now on; the start of a world runs everything once.
+
+    The experts are those of `EXPERT_KERNELS`, whatever a table says.
+    """
+    choices = moe._choices
+    monkeypatch.setattr(
+        moe, "_choices", lambda *args: replace(choices(*args), kernels=EXPERT_KERNELS)
+    )
     record = KernelRecord()
     for name, (module, function, *conditions) in LAUNCHES.items():
         launch = record.recorded(name, getattr(module, function), conditions)
         monkeypatch.setattr(module, function, launch)
+    monkeypatch.setitem(moe.EXPERT_FFNS, "triton", moe._triton_expert_ffn)
     return record
 
 

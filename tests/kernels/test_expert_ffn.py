@@ -134,12 +134,12 @@ def test_stages_fit_where_there_is_less_shared_memory() -> None:
         assert isinstance(config, expert_ffn.FfnConfig)
         for product, num_weights in ((config.gate_up, 2), (config.down, 1)):
             for gpu in (h100, a100):
-                assert expert_ffn.num_stages(product, num_weights, *gpu) == product.num_stages
+                assert expert_ffn.fitting_stages(product, num_weights, *gpu) == product.num_stages
     # Compiled for an L40S, 4 stages of it take 147456 bytes and 3 take 98304.
-    assert expert_ffn.num_stages(expert_ffn.LARGE_CONFIG.gate_up, 2, *l40s) == 3
-    assert expert_ffn.num_stages(expert_ffn.LARGE_CONFIG.down, 1, *l40s) == 3
-    assert expert_ffn.num_stages(expert_ffn.LARGE_CONFIG.down, 1, 101_376, True) == 2
-    assert expert_ffn.num_stages(expert_ffn.LARGE_CONFIG.down, 1, 1024, True) == 1
+    assert expert_ffn.fitting_stages(expert_ffn.LARGE_CONFIG.gate_up, 2, *l40s) == 3
+    assert expert_ffn.fitting_stages(expert_ffn.LARGE_CONFIG.down, 1, *l40s) == 3
+    assert expert_ffn.fitting_stages(expert_ffn.LARGE_CONFIG.down, 1, 101_376, True) == 2
+    assert expert_ffn.fitting_stages(expert_ffn.LARGE_CONFIG.down, 1, 1024, True) == 1
 
 
 @needs_triton
@@ -226,8 +226,9 @@ REAL_ROWS = [1, 2, 7, 8, 32, 64, 128, 256, 500, 1024]
 @needs_gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_rows", REAL_ROWS)
-def test_real_sizes(num_rows: int) -> None:
-    case = Case.random(num_rows, 8, 128, 2048, 768, torch.bfloat16)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2048, 768), (4096, 1536)])
+def test_real_sizes(hidden: int, intermediate: int, num_rows: int) -> None:
+    case = Case.random(num_rows, 8, 128, hidden, intermediate, torch.bfloat16)
     check(case.triton(), case)
     check(moe.summed(moe.expert_ffn(*vars(case).values())), case)
 

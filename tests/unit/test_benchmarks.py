@@ -373,7 +373,7 @@ def test_only_what_ran_on_the_device_is_a_kernel():
 
 def test_the_timeline_is_drawn_the_same_every_time(tmp_path):
     pytest.importorskip("matplotlib")
-    layer = [("attention", 4.0), ("a" * 80, 9.0), *((f"small_{n}", 0.5) for n in range(12))]
+    layer = [("_attention", 4.0), ("a" * 80, 9.0), *((f"small_{n}", 0.5) for n in range(12))]
     kernels, at = [], 0.0
     for name, duration in layer * 6:
         kernels.append(Kernel(name, at, duration))
@@ -383,7 +383,8 @@ def test_the_timeline_is_drawn_the_same_every_time(tmp_path):
     assert second - first == pytest.approx((at - 0.25) / 3)
     colors = kernel_colors(result["steps"])
     assert len(colors) == 10
-    assert list(colors)[:2] == [short_name("a" * 80), "attention"]
+    assert list(colors)[:2] == [short_name("a" * 80), "_attention"]
     for name in ("one.svg", "two.svg"):
         draw_timeline(result, tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert "<!-- attention -->" in (tmp_path / "one.svg").read_text(), "in the legend"

@@ -73,6 +73,33 @@ def test_the_products_references_are_those_of_the_experts() -> None:
     torch.testing.assert_close(found_TH, expected_TH)
 
 
+@pytest.mark.parametrize("product", ["gate_up", "down"])
+def test_a_worker_compiles_with_all_that_a_launch_gives(
+    monkeypatch: pytest.MonkeyPatch, product: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    from moe_engine.kernels import expert_ffn
+
+    class Compiler:
+        """Stands for a kernel."""
+
+        def warmup(self, *arguments: Any, grid: tuple[int], **options: Any) -> None:
+            names = {name for name in parameters if name.isupper()}
+            assert names | {"num_warps", "num_stages", "launch_pdl"} == options.keys()
+            assert len(arguments) == len(parameters) - len(names)
+            compiled.append(options["num_stages"])
+
+    name = f"_{product}_kernel"
+    parameters = getattr(expert_ffn, name).arg_names
+    compiled: list[int] = []
+    monkeypatch.setattr(expert_ffn, name, Compiler())
+    monkeypatch.setattr(expert_ffn, "supports_pdl", lambda device: True)
+    monkeypatch.setattr(expert_ffn, "_stages_on", lambda device, config, weights: 40 + weights)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    tune_moe._compile((product, expert_ffn.LARGE_CONFIG.gate_up, DIMS))
+    assert compiled == [42 if product == "gate_up" else 41], capsys.readouterr().out
+
+
 class TooLarge(Exception):
     """Stands for what Triton raises."""
 

@@ -144,6 +144,12 @@ def test_a_length_whose_repetitions_disagree_gives_way_to_a_shorter_one() -> Non
         {"8": pytest.approx((2.4312 - 0.1108) / 256 * 1e3, abs=1e-4)},
         [],
     )
+    peer = from_lines([*with_raw(**disturbed), BATCH_1 | {"raw": BATCH_8["raw"]}], "2026-11-24")
+    assert peer.unusual_lengths() == {"8": (1, 257)}
+    disturbed["t129"], disturbed["t257"] = [1.3, 1.3], disturbed["t129"]
+    steps_ms, (reason,) = decode_steps_ms(with_raw(**disturbed))
+    assert steps_ms == {}
+    assert "257 tokens" in reason
 
 
 def test_only_the_two_longest_outputs_count() -> None:

@@ -347,6 +347,7 @@ def test_experts_follow_their_table(table: tuning.Table, monkeypatch: pytest.Mon
     monkeypatch.setattr(hopper, "sorts_pairs", lambda *arguments: True)
     monkeypatch.setattr(hopper, "grouped_expert_ffn", grouped)
     monkeypatch.setattr(hopper, "streaming_expert_ffn", lambda *arguments: tiles.append(0))
+    monkeypatch.setitem(moe.EXPERT_FFNS, "triton", lambda *arguments: tiles.append(-1))
 
     def run(num_rows: int) -> int:
         ids_RK = torch.zeros(num_rows, 2, dtype=torch.int32)
@@ -357,6 +358,9 @@ def test_experts_follow_their_table(table: tuning.Table, monkeypatch: pytest.Mon
     steps = ((6, "streaming"), (INF, "grouped"))
     table[ExpertChoices, (64, 64, 8, 2)] = ExpertChoices(steps, ((2, 32), (INF, 16)))
     assert [run(rows) for rows in (6, 7, 8, 9)] == [0, 32, 32, 16]
+    steps = ((6, "streaming"), (7, "triton"), (INF, "grouped"))
+    table[ExpertChoices, (64, 64, 8, 2)] = ExpertChoices(steps, ((INF, 16),))
+    assert [run(rows) for rows in (6, 7, 8)] == [0, -1, 16]
 
 
 @pytest.mark.parametrize("sorts", [False, True])

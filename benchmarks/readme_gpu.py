@@ -128,7 +128,7 @@ def _conditions(
         f"{workload['input']} random tokens, {sampling}; {_distinct(engine['decode'])}. A step is "
         "the mean interval between tokens in the second half of the outputs, where contexts are "
         f"{context:.0f} tokens on average; the median of {workload['repetitions']} repetitions, "
-        f"measured on {engine['date']}.{_prefill(engine['prefill'])}{their_steps} The floor is "
+        f"measured on {engine['date']}{_commit(engine)}.{_prefill(engine['prefill'])}{their_steps} The floor is "
         "the time to read once what a step must read, at the "
         f"{ceilings['read_gb_per_s'] / 1e3:.2f} TB/s at which the same run read. "
         f"Ready after {engine['imports_s']:.1f} s of imports and {engine['start_s']:.1f} s from "
@@ -136,6 +136,15 @@ def _conditions(
         f"weights{their_starts}."
         f"{over_http} torch {ceilings['torch']}."
     )
+
+
+def _commit(engine: dict[str, Any]) -> str:
+    """What was measured; nothing where the JSON does not say."""
+    commit = engine.get("commit")
+    if commit is None:
+        return ""
+    revision, plus, changes = commit.partition("+")
+    return f" at commit {revision[:7]}{plus}{changes}"
 
 
 def _unusual_lengths(peer: Peer) -> str:

@@ -26,7 +26,7 @@ def cuda_extension(device: torch.device) -> ModuleType | None:
         logger.warning(
             "Triton and PyTorch do the work of the CUDA kernels on %s: moe_engine._C cannot be "
             "imported (%s). To see why it was not built: MOE_ENGINE_REQUIRE_CUDA=1 "
-            "pip install -v .",
+            "pip install -v -e .",
             device,
             error,
         )
@@ -47,11 +47,19 @@ def cuda_extension(device: torch.device) -> ModuleType | None:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed; logged once if it is not."""
+    """Whether Triton and our kernels for it are installed; logged once if they are not."""
     if importlib.util.find_spec("triton") is None:
         logger.warning(
             "PyTorch does the work of the Triton kernels: triton is not installed. "
             "The extras [cu12] and [cu13] bring it."
+        )
+        return False
+    if importlib.util.find_spec("moe_engine.kernels") is None:
+        logger.warning(
+            "PyTorch does the work of the Triton kernels: moe_engine.kernels is missing beside %s. "
+            "In a clone whose package was installed without -e, run from another directory, or "
+            "install with pip install -e .",
+            __file__,
         )
         return False
     return True

@@ -58,6 +58,18 @@ print(rms_norm(torch.ones(3), torch.ones(3), 0.0).tolist())
     assert run_python(code, {"triton", "cupy"}) == "[1, 0, 2, 0]\n[1.0, 1.0, 1.0]\n"
 
 
+def test_ops_work_where_a_clone_hides_the_installed_package() -> None:
+    code = """
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "moe_engine.kernels" else real(name)
+from moe_engine.ops import native
+print(native.has_triton())
+"""
+    pytest.importorskip("triton")
+    assert run_python(code, set()) == "False\n"
+
+
 def test_lazy_names_are_listed_and_resolve_to_their_definition() -> None:
     from moe_engine.errors import ConfigError
     from moe_engine.types.sampling import SamplingParams

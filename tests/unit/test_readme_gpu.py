@@ -101,6 +101,7 @@ def test_the_conditions_follow_the_json() -> None:
     skewed = conditions(options=ENGINE["options"] | {"dummy_expert_skew": 1.5})
     assert "dummy weights, tokens routed by Zipf's law with exponent 1.5, prompts" in skewed
     assert "Zipf" not in greedy
+    assert "on 2026-01-02 at commit 12345ab+changes." in conditions(commit="12345abcdef+changes")
     old = conditions(prefill=[{"shape": "16x512", "tok_per_s": 90000.0}])
     assert "slope" not in old
     for state in ("empty", "filled"):

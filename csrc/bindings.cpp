@@ -4,6 +4,7 @@
 
 #include "block_decode.h"
 #include "device.h"
+#include "exchange_bindings.h"
 #include "expert_counts.h"
 #include "grouped_experts.h"
 #include "norm_router.h"
@@ -267,4 +268,5 @@ PYBIND11_MODULE(_C, m) {
         "block_tables_stride"_a, "out"_a, "spans"_a, "tiles"_a, "num_tiles"_a, "num_rows"_a,
         "num_slots"_a, "scale"_a, "max_tiles"_a, "num_heads"_a, "num_kv_heads"_a, "block_size"_a,
         "stream"_a);
+  moe_engine::bind_exchange(m);
 }

@@ -49,6 +49,26 @@ class IllegalTransitionError(MoEEngineError, RuntimeError):
         self.event = event
 
 
+class ExchangeTimeout(MoEEngineError, RuntimeError):
+    """A rank did not send what another one waited for.
+
+    Args:
+        missing: the rank that is to blame.
+        waiter: the first rank that gave it up.
+        phase: ``dispatch`` or ``combine``.
+        number: of the exchange, counted from 1 since the start or the last reset.
+    """
+
+    def __init__(self, missing: int, waiter: int, phase: str, number: int) -> None:
+        super().__init__(
+            f"rank {missing} has sent nothing to rank {waiter} in the {phase} of exchange {number}"
+        )
+        self.missing = missing
+        self.waiter = waiter
+        self.phase = phase
+        self.number = number
+
+
 class EngineDeadError(MoEEngineError, RuntimeError):
     """The engine cannot serve any more; names the rank that failed and carries its traceback.
 

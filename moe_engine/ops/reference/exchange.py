@@ -1,90 +1,102 @@
-"""Dispatch and combine among ranks that are plain lists in one process.
+"""What an exchange moves and adds up, for all ranks at once: the bits that the kernels must give.
 
-What every exchange backend and kernel is judged by: no communication, only its meaning.
-Shape legend: T tokens of one rank, R rows received by one rank, H hidden size, K experts per token.
+Shape legend: N ranks, T tokens of a rank, m tokens that a rank may bring in a step, R = N * m
+slots, H hidden size, E experts of all ranks, K experts per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 
 @dataclass(frozen=True)
-class ReceivedRows:
-    """What one rank receives: rows ordered by source rank, then by token.
+class Tokens:
+    """What a rank brings.
 
     Attributes:
-        x_RH: the tokens, once each however many of their experts live here.
-        slot_ids_RK: int32 local expert slots, -1 for experts of other ranks.
-        weights_RK: float32.
-        sources: (source rank, token index there) of every row.
+        ids_TK: int32, below 0 for no expert.
+        weights_TK: float32.
+    """
+
+    x_TH: torch.Tensor
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """What a rank receives: slot s * m + t holds token t of rank s.
+
+    Attributes:
+        x_RH: zeros where no expert of the rank is wanted.
+        slots_RK: int32 local experts, -1 where the choice is another rank's or there is no token.
+        weights_RK: float32, 0 where the slot is -1.
     """
 
     x_RH: torch.Tensor
-    slot_ids_RK: torch.Tensor
+    slots_RK: torch.Tensor
     weights_RK: torch.Tensor
-    sources: list[tuple[int, int]]
 
 
-def dispatch(
-    x: list[torch.Tensor],
-    expert_ids: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    num_experts: int,
-) -> list[ReceivedRows]:
-    """Send each token to every rank that holds at least one of its experts.
+def dispatch(ranks: Sequence[Tokens], num_experts: int, step_tokens: int) -> list[Arrivals]:
+    """What every rank receives of what all bring.
 
-    Args:
-        x: per rank [T, H]; T may differ and may be 0.
-        expert_ids: per rank integer [T, K] in [0, num_experts), or -1 for no expert.
-        weights: per rank float32 [T, K].
-        num_experts: rank r of W holds experts ``[r * num_experts / W, (r + 1) * num_experts / W)``.
-
-    Example: 2 ranks, 4 experts; a token of rank 0 with experts (1, 3) goes to rank 0 with slots
-    (1, -1) and to rank 1 with slots (-1, 1).
+    Example, 2 ranks with 2 experts each, one token of rank 1 for experts 0 and 3, step_tokens 1:
+    slots are [[-1, -1], [0, -1]] at rank 0 and [[-1, -1], [-1, 1]] at rank 1.
     """
-    num_ranks = len(x)
-    num_local = num_experts // num_ranks
-    received = []
-    for rank in range(num_ranks):
-        first = rank * num_local
-        rows: list[tuple[int, int]] = [
-            (source, token)
-            for source in range(num_ranks)
-            for token, ids in enumerate(expert_ids[source].tolist())
-            if any(first <= expert < first + num_local for expert in ids)
-        ]
-        slots = _pick(expert_ids, rows) - first
-        slots = slots.masked_fill((slots < 0) | (slots >= num_local), -1).to(torch.int32)
-        received.append(ReceivedRows(_pick(x, rows), slots, _pick(weights, rows), rows))
-    return received
+    num_local = num_experts // len(ranks)
+    arrivals = []
+    for rank in range(len(ranks)):
+        parts = []
+        for tokens in ranks:
+            padding = (0, 0, 0, step_tokens - len(tokens.x_TH))
+            local_TK = tokens.ids_TK - rank * num_local
+            is_here_TK = (tokens.ids_TK >= 0) & (local_TK >= 0) & (local_TK < num_local)
+            comes_T1 = is_here_TK.any(dim=1, keepdim=True)
+            pad = torch.nn.functional.pad
+            parts.append(
+                (
+                    pad(torch.where(comes_T1, tokens.x_TH, 0), padding),
+                    pad(torch.where(is_here_TK, local_TK, -1), padding, value=-1),
+                    pad(torch.where(is_here_TK, tokens.weights_TK, 0), padding),
+                )
+            )
+        arrivals.append(Arrivals(*(torch.cat(column) for column in zip(*parts, strict=True))))
+    return arrivals
+
+
+def presum(y_PH: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
+    """A rank's sums [R, H] of its experts' outputs [R * K, H], in float32 by order of choice."""
+    num_slots, top_k = arrivals.slots_RK.shape
+    y_RKH = y_PH.view(num_slots, top_k, -1).float()
+    sum_RH = torch.zeros_like(y_RKH[:, 0])
+    for choice in range(top_k):
+        is_here_R1 = arrivals.slots_RK[:, choice, None] >= 0
+        part_RH = y_RKH[:, choice] * arrivals.weights_RK[:, choice, None]
+        sum_RH = torch.where(is_here_R1, sum_RH + part_RH, sum_RH)
+    return sum_RH.to(y_PH.dtype)
 
 
 def combine(
-    y: list[torch.Tensor], received: list[ReceivedRows], num_tokens: list[int]
+    sums: Sequence[torch.Tensor], ranks: Sequence[Tokens], num_experts: int, step_tokens: int
 ) -> list[torch.Tensor]:
-    """Sum over the ranks, in float32, what their experts made of each token.
+    """Every rank's outputs [T, H], of every rank's sums [R, H]: in float32 by order of the ranks.
 
-    Args:
-        y: per rank [R, H], one row per row of ``received``.
-        received: what `dispatch` returned.
-        num_tokens: T of every rank.
-
-    Returns:
-        Per rank [T, H] in ``y``'s dtype.
+    Example: sums of 1 at rank 0 and 2 at rank 1 for a token with experts at both give 3.
     """
-    width, dtype = y[0].shape[1], y[0].dtype
-    out = [torch.zeros(count, width, dtype=torch.float32) for count in num_tokens]
-    for y_RH, rows in zip(y, received, strict=True):
-        for row, (source, token) in enumerate(rows.sources):
-            out[source][token] += y_RH[row].to(torch.float32)
-    return [out_TH.to(dtype) for out_TH in out]
-
-
-def _pick(by_rank: list[torch.Tensor], rows: list[tuple[int, int]]) -> torch.Tensor:
-    """Rows of several ranks' tensors, [len(rows), width]."""
-    if not rows:
-        return by_rank[0][:0]
-    return torch.stack([by_rank[source][token] for source, token in rows])
+    num_local = num_experts // len(ranks)
+    outputs = []
+    for home, tokens in enumerate(ranks):
+        num_tokens = len(tokens.x_TH)
+        total_TH = torch.zeros_like(tokens.x_TH, dtype=torch.float32)
+        for rank, sum_RH in enumerate(sums):
+            first = home * step_tokens
+            part_TH = sum_RH[first : first + num_tokens].float()
+            is_here_TK = (tokens.ids_TK >= 0) & (tokens.ids_TK // num_local == rank)
+            comes_T1 = is_here_TK.any(dim=1, keepdim=True)
+            total_TH = torch.where(comes_T1, total_TH + part_TH, total_TH)
+        outputs.append(total_TH.to(tokens.x_TH.dtype))
+    return outputs

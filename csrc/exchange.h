@@ -1,0 +1,72 @@
+// Expert parallelism's exchange: tokens to the ranks of their experts, and results back.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "exchange_layout.h"
+
+namespace moe_engine {
+
+enum class ElementType { kBFloat16, kFloat16, kFloat32 };
+
+// The same buffers as this rank sees them, [num_ranks]; its own is among them.
+struct ExchangePeers {
+  char* buffers[kMaxExchangeRanks];
+};
+
+// What a rank's exchange is, from one launch to the next.
+struct ExchangeState {
+  ExchangeLayout layout;
+  int rank;
+  int num_experts;  // of all ranks; each has the same number of them, one after the other
+  ExchangePeers peers;
+  // Of this rank alone: [0] the number of the present exchange, from 1 on, [1] blocks that have
+  // ended it.
+  std::uint32_t* counters;
+  AbortRecord* abort_report;  // of this rank, in memory that the host can read
+  std::int64_t timeout_ns;    // after which a wait is given up
+  int num_blocks;             // that may wait at once: all of them run side by side
+  // Whether kernels that follow may take multiprocessors while this one waits; not where several
+  // ranks share a GPU, as they might take what the rank that is awaited needs.
+  bool next_may_start;
+};
+
+// What travels to the experts. A step's ranks all bring up to `step_tokens` tokens.
+struct DispatchArgs {
+  const void* x;                  // [num_tokens, H], rows side by side
+  const std::int32_t* ids;        // [num_tokens, K], below 0 for no expert
+  const float* weights;           // [num_tokens, K]
+  int num_tokens;
+  int step_tokens;
+  // By packets only; with rows these lie in the buffer. R = N * step_tokens.
+  void* received_x;               // [R, H]; rows of which no choice is here stay as they are
+  std::int32_t* received_slots;   // [R, K], local expert slots, or -1
+  float* received_weights;        // [R, K], 0 where there is no slot
+};
+
+// What travels back.
+struct CombineArgs {
+  ElementType type;
+  const void* y;                  // [R * K, H], a row per choice; or [R, H], summed already
+  bool is_summed;
+  const std::int32_t* slots;      // [R, K], what dispatch has received
+  const float* weights;           // [R, K]
+  const std::int32_t* ids;        // [num_tokens, K], what dispatch has sent
+  void* out;                      // [num_tokens, H]
+  int num_tokens;
+  int step_tokens;
+};
+
+// Each enqueues on `stream` and returns, can be captured in a CUDA graph, and leaves no count to the
+// host. All ranks enqueue the same ones in the same order, with the same step_tokens.
+//
+// With packets: one launch each way, for step_tokens up to the layout's packet_tokens.
+void dispatch_packets(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);
+void combine_packets(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream);
+// With rows: two launches each way, of which the first sends and never waits.
+void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);
+void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream);
+
+}  // namespace moe_engine

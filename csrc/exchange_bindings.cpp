@@ -1,0 +1,136 @@
+// Classes and functions of moe_engine._C for the exchange; addresses are integers, as in bindings.cpp.
+#include "exchange_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "exchange.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace moe_engine {
+namespace {
+
+void check_at_most(const char* name, std::int64_t value, std::int64_t limit) {
+  if (value < 1 || value > limit) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) +
+                                "; it is from 1 to " + std::to_string(limit));
+  }
+}
+
+ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int row_bytes,
+                           int top_k) {
+  check_at_most("num_ranks", num_ranks, kMaxExchangeRanks);
+  check_at_most("top_k", top_k, kMaxExchangeTopK);
+  check_at_most("max_tokens", max_tokens, 1 << 20);
+  check_at_most("packet_tokens", packet_tokens, max_tokens);
+  if (row_bytes < 16 || row_bytes % 16 != 0) {
+    throw std::invalid_argument("row_bytes is " + std::to_string(row_bytes) +
+                                "; it is a multiple of 16");
+  }
+  return ExchangeLayout{num_ranks, max_tokens, packet_tokens, row_bytes, top_k};
+}
+
+ExchangeState make_state(const ExchangeLayout& layout, int rank, int num_experts,
+                         const std::vector<std::uintptr_t>& buffers, std::uintptr_t counters,
+                         std::uintptr_t abort_report, std::int64_t timeout_ns, int num_blocks,
+                         bool next_may_start) {
+  if (buffers.size() != static_cast<std::size_t>(layout.num_ranks)) {
+    throw std::invalid_argument(std::to_string(buffers.size()) + " buffers for " +
+                                std::to_string(layout.num_ranks) + " ranks");
+  }
+  if (num_experts % layout.num_ranks != 0) {
+    throw std::invalid_argument(std::to_string(num_experts) + " experts on " +
+                                std::to_string(layout.num_ranks) + " ranks");
+  }
+  ExchangeState state{};
+  state.layout = layout;
+  state.rank = rank;
+  state.num_experts = num_experts;
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    state.peers.buffers[i] = reinterpret_cast<char*>(buffers[i]);
+  }
+  state.counters = reinterpret_cast<std::uint32_t*>(counters);
+  state.abort_report = reinterpret_cast<AbortRecord*>(abort_report);
+  state.timeout_ns = timeout_ns;
+  state.num_blocks = num_blocks;
+  state.next_may_start = next_may_start;
+  return state;
+}
+
+void dispatch(const ExchangeState& state, bool by_packets, std::uintptr_t x, std::uintptr_t ids,
+              std::uintptr_t weights, int num_tokens, int step_tokens, std::uintptr_t received_x,
+              std::uintptr_t received_slots, std::uintptr_t received_weights,
+              std::uintptr_t stream) {
+  DispatchArgs args{};
+  args.x = reinterpret_cast<const void*>(x);
+  args.ids = reinterpret_cast<const std::int32_t*>(ids);
+  args.weights = reinterpret_cast<const float*>(weights);
+  args.num_tokens = num_tokens;
+  args.step_tokens = step_tokens;
+  args.received_x = reinterpret_cast<void*>(received_x);
+  args.received_slots = reinterpret_cast<std::int32_t*>(received_slots);
+  args.received_weights = reinterpret_cast<float*>(received_weights);
+  (by_packets ? dispatch_packets : dispatch_rows)(state, args,
+                                                  reinterpret_cast<cudaStream_t>(stream));
+}
+
+void combine(const ExchangeState& state, bool by_packets, ElementType type, std::uintptr_t y,
+             bool is_summed, std::uintptr_t slots, std::uintptr_t weights, std::uintptr_t ids,
+             std::uintptr_t out, int num_tokens, int step_tokens, std::uintptr_t stream) {
+  CombineArgs args{};
+  args.type = type;
+  args.y = reinterpret_cast<const void*>(y);
+  args.is_summed = is_summed;
+  args.slots = reinterpret_cast<const std::int32_t*>(slots);
+  args.weights = reinterpret_cast<const float*>(weights);
+  args.ids = reinterpret_cast<const std::int32_t*>(ids);
+  args.out = reinterpret_cast<void*>(out);
+  args.num_tokens = num_tokens;
+  args.step_tokens = step_tokens;
+  (by_packets ? combine_packets : combine_rows)(state, args,
+                                                reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace
+
+void bind_exchange(py::module_& module) {
+  py::enum_<ElementType>(module, "ElementType")
+      .value("BFLOAT16", ElementType::kBFloat16)
+      .value("FLOAT16", ElementType::kFloat16)
+      .value("FLOAT32", ElementType::kFloat32);
+
+  py::class_<ExchangeLayout>(module, "ExchangeLayout")
+      .def(py::init(&make_layout), py::kw_only(), "num_ranks"_a, "max_tokens"_a, "packet_tokens"_a,
+           "row_bytes"_a, "top_k"_a)
+      .def_property_readonly("num_chunks", &ExchangeLayout::num_chunks)
+      .def_property_readonly("dispatch_packets", &ExchangeLayout::dispatch_packets)
+      .def_property_readonly("combine_packets", &ExchangeLayout::combine_packets)
+      .def_property_readonly("abort_at", &ExchangeLayout::abort_at)
+      .def_property_readonly("dispatch_flags_at", &ExchangeLayout::dispatch_flags_at)
+      .def_property_readonly("combine_flags_at", &ExchangeLayout::combine_flags_at)
+      .def_property_readonly("dispatch_inbox_at", &ExchangeLayout::dispatch_inbox_at)
+      .def_property_readonly("combine_inbox_at", &ExchangeLayout::combine_inbox_at)
+      .def_property_readonly("rows_at", &ExchangeLayout::rows_at)
+      .def_property_readonly("slots_at", &ExchangeLayout::slots_at)
+      .def_property_readonly("weights_at", &ExchangeLayout::weights_at)
+      .def_property_readonly("results_at", &ExchangeLayout::results_at)
+      .def_property_readonly("total_bytes", &ExchangeLayout::total_bytes);
+
+  py::class_<ExchangeState>(module, "ExchangeState")
+      .def(py::init(&make_state), py::kw_only(), "layout"_a, "rank"_a, "num_experts"_a, "buffers"_a,
+           "counters"_a, "abort_report"_a, "timeout_ns"_a, "num_blocks"_a, "next_may_start"_a);
+
+  module.def("exchange_dispatch", &dispatch, "state"_a, py::kw_only(), "by_packets"_a, "x"_a,
+             "ids"_a, "weights"_a, "num_tokens"_a, "step_tokens"_a, "received_x"_a,
+             "received_slots"_a, "received_weights"_a, "stream"_a);
+  module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "type"_a,
+             "y"_a, "is_summed"_a, "slots"_a, "weights"_a, "ids"_a, "out"_a, "num_tokens"_a,
+             "step_tokens"_a, "stream"_a);
+}
+
+}  // namespace moe_engine

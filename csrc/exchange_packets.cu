@@ -1,0 +1,389 @@
+// The exchange of few tokens: packets that carry the exchange's number, so that nothing has to be
+// ordered, counted or waited for but the data itself. One launch each way.
+//
+// Each warp takes pieces of rows. It first sends all of its pieces, then waits for those that it has
+// to receive; as all blocks run side by side, nobody waits for a piece that cannot be sent.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "element.cuh"
+#include "exchange_memory.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+
+namespace moe_engine {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// The packets of a row that a warp takes at once.
+template <int kPerLane>
+struct Piece {
+  static constexpr int kPackets = 32 * kPerLane;
+  static __device__ __host__ int count(int num_packets) {
+    return (num_packets + kPackets - 1) / kPackets;
+  }
+};
+
+__device__ __forceinline__ Packet* inbox_row(const ExchangeState& state, int at_rank,
+                                             std::uint32_t epoch, int from_rank, int token) {
+  const ExchangeLayout& layout = state.layout;
+  char* const inbox = state.peers.buffers[at_rank] + layout.dispatch_inbox_at() +
+                      (epoch & 1) * layout.dispatch_inbox_bytes();
+  const std::int64_t row = std::int64_t{from_rank} * layout.packet_tokens + token;
+  return reinterpret_cast<Packet*>(inbox) + row * layout.dispatch_packets();
+}
+
+__device__ __forceinline__ Packet* result_row(const ExchangeState& state, int at_rank,
+                                              int from_rank, int token) {
+  const ExchangeLayout& layout = state.layout;
+  char* const inbox = state.peers.buffers[at_rank] + layout.combine_inbox_at();
+  const std::int64_t row = std::int64_t{from_rank} * layout.packet_tokens + token;
+  return reinterpret_cast<Packet*>(inbox) + row * layout.combine_packets();
+}
+
+// The rank of this lane's choice, or -1; the lanes from top_k on have none.
+__device__ __forceinline__ int rank_of_choice(const std::int32_t* ids_of_token, int top_k,
+                                              int num_local, int lane) {
+  const int id = lane < top_k ? ids_of_token[lane] : -1;
+  return id >= 0 ? id / num_local : -1;
+}
+
+// Word `index` of the message of a token that comes.
+__device__ __forceinline__ std::uint32_t message_word(const DispatchArgs& args,
+                                                      const ExchangeLayout& layout, int token,
+                                                      int index) {
+  if (index == 0) return 1;
+  const std::int64_t first_choice = std::int64_t{token} * layout.top_k;
+  if (index < layout.header_words()) {
+    const int choice = index - 1;
+    return choice < layout.top_k
+               ? static_cast<std::uint32_t>(args.ids[first_choice + choice])
+               : __float_as_uint(args.weights[first_choice + choice - layout.top_k]);
+  }
+  const int word = index - layout.header_words();
+  const std::int64_t row_words = layout.row_bytes / 4;
+  if (word >= row_words) return 0;
+  return reinterpret_cast<const std::uint32_t*>(args.x)[token * row_words + word];
+}
+
+// Puts word `index` of a message where it belongs in slot `slot`.
+__device__ __forceinline__ void place_word(const ExchangeState& state, const DispatchArgs& args,
+                                           std::int64_t slot, int index, std::uint32_t word) {
+  const ExchangeLayout& layout = state.layout;
+  if (index == 0) return;
+  if (index < layout.header_words()) {
+    const int choice = index - 1;
+    const int num_local = state.num_experts / layout.num_ranks;
+    if (choice < layout.top_k) {
+      const int local = static_cast<int>(word) - state.rank * num_local;
+      args.received_slots[slot * layout.top_k + choice] =
+          local >= 0 && local < num_local ? local : -1;
+    } else {
+      args.received_weights[slot * layout.top_k + choice - layout.top_k] = __uint_as_float(word);
+    }
+    return;
+  }
+  const int at = index - layout.header_words();
+  const std::int64_t row_words = layout.row_bytes / 4;
+  if (at >= row_words) return;
+  reinterpret_cast<std::uint32_t*>(args.received_x)[slot * row_words + at] = word;
+}
+
+template <int kPerLane>
+__device__ __forceinline__ void send_tokens(const ExchangeState& state, const DispatchArgs& args,
+                                            std::uint32_t epoch, int warp, int num_warps) {
+  const ExchangeLayout& layout = state.layout;
+  const int lane = threadIdx.x % 32;
+  const int num_packets = layout.dispatch_packets();
+  const int num_pieces = Piece<kPerLane>::count(num_packets);
+  const int num_local = state.num_experts / layout.num_ranks;
+  for (int item = warp; item < args.step_tokens * num_pieces; item += num_warps) {
+    const int token = item / num_pieces;
+    const int first = item % num_pieces * Piece<kPerLane>::kPackets + lane;
+    const bool is_real = token < args.num_tokens;
+    const int goes_to =
+        is_real ? rank_of_choice(args.ids + std::int64_t{token} * layout.top_k, layout.top_k,
+                                 num_local, lane)
+                : -1;
+    Packet packets[kPerLane];
+    if (is_real) {  // before it is known where the token goes, which takes as long
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int packet = first + 32 * i;
+        packets[i].epoch = epoch;
+#pragma unroll
+        for (int w = 0; w < Packet::kWords; ++w) {
+          packets[i].words[w] =
+              packet < num_packets
+                  ? message_word(args, layout, token, packet * Packet::kWords + w)
+                  : 0;
+        }
+      }
+    }
+    // From the next rank on, so that nobody is written to by all at once.
+    for (int i = 1; i <= layout.num_ranks; ++i) {
+      const int to = (state.rank + i) % layout.num_ranks;
+      Packet* const row = inbox_row(state, to, epoch, state.rank, token);
+      if (__any_sync(0xFFFFFFFF, goes_to == to)) {
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          if (first + 32 * j < num_packets) store_packet(row + first + 32 * j, packets[j]);
+        }
+      } else if (first == 0) {
+        store_packet(row, Packet{{0, 0, 0}, epoch});
+      }
+    }
+  }
+}
+
+// Ends early if the exchange is given up.
+template <int kPerLane>
+__device__ __forceinline__ void receive_tokens(const ExchangeState& state, const DispatchArgs& args,
+                                               std::uint32_t epoch, int warp, int num_warps) {
+  const ExchangeLayout& layout = state.layout;
+  const int lane = threadIdx.x % 32;
+  const int num_packets = layout.dispatch_packets();
+  const int num_pieces = Piece<kPerLane>::count(num_packets);
+  Patience patience(state, epoch, AbortRecord::kDispatch);
+  const int num_slots = layout.num_ranks * args.step_tokens;
+  for (int item = warp; item < num_slots * num_pieces; item += num_warps) {
+    const int slot = item / num_pieces;
+    const int piece = item % num_pieces;
+    const int first = piece * Piece<kPerLane>::kPackets + lane;
+    const int source = slot / args.step_tokens;
+    const Packet* const row =
+        inbox_row(state, state.rank, epoch, source, slot % args.step_tokens);
+    Packet packets[kPerLane];
+    bool comes = true;
+    bool is_given_up = false;
+    while (!is_given_up) {
+      // Both at once: whether the token comes, and the packets in case it does.
+      const Packet header = load_packet(row);
+      bool all_here = header.epoch == epoch;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (first + 32 * i < num_packets) {
+          packets[i] = load_packet(row + first + 32 * i);
+          all_here = all_here && packets[i].epoch == epoch;
+        }
+      }
+      comes = header.epoch != epoch || header.words[0] != 0;
+      if (all_here || !comes) break;
+      is_given_up = patience.gives_up(source);
+    }
+    if (__any_sync(0xFFFFFFFF, is_given_up)) return;
+    if (comes) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (first + 32 * i < num_packets) {
+#pragma unroll
+          for (int w = 0; w < Packet::kWords; ++w) {
+            place_word(state, args, slot, (first + 32 * i) * Packet::kWords + w,
+                       packets[i].words[w]);
+          }
+        }
+      }
+    } else if (piece == 0 && lane < layout.top_k) {
+      args.received_slots[std::int64_t{slot} * layout.top_k + lane] = -1;
+      args.received_weights[std::int64_t{slot} * layout.top_k + lane] = 0;
+    }
+  }
+}
+
+// Sends this rank's tokens and receives those for its experts.
+//
+// Shapes, N ranks, m tokens of a step, K choices: x [num_tokens, H], ids int32 and weights float32
+// [num_tokens, K]; received_x [N * m, H], received_slots int32 and received_weights float32
+// [N * m, K], all rows of these two written.
+//
+// Example, 2 ranks with 2 experts each, m = 2, K = 1; rank 0 brings tokens a and b for experts 3
+// and 0, rank 1 brings c for expert 1. Rank 0 receives slots [-1, 0, 1, -1], with b and c in rows 1
+// and 2 of x; rank 1 receives [1, -1, -1, -1], with a in row 0.
+template <int kPerLane>
+__global__ void __launch_bounds__(kThreads)
+    dispatch_packets_kernel(const __grid_constant__ ExchangeState state,
+                            const __grid_constant__ DispatchArgs args) {
+  wait_for_previous_kernels();
+  if (state.next_may_start) let_next_kernel_start();
+  const std::uint32_t epoch = state.counters[0];
+  // Warps of a row's pieces in different blocks, so that one token is sent by many multiprocessors.
+  const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  const int num_warps = kWarps * gridDim.x;
+  send_tokens<kPerLane>(state, args, epoch, warp, num_warps);
+  receive_tokens<kPerLane>(state, args, epoch, warp, num_warps);
+}
+
+// --- combine -------------------------------------------------------------------------------------
+
+// Sums, for each slot with experts here, what they have made of it, and sends it home.
+template <typename T>
+__device__ __forceinline__ void send_results(const ExchangeState& state, const CombineArgs& args,
+                                             std::uint32_t epoch, int warp, int num_warps) {
+  constexpr int kPerWord = 4 / sizeof(T);
+  const ExchangeLayout& layout = state.layout;
+  const int lane = threadIdx.x % 32;
+  const int top_k = layout.top_k;
+  const int num_words = layout.combine_words();
+  const int num_packets = layout.combine_packets();
+  const int num_pieces = Piece<1>::count(num_packets);
+  const auto* const y = reinterpret_cast<const std::uint32_t*>(args.y);
+  const int num_slots = layout.num_ranks * args.step_tokens;
+  for (int item = warp; item < num_slots * num_pieces; item += num_warps) {
+    const int slot = item / num_pieces;
+    const int packet = item % num_pieces * 32 + lane;
+    const std::int64_t first_choice = std::int64_t{slot} * top_k;
+    const int local = lane < top_k ? args.slots[first_choice + lane] : -1;
+    const float weight = lane < top_k ? args.weights[first_choice + lane] : 0;
+    unsigned choices = __ballot_sync(0xFFFFFFFF, local >= 0);
+    if (choices == 0) continue;
+    Packet out{{0, 0, 0}, epoch};
+    float sums[Packet::kWords * kPerWord] = {};
+    while (choices != 0) {
+      const int choice = __ffs(choices) - 1;
+      choices &= choices - 1;
+      const float factor = __shfl_sync(0xFFFFFFFF, weight, choice);
+      const std::int64_t row = args.is_summed ? slot : first_choice + choice;
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) {
+        const int word = packet * Packet::kWords + w;
+        if (word < num_words) {
+          const std::uint32_t bits = y[row * num_words + word];
+          if (args.is_summed) {
+            out.words[w] = bits;
+          } else {
+            add_scaled<T>(&sums[w * kPerWord], bits, factor);
+          }
+        }
+      }
+      if (args.is_summed) break;
+    }
+    if (!args.is_summed) {
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) out.words[w] = pack<T>(&sums[w * kPerWord]);
+    }
+    if (packet < num_packets) {
+      const int home = slot / args.step_tokens;
+      store_packet(result_row(state, home, state.rank, slot % args.step_tokens) + packet, out);
+    }
+  }
+}
+
+// Waits for what all ranks have made of this rank's tokens, and adds it up in their order. Ends early
+// if the exchange is given up.
+template <typename T>
+__device__ __forceinline__ void receive_results(const ExchangeState& state, const CombineArgs& args,
+                                                std::uint32_t epoch, int warp, int num_warps) {
+  constexpr int kPerWord = 4 / sizeof(T);
+  const ExchangeLayout& layout = state.layout;
+  const int lane = threadIdx.x % 32;
+  const int num_words = layout.combine_words();
+  const int num_packets = layout.combine_packets();
+  const int num_pieces = Piece<1>::count(num_packets);
+  const int num_local = state.num_experts / layout.num_ranks;
+  Patience patience(state, epoch, AbortRecord::kCombine);
+  for (int item = warp; item < args.num_tokens * num_pieces; item += num_warps) {
+    const int token = item / num_pieces;
+    const int packet = item % num_pieces * 32 + lane;
+    const bool has_packet = packet < num_packets;
+    const int comes_from = rank_of_choice(args.ids + std::int64_t{token} * layout.top_k,
+                                          layout.top_k, num_local, lane);
+    float sums[Packet::kWords * kPerWord] = {};
+    bool is_given_up = false;
+    for (int from = 0; from < layout.num_ranks; ++from) {
+      if (!__any_sync(0xFFFFFFFF, comes_from == from) || !has_packet) continue;
+      const Packet* const row = result_row(state, state.rank, from, token);
+      Packet part = load_packet(row + packet);
+      while (part.epoch != epoch && !is_given_up) {
+        is_given_up = patience.gives_up(from);
+        part = load_packet(row + packet);
+      }
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) {
+        add<T>(&sums[w * kPerWord], part.words[w]);
+      }
+    }
+    if (__any_sync(0xFFFFFFFF, is_given_up)) return;
+#pragma unroll
+    for (int w = 0; w < Packet::kWords; ++w) {
+      const int word = packet * Packet::kWords + w;
+      if (has_packet && word < num_words) {
+        reinterpret_cast<std::uint32_t*>(args.out)[std::int64_t{token} * num_words + word] =
+            pack<T>(&sums[w * kPerWord]);
+      }
+    }
+  }
+}
+
+// Sums what this rank's experts have made of each token, sends it home, and sums what comes back.
+//
+// Shapes, N ranks, m tokens of a step, K choices: y [N * m * K, H], or [N * m, H] if summed
+// already; slots int32 and weights float32 [N * m, K] as dispatch received them; ids int32
+// [num_tokens, K] as it sent them; out [num_tokens, H]. Sums are in float32, over a rank's choices
+// in their order, rounded to the type of y, then over the ranks in theirs, rounded once.
+//
+// Example, as for dispatch_packets_kernel, with weights 0.5 and experts that double: rank 0 sends
+// b and c back to ranks 0 and 1, rank 1 sends a to rank 0, whose out is [a, b].
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    combine_packets_kernel(const __grid_constant__ ExchangeState state,
+                           const __grid_constant__ CombineArgs args) {
+  wait_for_previous_kernels();
+  if (state.next_may_start) let_next_kernel_start();
+  const std::uint32_t epoch = state.counters[0];
+  const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  const int num_warps = kWarps * gridDim.x;
+  send_results<T>(state, args, epoch, warp, num_warps);
+  receive_results<T>(state, args, epoch, warp, num_warps);
+  end_exchange(state);
+}
+
+int blocks_for(const ExchangeState& state, std::int64_t num_items) {
+  const std::int64_t wanted = (num_items + kWarps - 1) / kWarps;
+  return static_cast<int>(std::clamp<std::int64_t>(wanted, 1, state.num_blocks));
+}
+
+template <int kPerLane>
+void launch_dispatch(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
+  const std::int64_t pieces = Piece<kPerLane>::count(state.layout.dispatch_packets());
+  const int blocks = blocks_for(state, pieces * state.layout.num_ranks * args.step_tokens);
+  launch_dependent("dispatch_packets_kernel", dispatch_packets_kernel<kPerLane>, dim3(blocks),
+                   kThreads, 0, stream, 1, state, args);
+}
+
+template <typename T>
+void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
+  const std::int64_t pieces = Piece<1>::count(state.layout.combine_packets());
+  const int blocks = blocks_for(state, pieces * state.layout.num_ranks * args.step_tokens);
+  launch_dependent("combine_packets_kernel", combine_packets_kernel<T>, dim3(blocks), kThreads, 0,
+                   stream, 1, state, args);
+}
+
+}  // namespace
+
+void dispatch_packets(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
+  // Few packets a lane as long as there are warps for all.
+  const std::int64_t slots = std::int64_t{state.layout.num_ranks} * args.step_tokens;
+  const std::int64_t pieces = slots * Piece<1>::count(state.layout.dispatch_packets());
+  if (pieces <= std::int64_t{2} * state.num_blocks * kWarps) {
+    launch_dispatch<1>(state, args, stream);
+  } else {
+    launch_dispatch<4>(state, args, stream);
+  }
+}
+
+void combine_packets(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
+  switch (args.type) {
+    case ElementType::kBFloat16:
+      return launch_combine<__nv_bfloat16>(state, args, stream);
+    case ElementType::kFloat16:
+      return launch_combine<__half>(state, args, stream);
+    case ElementType::kFloat32:
+      return launch_combine<float>(state, args, stream);
+  }
+}
+
+}  // namespace moe_engine

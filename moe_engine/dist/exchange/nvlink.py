@@ -1,0 +1,255 @@
+"""Exchange by our own kernels, which write into the memory of other ranks (`csrc/exchange.h`).
+
+Shape legend: T tokens that this rank brings, m tokens that a rank may bring in a step, N ranks,
+R = N * m slots, of which slot s * m + t is for token t of rank s, H hidden size, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from moe_engine.dist.buffer import SharedBuffer, virtual_buffers
+from moe_engine.dist.exchange.base import ExpertShard, Received
+from moe_engine.errors import ExchangeTimeout
+from moe_engine.ops import native
+from moe_engine.ops.moe import ExpertOutputs
+
+MAX_TOP_K = 32
+PACKET_TOKENS = 64
+"""Tokens of a rank up to which packets are faster than rows, until that is measured."""
+_PHASES = {1: "dispatch", 2: "combine"}
+_ELEMENT_TYPES = {
+    torch.bfloat16: "BFLOAT16",
+    torch.float16: "FLOAT16",
+    torch.float32: "FLOAT32",
+}
+
+
+@dataclass(frozen=True)
+class ExchangeShape:
+    """What the buffers of an exchange are made for.
+
+    Attributes:
+        max_tokens: that a rank may bring in a step.
+        packet_tokens: up to which steps go by packets.
+    """
+
+    num_ranks: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    dtype: torch.dtype
+    max_tokens: int
+    packet_tokens: int = PACKET_TOKENS
+
+    def __post_init__(self) -> None:
+        """`ValueError` where the kernels cannot move rows like these."""
+        if self.dtype not in _ELEMENT_TYPES:
+            raise ValueError(f"dtype is {self.dtype}; it is one of {list(_ELEMENT_TYPES)}")
+        if self.row_bytes % 16:
+            raise ValueError(
+                f"hidden is {self.hidden}, {self.row_bytes} bytes a row; rows are multiples of 16"
+            )
+        if not 1 <= self.top_k <= MAX_TOP_K:
+            raise ValueError(f"top_k is {self.top_k}; it is from 1 to {MAX_TOP_K}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token."""
+        return self.hidden * self.dtype.itemsize
+
+    def layout(self, library: ModuleType) -> Any:
+        """The `ExchangeLayout` of ``moe_engine._C``."""
+        return library.ExchangeLayout(
+            num_ranks=self.num_ranks,
+            max_tokens=self.max_tokens,
+            packet_tokens=min(self.packet_tokens, self.max_tokens),
+            row_bytes=self.row_bytes,
+            top_k=self.top_k,
+        )
+
+
+class NvlinkDomain:
+    """A rank among those whose memory it can write to, and what they share.
+
+    Args:
+        buffer: of `layout(...).total_bytes`.
+        timeout: seconds after which a rank that does not send is given up.
+        num_blocks: of a kernel that waits; all of them have to run side by side.
+        shares_gpu: whether other ranks run on the same GPU, so that kernels that follow must not
+            take multiprocessors while one waits.
+    """
+
+    def __init__(
+        self,
+        shape: ExchangeShape,
+        shard: ExpertShard,
+        buffer: SharedBuffer,
+        timeout: float,
+        num_blocks: int,
+        shares_gpu: bool = False,
+    ) -> None:
+        device = buffer.own.device
+        library = native.cuda_extension(device)
+        assert library is not None
+        self.shape = shape
+        self.shard = shard
+        self.library = library
+        self.layout = shape.layout(library)
+        assert buffer.own.numel() >= self.layout.total_bytes, buffer.own.shape
+        self._buffer = buffer
+        self._counters = torch.tensor([1, 0], dtype=torch.int32, device=device)
+        # The GPU writes it while the host reads.
+        self._report = torch.zeros(1, dtype=torch.int64).pin_memory()
+        self.state = library.ExchangeState(
+            layout=self.layout,
+            rank=shard.rank,
+            num_experts=shape.num_experts,
+            buffers=list(buffer.addresses),
+            counters=self._counters.data_ptr(),
+            abort_report=self._report.data_ptr(),
+            timeout_ns=round(timeout * 1e9),
+            num_blocks=num_blocks,
+            next_may_start=not shares_gpu,
+        )
+
+    def check(self) -> None:
+        """After the device has ended a step: whether its exchanges were complete.
+
+        Raises:
+            ExchangeTimeout: one was given up; everything since then is worthless, until `reset`.
+        """
+        report = int(self._report[0]) & (1 << 64) - 1
+        if report:
+            epoch, phase = report & 0xFFFFFFFF, report >> 32 & 0xFF
+            waiter, missing = report >> 40 & 0xFF, report >> 48 & 0xFF
+            raise ExchangeTimeout(missing, waiter, _PHASES[phase], epoch)
+
+    def reset(self) -> None:
+        """Begin anew after `ExchangeTimeout`: while no rank has an exchange under way."""
+        self._buffer.own.zero_()
+        self._counters.copy_(torch.tensor([1, 0], dtype=torch.int32))
+        torch.cuda.synchronize(self._buffer.own.device)
+        self._report.zero_()
+
+    def section(self, offset: int, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
+        """A view of this rank's buffer, from a byte on."""
+        num_bytes = dtype.itemsize
+        for size in sizes:
+            num_bytes *= size
+        return self._buffer.own[offset : offset + num_bytes].view(dtype).view(sizes)
+
+
+def virtual_domains(shape: ExchangeShape, device: torch.device, timeout: float = 10.0) -> list[Any]:
+    """All ranks of an exchange, in this process on one GPU; each needs a stream of its own.
+
+    Together their waiting kernels take no more than one block for each multiprocessor.
+    """
+    library = native.cuda_extension(device)
+    assert library is not None
+    buffers = virtual_buffers(shape.num_ranks, shape.layout(library).total_bytes, device)
+    num_blocks = torch.cuda.get_device_properties(device).multi_processor_count // shape.num_ranks
+    return [
+        NvlinkDomain(
+            shape,
+            ExpertShard(shape.num_experts, shape.num_ranks, rank),
+            buffer,
+            timeout,
+            max(1, num_blocks),
+            shares_gpu=True,
+        )
+        for rank, buffer in enumerate(buffers)
+    ]
+
+
+class NvlinkExchange:
+    """The exchange of steps in which every rank brings up to ``step_tokens`` tokens."""
+
+    shards_tokens = True
+    is_capturable = True
+
+    def __init__(self, domain: NvlinkDomain, step_tokens: int) -> None:
+        if not 1 <= step_tokens <= domain.shape.max_tokens:
+            raise ValueError(
+                f"step_tokens is {step_tokens}; it is from 1 to {domain.shape.max_tokens}"
+            )
+        self._domain = domain
+        self._step_tokens = step_tokens
+        self._by_packets = step_tokens <= domain.shape.packet_tokens
+
+    def dispatch(
+        self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Received:
+        """See `Exchange.dispatch`."""
+        domain, shape = self._domain, self._domain.shape
+        num_tokens = len(x_TH)
+        assert num_tokens <= self._step_tokens, (num_tokens, self._step_tokens)
+        assert x_TH.shape[1:] == (shape.hidden,), x_TH.shape
+        assert x_TH.dtype == shape.dtype, x_TH.dtype
+        assert expert_ids_TK.shape == weights_TK.shape == (num_tokens, shape.top_k)
+        assert expert_ids_TK.dtype == torch.int32, expert_ids_TK.dtype
+        assert weights_TK.dtype == torch.float32, weights_TK.dtype
+        x_TH, ids_TK = x_TH.contiguous(), expert_ids_TK.contiguous()
+        received = self._received(x_TH, ids_TK)
+        with torch.cuda.device(x_TH.device):
+            domain.library.exchange_dispatch(
+                domain.state,
+                by_packets=self._by_packets,
+                x=x_TH.data_ptr(),
+                ids=ids_TK.data_ptr(),
+                weights=weights_TK.contiguous().data_ptr(),
+                num_tokens=num_tokens,
+                step_tokens=self._step_tokens,
+                received_x=received.x_RH.data_ptr(),
+                received_slots=received.slot_ids_RK.data_ptr(),
+                received_weights=received.weights_RK.data_ptr(),
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+        return received
+
+    def combine(self, y: torch.Tensor | ExpertOutputs, received: Received) -> torch.Tensor:
+        """See `Exchange.combine`."""
+        domain, shape = self._domain, self._domain.shape
+        ids_TK: torch.Tensor = received.route
+        y_rows = y.y_PH if isinstance(y, ExpertOutputs) else y
+        assert y_rows.dtype == shape.dtype, y_rows.dtype
+        assert y_rows.is_contiguous(), y_rows.stride()
+        out_TH = y_rows.new_empty(len(ids_TK), shape.hidden)
+        with torch.cuda.device(y_rows.device):
+            domain.library.exchange_combine(
+                domain.state,
+                by_packets=self._by_packets,
+                type=getattr(domain.library.ElementType, _ELEMENT_TYPES[shape.dtype]),
+                y=y_rows.data_ptr(),
+                is_summed=isinstance(y, torch.Tensor),
+                slots=received.slot_ids_RK.data_ptr(),
+                weights=received.weights_RK.data_ptr(),
+                ids=ids_TK.data_ptr(),
+                out=out_TH.data_ptr(),
+                num_tokens=len(ids_TK),
+                step_tokens=self._step_tokens,
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+        return out_TH
+
+    def _received(self, x_TH: torch.Tensor, ids_TK: torch.Tensor) -> Received:
+        """Tensors for what arrives: new ones, or those in the buffer where the rows land."""
+        domain, shape, layout = self._domain, self._domain.shape, self._domain.layout
+        num_slots, top_k = shape.num_ranks * self._step_tokens, shape.top_k
+        if self._by_packets:
+            return Received(
+                x_TH.new_empty(num_slots, shape.hidden),
+                ids_TK.new_empty(num_slots, top_k),
+                x_TH.new_empty(num_slots, top_k, dtype=torch.float32),
+                ids_TK,
+            )
+        return Received(
+            domain.section(layout.rows_at, shape.dtype, num_slots, shape.hidden),
+            domain.section(layout.slots_at, torch.int32, num_slots, top_k),
+            domain.section(layout.weights_at, torch.float32, num_slots, top_k),
+            ids_TK,
+        )

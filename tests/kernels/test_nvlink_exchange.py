@@ -1,0 +1,232 @@
+"""The exchange's kernels among virtual ranks on one GPU: bits, graphs, a soak, and who stalls."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkExchange
+from moe_engine.errors import ExchangeTimeout
+from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.reference.exchange import Tokens
+from tests.kernels.virtual_ranks import (
+    VirtualRanks,
+    expected_outputs,
+    random_tokens,
+    scaling_experts,
+)
+
+pytestmark = pytest.mark.usefixtures("needs_hopper")
+
+NUM_RANKS = [1, 2, 3, 4, 8, 16]
+# Of a step, by packets up to 64 and by rows beyond; chunks of a flag are 16.
+STEP_TOKENS = [1, 2, 7, 64, 65, 96, 301]
+ROUTINGS = ["uniform", "zipf", "one expert", "one rank", "nothing"]
+
+
+def shape_of(num_ranks: int, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> ExchangeShape:
+    return ExchangeShape(
+        **{
+            "num_ranks": num_ranks,
+            "num_experts": 48 // num_ranks * num_ranks,
+            "top_k": 8,
+            "hidden": 256,
+            "dtype": dtype,
+            "max_tokens": 301,
+        }
+        | sizes
+    )
+
+
+def choose(shape: ExchangeShape, routing: str, num_tokens: int) -> torch.Tensor:
+    """Ids [T, K], some of them no expert's."""
+    num_experts, top_k = shape.num_experts, shape.top_k
+    scores = torch.rand(num_tokens, num_experts)
+    if routing == "zipf":
+        scores *= 1 / torch.arange(1, num_experts + 1)
+    ids_TK = scores.topk(min(top_k, num_experts)).indices
+    if routing == "one expert":
+        ids_TK = torch.full_like(ids_TK, -1)
+        ids_TK[:, 0] = num_experts - 1
+    if routing == "one rank":
+        ids_TK %= num_experts // shape.num_ranks
+    if routing == "nothing":
+        return torch.full_like(ids_TK, -1)
+    ids_TK[torch.rand(ids_TK.shape) < 0.1] = -1
+    ids_TK[torch.rand(num_tokens) < 0.1] = -1
+    return ids_TK
+
+
+def random_ranks(shape: ExchangeShape, routing: str, step_tokens: int) -> list[Tokens]:
+    """One rank brings all that it may, one nothing, the others anything."""
+    counts = [step_tokens, 0, *torch.randint(0, step_tokens + 1, (shape.num_ranks,)).tolist()]
+    return [
+        random_tokens(shape, count, lambda number: choose(shape, routing, number))
+        for count in counts[: shape.num_ranks]
+    ]
+
+
+def check(world: VirtualRanks, ranks: list[Tokens], step_tokens: int) -> None:
+    shape = world.shape
+    factors_E = torch.randn(shape.num_experts, device="cuda")
+    experts = [scaling_experts(shape, rank, factors_E) for rank in range(shape.num_ranks)]
+    torch.cuda.synchronize()
+    received, outputs = world.exchange(ranks, step_tokens, experts)
+    world.finish()
+    arrivals, expected = expected_outputs(shape, ranks, step_tokens, experts)
+    for found, right in zip(received, arrivals, strict=True):
+        assert torch.equal(found.slot_ids_RK, right.slots_RK)
+        is_here_R = (right.slots_RK >= 0).any(dim=1)
+        is_here_RK = right.slots_RK >= 0
+        assert torch.equal(found.weights_RK[is_here_RK], right.weights_RK[is_here_RK])
+        assert torch.equal(found.x_RH[is_here_R], right.x_RH[is_here_R])
+    for found, right in zip(outputs, expected, strict=True):
+        assert torch.equal(found, right), (found - right).abs().max()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+def test_bits_are_those_of_the_reference(num_ranks: int, routing: str) -> None:
+    world = VirtualRanks(shape_of(num_ranks))
+    for step_tokens in STEP_TOKENS:
+        check(world, random_ranks(world.shape, routing, step_tokens), step_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("num_ranks", [2, 5])
+def test_other_types(num_ranks: int, dtype: torch.dtype) -> None:
+    world = VirtualRanks(shape_of(num_ranks, dtype, num_experts=num_ranks * 9))
+    for step_tokens in (3, 64, 65):
+        check(world, random_ranks(world.shape, "uniform", step_tokens), step_tokens)
+
+
+@pytest.mark.parametrize("hidden", [8, 16, 2048, 2880, 4096, 7168])
+@pytest.mark.parametrize("top_k", [1, 2, 32])
+def test_other_sizes(hidden: int, top_k: int) -> None:
+    shape = shape_of(3, hidden=hidden, top_k=top_k, num_experts=36, max_tokens=100)
+    world = VirtualRanks(shape)
+    for step_tokens in (5, 100):
+        check(world, random_ranks(shape, "uniform", step_tokens), step_tokens)
+
+
+@pytest.mark.parametrize("step_tokens", [4, 64, 200])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
+def test_graphs_take_any_routing(num_ranks: int, step_tokens: int) -> None:
+    world = VirtualRanks(shape_of(num_ranks))
+    shape = world.shape
+    factors_E = torch.randn(shape.num_experts, device="cuda")
+    experts = [scaling_experts(shape, rank, factors_E) for rank in range(num_ranks)]
+    full = [
+        random_tokens(shape, step_tokens, lambda n: choose(shape, "uniform", n))
+        for _ in range(num_ranks)
+    ]
+    graphs, outputs = world.capture(full, step_tokens, experts)
+    for routing in [*ROUTINGS, "uniform"]:
+        for tokens in full:
+            tokens.ids_TK.copy_(choose(shape, routing, step_tokens))
+            tokens.x_TH.normal_()
+        torch.cuda.synchronize()
+        world.replay(graphs)
+        world.finish()
+        _, expected = expected_outputs(shape, full, step_tokens, experts)
+        for found, right in zip(outputs, expected, strict=True):
+            assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "step_tokens", "rounds"), [(2, 8, 10_000), (4, 40, 4000), (8, 100, 2000)]
+)
+def test_a_soak_with_delays(num_ranks: int, step_tokens: int, rounds: int) -> None:
+    """Whole numbers, so that sums are exact and the right ones are cheap; checked on the GPU."""
+    shape = shape_of(num_ranks, torch.float32, hidden=64, num_experts=8 * num_ranks)
+    world = VirtualRanks(shape, timeout=20)
+    factors_E = torch.randint(1, 5, (shape.num_experts,), device="cuda").float()
+    num_wrong = torch.zeros(num_ranks, dtype=torch.int64, device="cuda")
+    graphs = []
+    kept = []
+    for rank, domain in enumerate(world.domains):
+        exchange = NvlinkExchange(domain, step_tokens)
+        experts = scaling_experts(shape, rank, factors_E)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=world.streams[rank]):
+            scores = torch.rand(step_tokens, shape.num_experts, device="cuda")
+            ids_TK = scores.topk(shape.top_k).indices.int()
+            ids_TK = torch.where(scores[:, : shape.top_k] < 0.2, -1, ids_TK)
+            weights_TK = torch.randint(0, 4, (step_tokens, shape.top_k), device="cuda").float()
+            x_TH = torch.randint(-8, 9, (step_tokens, shape.hidden), device="cuda").float()
+            arrived = exchange.dispatch(x_TH, ids_TK, weights_TK)
+            y_PH = experts(arrived)
+            out_TH = exchange.combine(
+                ExpertOutputs(y_PH, arrived.slot_ids_RK, arrived.weights_RK), arrived
+            )
+            factors_TK = torch.where(ids_TK >= 0, factors_E[ids_TK.clamp(min=0)], 0)
+            right_TH = x_TH * (weights_TK * factors_TK).sum(dim=1, keepdim=True)
+            num_wrong[rank] += (out_TH != right_TH).sum()
+        graphs.append(graph)
+        kept.append((arrived, out_TH))
+    delays = torch.randint(0, 200_000, (rounds, num_ranks)) * (torch.rand(rounds, num_ranks) < 0.02)
+    for of_rank in delays.tolist():
+        for graph, stream, cycles in zip(graphs, world.streams, of_rank, strict=True):
+            with torch.cuda.stream(stream):
+                if cycles:
+                    torch.cuda._sleep(int(cycles))
+                graph.replay()
+    world.finish()
+    assert num_wrong.tolist() == [0] * num_ranks
+    assert [int(domain._counters[0]) for domain in world.domains] == [rounds + 1] * num_ranks
+
+
+@pytest.mark.parametrize("step_tokens", [8, 100])
+@pytest.mark.parametrize("phase", ["dispatch", "combine"])
+def test_a_rank_that_stalls_is_named_and_all_go_on_after_a_reset(
+    phase: str, step_tokens: int
+) -> None:
+    num_ranks, stalled = 4, 2
+    world = VirtualRanks(shape_of(num_ranks), timeout=0.2)
+    ranks = random_ranks(world.shape, "uniform", step_tokens)
+    check(world, ranks, step_tokens)
+    full = [
+        random_tokens(world.shape, step_tokens, lambda n: choose(world.shape, "uniform", n))
+        for _ in range(num_ranks)
+    ]
+    for tokens in full:
+        tokens.ids_TK.copy_(torch.rand(step_tokens, world.shape.num_experts).topk(8).indices)
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    exchanges = [NvlinkExchange(domain, step_tokens) for domain in world.domains]
+    received = {}
+    for rank, (exchange, stream) in enumerate(zip(exchanges, world.streams, strict=True)):
+        if phase == "dispatch" and rank == stalled:
+            continue
+        with torch.cuda.stream(stream):
+            received[rank] = exchange.dispatch(
+                full[rank].x_TH, full[rank].ids_TK, full[rank].weights_TK
+            )
+    for rank, arrived in received.items():
+        if rank == stalled:
+            continue
+        with torch.cuda.stream(world.streams[rank]):
+            exchanges[rank].combine(arrived.x_RH, arrived)
+    torch.cuda.synchronize()
+    assert 0.2 <= time.monotonic() - start < 3
+    for rank, domain in enumerate(world.domains):
+        if rank == stalled and phase == "dispatch":
+            continue
+        if rank == stalled:
+            domain.check()  # it has ended its part, and waits for nobody
+            continue
+        with pytest.raises(ExchangeTimeout, match=f"rank {stalled} has sent nothing") as raised:
+            domain.check()
+        assert raised.value.phase == phase
+        assert raised.value.number == 2
+    for domain in world.domains:
+        domain.reset()
+    check(world, ranks, step_tokens)
+
+
+def test_steps_larger_than_the_buffers_are_refused() -> None:
+    world = VirtualRanks(shape_of(2))
+    with pytest.raises(ValueError, match="step_tokens is 302; it is from 1 to 301"):
+        NvlinkExchange(world.domains[0], 302)

@@ -1,0 +1,117 @@
+"""Ranks of an exchange in one process on one GPU, each with a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moe_engine.dist.exchange.base import Received
+from moe_engine.dist.exchange.nvlink import (
+    ExchangeShape,
+    NvlinkDomain,
+    NvlinkExchange,
+    virtual_domains,
+)
+from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.reference import exchange as reference
+from moe_engine.ops.reference.exchange import Arrivals, Tokens
+
+Experts = Callable[[Received], torch.Tensor]
+"""What the experts of a rank make of each of its choices, [R * K, H]."""
+
+
+class VirtualRanks:
+    """All ranks of an exchange of a shape."""
+
+    def __init__(self, shape: ExchangeShape, timeout: float = 5.0) -> None:
+        device = torch.device("cuda", 0)
+        self.shape = shape
+        self.domains: list[NvlinkDomain] = virtual_domains(shape, device, timeout)
+        self.streams = [torch.cuda.Stream(device) for _ in self.domains]
+        torch.cuda.synchronize()
+
+    def exchange(
+        self, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]
+    ) -> tuple[list[Received], list[torch.Tensor]]:
+        """Dispatch, experts, combine; what each rank received and got back, not waited for.
+
+        Enqueued one kind after the other, so that no rank's kernel is behind one that waits for it.
+        """
+        exchanges = [NvlinkExchange(domain, step_tokens) for domain in self.domains]
+        received, made, outputs = [], [], []
+        for exchange, stream, tokens in zip(exchanges, self.streams, ranks, strict=True):
+            with torch.cuda.stream(stream):
+                received.append(exchange.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK))
+        for stream, arrived, work in zip(self.streams, received, experts, strict=True):
+            with torch.cuda.stream(stream):
+                made.append(ExpertOutputs(work(arrived), arrived.slot_ids_RK, arrived.weights_RK))
+        for exchange, stream, y, arrived in zip(
+            exchanges, self.streams, made, received, strict=True
+        ):
+            with torch.cuda.stream(stream):
+                outputs.append(exchange.combine(y, arrived))
+        return received, outputs
+
+    def capture(
+        self, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]
+    ) -> tuple[list[torch.cuda.CUDAGraph], list[torch.Tensor]]:
+        """A graph for each rank of its part of `exchange`, and the outputs that it writes."""
+        graphs, outputs = [], []
+        for rank, domain in enumerate(self.domains):
+            exchange, tokens = NvlinkExchange(domain, step_tokens), ranks[rank]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.streams[rank]):
+                arrived = exchange.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK)
+                y = ExpertOutputs(experts[rank](arrived), arrived.slot_ids_RK, arrived.weights_RK)
+                outputs.append(exchange.combine(y, arrived))
+            graphs.append(graph)
+        return graphs, outputs
+
+    def replay(self, graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
+        """All ranks' graphs side by side, not waited for."""
+        for graph, stream in zip(graphs, self.streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+    def finish(self) -> None:
+        """Wait for all ranks; raises `ExchangeTimeout` if an exchange was given up."""
+        torch.cuda.synchronize()
+        for domain in self.domains:
+            domain.check()
+
+
+def random_tokens(
+    shape: ExchangeShape, num_tokens: int, choose: Callable[[int], torch.Tensor]
+) -> Tokens:
+    """Tokens with random rows and weights and the ids that ``choose(num_tokens)`` says."""
+    x_TH = torch.randn(num_tokens, shape.hidden, device="cuda").to(shape.dtype)
+    weights_TK = torch.rand(num_tokens, shape.top_k, device="cuda")
+    ids_TK = choose(num_tokens).to(device="cuda", dtype=torch.int32).view(-1, shape.top_k)
+    return Tokens(x_TH, ids_TK, weights_TK)
+
+
+def scaling_experts(shape: ExchangeShape, rank: int, factors_E: torch.Tensor) -> Experts:
+    """Experts that multiply by a factor each; NaN for choices that are not of the rank."""
+    num_local = shape.num_experts // shape.num_ranks
+    local_E = factors_E[rank * num_local : (rank + 1) * num_local]
+
+    def work(received: Received) -> torch.Tensor:
+        factors_RK = local_E[received.slot_ids_RK.clamp(min=0)]
+        factors_RK = torch.where(received.slot_ids_RK >= 0, factors_RK, torch.nan)
+        y_RKH = received.x_RH[:, None] * factors_RK[..., None].to(shape.dtype)
+        return y_RKH.flatten(0, 1)
+
+    return work
+
+
+def expected_outputs(
+    shape: ExchangeShape, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]
+) -> tuple[list[Arrivals], list[torch.Tensor]]:
+    """What the reference says that each rank receives and gets back."""
+    arrivals = reference.dispatch(ranks, shape.num_experts, step_tokens)
+    sums = [
+        reference.presum(work(Received(a.x_RH, a.slots_RK, a.weights_RK)), a)
+        for work, a in zip(experts, arrivals, strict=True)
+    ]
+    return arrivals, reference.combine(sums, ranks, shape.num_experts, step_tokens)

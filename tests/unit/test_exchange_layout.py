@@ -1,0 +1,102 @@
+"""The memory that ranks share: sections side by side, large enough, none over another."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_engine.dist.exchange.nvlink import ExchangeShape
+
+if importlib.util.find_spec("moe_engine._C") is None:
+    pytest.skip("moe_engine._C was not built", allow_module_level=True)
+
+from moe_engine import _C
+
+CHUNK_TOKENS = 16
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_ranks=st.integers(1, 128),
+    max_tokens=st.integers(1, 8192),
+    packet_tokens=st.integers(1, 8192),
+    row_bytes=st.integers(1, 1024).map(lambda n: 16 * n),
+    top_k=st.integers(1, 32),
+)
+def test_sections_do_not_overlap(
+    num_ranks: int, max_tokens: int, packet_tokens: int, row_bytes: int, top_k: int
+) -> None:
+    packet_tokens = min(packet_tokens, max_tokens)
+    layout = _C.ExchangeLayout(
+        num_ranks=num_ranks,
+        max_tokens=max_tokens,
+        packet_tokens=packet_tokens,
+        row_bytes=row_bytes,
+        top_k=top_k,
+    )
+    assert layout.num_chunks == -(-max_tokens // CHUNK_TOKENS)
+    # A packet brings 3 words of 4 bytes.
+    assert (
+        3 * layout.dispatch_packets
+        >= 1 + 2 * top_k + row_bytes // 4
+        > 3 * (layout.dispatch_packets - 1)
+    )
+    assert 3 * layout.combine_packets >= row_bytes // 4 > 3 * (layout.combine_packets - 1)
+    flags = 4 * num_ranks * layout.num_chunks
+    needed = [
+        (layout.abort_at, 8),
+        (layout.dispatch_flags_at, flags),
+        (layout.combine_flags_at, flags),
+        (layout.dispatch_inbox_at, 2 * 16 * num_ranks * packet_tokens * layout.dispatch_packets),
+        (layout.combine_inbox_at, 16 * num_ranks * packet_tokens * layout.combine_packets),
+        (layout.rows_at, num_ranks * max_tokens * row_bytes),
+        (layout.slots_at, 4 * num_ranks * max_tokens * top_k),
+        (layout.weights_at, 4 * num_ranks * max_tokens * top_k),
+        (layout.results_at, num_ranks * max_tokens * row_bytes),
+        (layout.total_bytes, 0),
+    ]
+    for (at, num_bytes), (next_at, _) in itertools.pairwise(needed):
+        assert at % 256 == 0
+        assert at + num_bytes <= next_at
+    waste = layout.total_bytes - sum(num_bytes for _, num_bytes in needed)
+    assert waste <= 256 * (len(needed) + 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_ranks": 129}, "num_ranks is 129; it is from 1 to 128"),
+        ({"top_k": 33}, "top_k is 33; it is from 1 to 32"),
+        ({"row_bytes": 24}, "row_bytes is 24; it is a multiple of 16"),
+        ({"packet_tokens": 9}, "packet_tokens is 9; it is from 1 to 8"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: str) -> None:
+    sizes = {"num_ranks": 2, "max_tokens": 8, "packet_tokens": 8, "row_bytes": 32, "top_k": 2}
+    with pytest.raises(ValueError, match=message):
+        _C.ExchangeLayout(**sizes | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.float64}, "dtype is torch.float64; it is one of"),
+        ({"hidden": 12}, "hidden is 12, 24 bytes a row; rows are multiples of 16"),
+        ({"top_k": 0}, "top_k is 0; it is from 1 to 32"),
+    ],
+)
+def test_rows_that_cannot_be_moved_are_refused(changes: dict, message: str) -> None:
+    sizes = {
+        "num_ranks": 2,
+        "num_experts": 4,
+        "top_k": 2,
+        "hidden": 64,
+        "dtype": torch.bfloat16,
+        "max_tokens": 8,
+    }
+    ExchangeShape(**sizes)
+    with pytest.raises(ValueError, match=message):
+        ExchangeShape(**sizes | changes)

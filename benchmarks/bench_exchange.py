@@ -290,9 +290,9 @@ def count_bytes(shape: ExchangeShape, ranks: Sequence[Rank]) -> dict[str, int]:
 
 def report(result: dict[str, Any]) -> None:
     """Print a case in a line."""
+    times = {half: result[f"{half}_us"] for half in ("dispatch", "combine")}
     shares = " ".join(
-        f"{half} {result[f'{half}_us']:7.2f} us ({result['copy_us'][half] / result[f'{half}_us']:.0%})"
-        for half in ("dispatch", "combine")
+        f"{half} {us:7.2f} us ({result['copy_us'][half] / us:.0%})" for half, us in times.items()
     )
     print(
         f"{result['dtype']} {result['routing']:7s} {result['tokens']:5d} tokens, {result['kind']}: "

@@ -20,8 +20,10 @@ struct ExchangePeers {
 struct ExchangeState {
   ExchangeLayout layout;
   int rank;
-  int num_experts;  // of all ranks; each has the same number of them, one after the other
+  int num_local;  // experts of each rank; those of all ranks are numbered one after the other
   ExchangePeers peers;
+  // All ranks in the order in which this one writes to them; it comes last itself.
+  std::uint8_t order[kMaxExchangeRanks];
   // Of this rank alone: [0] the number of the present exchange, from 1 on, [1] blocks that have
   // ended it.
   std::uint32_t* counters;
@@ -35,32 +37,32 @@ struct ExchangeState {
 
 // What travels to the experts. A step's ranks all bring up to `step_tokens` tokens.
 struct DispatchArgs {
-  const void* x;                  // [num_tokens, H], rows side by side
-  const std::int32_t* ids;        // [num_tokens, K], below 0 for no expert
-  const float* weights;           // [num_tokens, K]
+  const void* x;            // [num_tokens, H], rows side by side
+  const std::int32_t* ids;  // [num_tokens, K], below 0 for no expert
+  const float* weights;     // [num_tokens, K]
   int num_tokens;
   int step_tokens;
   // By packets only; with rows these lie in the buffer. R = N * step_tokens.
-  void* received_x;               // [R, H]; rows of which no choice is here stay as they are
-  std::int32_t* received_slots;   // [R, K], local expert slots, or -1
-  float* received_weights;        // [R, K], 0 where there is no slot
+  void* received_x;              // [R, H]; rows of which no choice is here stay as they are
+  std::int32_t* received_slots;  // [R, K], local expert slots, or -1
+  float* received_weights;       // [R, K], 0 where there is no slot
 };
 
 // What travels back.
 struct CombineArgs {
   ElementType type;
-  const void* y;                  // [R * K, H], a row per choice; or [R, H], summed already
+  const void* y;  // [R * K, H], a row per choice; or [R, H], summed already
   bool is_summed;
-  const std::int32_t* slots;      // [R, K], what dispatch has received
-  const float* weights;           // [R, K]
-  const std::int32_t* ids;        // [num_tokens, K], what dispatch has sent
-  void* out;                      // [num_tokens, H]
+  const std::int32_t* slots;  // [R, K], what dispatch has received
+  const float* weights;       // [R, K]
+  const std::int32_t* ids;    // [num_tokens, K], what dispatch has sent
+  void* out;                  // [num_tokens, H]
   int num_tokens;
   int step_tokens;
 };
 
-// Each enqueues on `stream` and returns, can be captured in a CUDA graph, and leaves no count to the
-// host. All ranks enqueue the same ones in the same order, with the same step_tokens.
+// Each enqueues on `stream` and returns, can be captured in a CUDA graph, and leaves no count to
+// the host. All ranks enqueue the same ones in the same order, with the same step_tokens.
 //
 // With packets: one launch each way, for step_tokens up to the layout's packet_tokens.
 void dispatch_packets(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);

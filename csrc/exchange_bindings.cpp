@@ -1,4 +1,5 @@
-// Classes and functions of moe_engine._C for the exchange; addresses are integers, as in bindings.cpp.
+// Classes and functions of moe_engine._C for the exchange; addresses are integers, as in
+// bindings.cpp.
 #include "exchange_bindings.h"
 
 #include <pybind11/stl.h>
@@ -35,24 +36,25 @@ ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int
   return ExchangeLayout{num_ranks, max_tokens, packet_tokens, row_bytes, top_k};
 }
 
-ExchangeState make_state(const ExchangeLayout& layout, int rank, int num_experts,
-                         const std::vector<std::uintptr_t>& buffers, std::uintptr_t counters,
-                         std::uintptr_t abort_report, std::int64_t timeout_ns, int num_blocks,
-                         bool next_may_start) {
+ExchangeState make_state(const ExchangeLayout& layout, int rank, int num_local,
+                         const std::vector<std::uintptr_t>& buffers, const std::vector<int>& order,
+                         std::uintptr_t counters, std::uintptr_t abort_report,
+                         std::int64_t timeout_ns, int num_blocks, bool next_may_start) {
   if (buffers.size() != static_cast<std::size_t>(layout.num_ranks)) {
     throw std::invalid_argument(std::to_string(buffers.size()) + " buffers for " +
                                 std::to_string(layout.num_ranks) + " ranks");
   }
-  if (num_experts % layout.num_ranks != 0) {
-    throw std::invalid_argument(std::to_string(num_experts) + " experts on " +
+  if (order.size() != buffers.size()) {
+    throw std::invalid_argument("the order has " + std::to_string(order.size()) + " of " +
                                 std::to_string(layout.num_ranks) + " ranks");
   }
   ExchangeState state{};
   state.layout = layout;
   state.rank = rank;
-  state.num_experts = num_experts;
+  state.num_local = num_local;
   for (std::size_t i = 0; i < buffers.size(); ++i) {
     state.peers.buffers[i] = reinterpret_cast<char*>(buffers[i]);
+    state.order[i] = static_cast<std::uint8_t>(order[i]);
   }
   state.counters = reinterpret_cast<std::uint32_t*>(counters);
   state.abort_report = reinterpret_cast<AbortRecord*>(abort_report);
@@ -122,8 +124,9 @@ void bind_exchange(py::module_& module) {
       .def_property_readonly("total_bytes", &ExchangeLayout::total_bytes);
 
   py::class_<ExchangeState>(module, "ExchangeState")
-      .def(py::init(&make_state), py::kw_only(), "layout"_a, "rank"_a, "num_experts"_a, "buffers"_a,
-           "counters"_a, "abort_report"_a, "timeout_ns"_a, "num_blocks"_a, "next_may_start"_a);
+      .def(py::init(&make_state), py::kw_only(), "layout"_a, "rank"_a, "num_local"_a, "buffers"_a,
+           "order"_a, "counters"_a, "abort_report"_a, "timeout_ns"_a, "num_blocks"_a,
+           "next_may_start"_a);
 
   module.def("exchange_dispatch", &dispatch, "state"_a, py::kw_only(), "by_packets"_a, "x"_a,
              "ids"_a, "weights"_a, "num_tokens"_a, "step_tokens"_a, "received_x"_a,

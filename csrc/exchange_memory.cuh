@@ -1,8 +1,8 @@
 // Reading and writing the memory that ranks share, and waiting for what a peer writes.
 //
 // Source: PTX ISA 8.8, "Memory Consistency Model", "ld", "st", "fence" and "Special Registers:
-// %globaltimer". Ordinary accesses of 128 bits are single ones (.b128), so a packet is seen whole or
-// not at all.
+// %globaltimer". Ordinary accesses of 128 bits are single ones (.b128), so a packet is seen whole
+// or not at all.
 #pragma once
 
 #include <cstdint>
@@ -48,8 +48,7 @@ __device__ __forceinline__ Packet load_packet(const Packet* from) {
 // After a fence_for_peers() in this thread, or a barrier of the block behind which it was called:
 // what was written before is seen by whoever sees the flag.
 __device__ __forceinline__ void store_flag(std::uint32_t* to, std::uint32_t epoch) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)),
-               "r"(epoch)
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(epoch)
                : "memory");
 }
 
@@ -62,7 +61,9 @@ __device__ __forceinline__ std::uint32_t load_flag(const std::uint32_t* from) {
   return value;
 }
 
-__device__ __forceinline__ void fence_for_peers() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+__device__ __forceinline__ void fence_for_peers() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
 
 // --- giving up -----------------------------------------------------------------------------------
 

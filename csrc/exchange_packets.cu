@@ -1,8 +1,8 @@
 // The exchange of few tokens: packets that carry the exchange's number, so that nothing has to be
 // ordered, counted or waited for but the data itself. One launch each way.
 //
-// Each warp takes pieces of rows. It first sends all of its pieces, then waits for those that it has
-// to receive; as all blocks run side by side, nobody waits for a piece that cannot be sent.
+// Each warp takes pieces of rows. It first sends all of its pieces, then waits for those that it
+// has to receive; as all blocks run side by side, nobody waits for a piece that cannot be sent.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -77,11 +77,10 @@ __device__ __forceinline__ void place_word(const ExchangeState& state, const Dis
   if (index == 0) return;
   if (index < layout.header_words()) {
     const int choice = index - 1;
-    const int num_local = state.num_experts / layout.num_ranks;
     if (choice < layout.top_k) {
-      const int local = static_cast<int>(word) - state.rank * num_local;
+      const int local = static_cast<int>(word) - state.rank * state.num_local;
       args.received_slots[slot * layout.top_k + choice] =
-          local >= 0 && local < num_local ? local : -1;
+          local >= 0 && local < state.num_local ? local : -1;
     } else {
       args.received_weights[slot * layout.top_k + choice - layout.top_k] = __uint_as_float(word);
     }
@@ -100,15 +99,13 @@ __device__ __forceinline__ void send_tokens(const ExchangeState& state, const Di
   const int lane = threadIdx.x % 32;
   const int num_packets = layout.dispatch_packets();
   const int num_pieces = Piece<kPerLane>::count(num_packets);
-  const int num_local = state.num_experts / layout.num_ranks;
   for (int item = warp; item < args.step_tokens * num_pieces; item += num_warps) {
     const int token = item / num_pieces;
     const int first = item % num_pieces * Piece<kPerLane>::kPackets + lane;
     const bool is_real = token < args.num_tokens;
-    const int goes_to =
-        is_real ? rank_of_choice(args.ids + std::int64_t{token} * layout.top_k, layout.top_k,
-                                 num_local, lane)
-                : -1;
+    const int goes_to = is_real ? rank_of_choice(args.ids + std::int64_t{token} * layout.top_k,
+                                                 layout.top_k, state.num_local, lane)
+                                : -1;
     Packet packets[kPerLane];
     if (is_real) {  // before it is known where the token goes, which takes as long
 #pragma unroll
@@ -117,16 +114,14 @@ __device__ __forceinline__ void send_tokens(const ExchangeState& state, const Di
         packets[i].epoch = epoch;
 #pragma unroll
         for (int w = 0; w < Packet::kWords; ++w) {
-          packets[i].words[w] =
-              packet < num_packets
-                  ? message_word(args, layout, token, packet * Packet::kWords + w)
-                  : 0;
+          packets[i].words[w] = packet < num_packets
+                                    ? message_word(args, layout, token, packet * Packet::kWords + w)
+                                    : 0;
         }
       }
     }
-    // From the next rank on, so that nobody is written to by all at once.
-    for (int i = 1; i <= layout.num_ranks; ++i) {
-      const int to = (state.rank + i) % layout.num_ranks;
+    for (int i = 0; i < layout.num_ranks; ++i) {
+      const int to = state.order[i];
       Packet* const row = inbox_row(state, to, epoch, state.rank, token);
       if (__any_sync(0xFFFFFFFF, goes_to == to)) {
 #pragma unroll
@@ -155,8 +150,7 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
     const int piece = item % num_pieces;
     const int first = piece * Piece<kPerLane>::kPackets + lane;
     const int source = slot / args.step_tokens;
-    const Packet* const row =
-        inbox_row(state, state.rank, epoch, source, slot % args.step_tokens);
+    const Packet* const row = inbox_row(state, state.rank, epoch, source, slot % args.step_tokens);
     Packet packets[kPerLane];
     bool comes = true;
     bool is_given_up = false;
@@ -272,8 +266,8 @@ __device__ __forceinline__ void send_results(const ExchangeState& state, const C
   }
 }
 
-// Waits for what all ranks have made of this rank's tokens, and adds it up in their order. Ends early
-// if the exchange is given up.
+// Waits for what all ranks have made of this rank's tokens, and adds it up in their order. Ends
+// early if the exchange is given up.
 template <typename T>
 __device__ __forceinline__ void receive_results(const ExchangeState& state, const CombineArgs& args,
                                                 std::uint32_t epoch, int warp, int num_warps) {
@@ -283,14 +277,13 @@ __device__ __forceinline__ void receive_results(const ExchangeState& state, cons
   const int num_words = layout.combine_words();
   const int num_packets = layout.combine_packets();
   const int num_pieces = Piece<1>::count(num_packets);
-  const int num_local = state.num_experts / layout.num_ranks;
   Patience patience(state, epoch, AbortRecord::kCombine);
   for (int item = warp; item < args.num_tokens * num_pieces; item += num_warps) {
     const int token = item / num_pieces;
     const int packet = item % num_pieces * 32 + lane;
     const bool has_packet = packet < num_packets;
     const int comes_from = rank_of_choice(args.ids + std::int64_t{token} * layout.top_k,
-                                          layout.top_k, num_local, lane);
+                                          layout.top_k, state.num_local, lane);
     float sums[Packet::kWords * kPerWord] = {};
     bool is_given_up = false;
     for (int from = 0; from < layout.num_ranks; ++from) {

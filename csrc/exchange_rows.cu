@@ -77,17 +77,16 @@ __device__ __forceinline__ void send_choices(const ExchangeState& state, const D
                                              int token, int lane) {
   const ExchangeLayout& layout = state.layout;
   if (lane >= layout.top_k) return;
-  const int num_local = state.num_experts / layout.num_ranks;
   const std::int64_t source = std::int64_t{token} * layout.top_k + lane;
   const bool is_real = token < args.num_tokens;
   const int id = is_real ? args.ids[source] : -1;
   const float weight = is_real ? args.weights[source] : 0;
   const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
-  for (int i = 1; i <= layout.num_ranks; ++i) {
-    const int to = (state.rank + i) % layout.num_ranks;
+  for (int i = 0; i < layout.num_ranks; ++i) {
+    const int to = state.order[i];
     char* const buffer = state.peers.buffers[to];
-    const int local = id - to * num_local;
-    const bool is_there = id >= 0 && local >= 0 && local < num_local;
+    const int local = id - to * state.num_local;
+    const bool is_there = id >= 0 && local >= 0 && local < state.num_local;
     const std::int64_t at = slot * layout.top_k + lane;
     reinterpret_cast<std::int32_t*>(buffer + layout.slots_at())[at] = is_there ? local : -1;
     reinterpret_cast<float*>(buffer + layout.weights_at())[at] = is_there ? weight : 0;
@@ -101,13 +100,12 @@ __device__ __forceinline__ void send_rows(const ExchangeState& state, const Disp
   const ExchangeLayout& layout = state.layout;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int num_local = state.num_experts / layout.num_ranks;
   // Of the two tokens those that go somewhere, one after the other.
   static_assert(kTokensPerWarp == 2);
   const auto rank_of_choice = [&](int token) {
     const bool is_real = token < args.num_tokens && lane < layout.top_k;
     const int id = is_real ? args.ids[std::int64_t{token} * layout.top_k + lane] : -1;
-    return id >= 0 ? id / num_local : -1;
+    return id >= 0 ? id / state.num_local : -1;
   };
   int goes_to = rank_of_choice(first_token);
   int next_goes_to = rank_of_choice(first_token + 1);
@@ -126,9 +124,8 @@ __device__ __forceinline__ void send_rows(const ExchangeState& state, const Disp
     if (lane != 0 || piece >= num_pieces) return;
     const int stage = (turn + piece) % kStages;
     std::uint64_t* const barrier = &shared.loaded[warp][stage];
-    const char* const row =
-        static_cast<const char*>(args.x) +
-        std::int64_t{first_token + piece / per_row} * layout.row_bytes;
+    const char* const row = static_cast<const char*>(args.x) +
+                            std::int64_t{first_token + piece / per_row} * layout.row_bytes;
     barrier_arrive_expecting(barrier, piece_bytes(piece));
     copy_row(shared_address(shared.pieces[warp][stage]), row + piece % per_row * kPieceBytes,
              piece_bytes(piece), barrier);
@@ -140,12 +137,12 @@ __device__ __forceinline__ void send_rows(const ExchangeState& state, const Disp
     if (piece == per_row) goes_to = next_goes_to;
     const int token = first_token + piece / per_row;
     const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
-    for (int i = 1; i <= layout.num_ranks; ++i) {
-      const int to = (state.rank + i) % layout.num_ranks;
+    for (int i = 0; i < layout.num_ranks; ++i) {
+      const int to = state.order[i];
       if (__any_sync(0xFFFFFFFF, goes_to == to) && lane == 0) {
         char* const row = state.peers.buffers[to] + layout.rows_at() + slot * layout.row_bytes;
-        copy_out(row + piece % per_row * kPieceBytes,
-                 shared_address(shared.pieces[warp][stage]), piece_bytes(piece));
+        copy_out(row + piece % per_row * kPieceBytes, shared_address(shared.pieces[warp][stage]),
+                 piece_bytes(piece));
       }
     }
     if (lane == 0) {
@@ -213,8 +210,8 @@ __global__ void __launch_bounds__(kWaitThreads)
   const int num_chunks = num_step_chunks(step_tokens);
   for (int i = threadIdx.x; i < state.layout.num_ranks * num_chunks; i += kWaitThreads) {
     const int source = i / num_chunks;
-    const std::uint32_t* const from = flag(state, state.layout.dispatch_flags_at(), state.rank,
-                                           source, i % num_chunks);
+    const std::uint32_t* const from =
+        flag(state, state.layout.dispatch_flags_at(), state.rank, source, i % num_chunks);
     if (!wait_for_flag(from, epoch, patience, source)) return;
   }
 }
@@ -242,8 +239,8 @@ struct Sums {
   }
 
   __device__ __forceinline__ uint4 packed() const {
-    return make_uint4(pack<T>(&values[0]), pack<T>(&values[kPerWord]), pack<T>(&values[2 * kPerWord]),
-                      pack<T>(&values[3 * kPerWord]));
+    return make_uint4(pack<T>(&values[0]), pack<T>(&values[kPerWord]),
+                      pack<T>(&values[2 * kPerWord]), pack<T>(&values[3 * kPerWord]));
   }
 };
 
@@ -310,7 +307,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32;
   const int num_chunks = num_step_chunks(args.step_tokens);
   for (int item = blockIdx.x; item < layout.num_ranks * num_chunks; item += gridDim.x) {
-    const int home = (state.rank + 1 + item / num_chunks) % layout.num_ranks;
+    const int home = state.order[item / num_chunks];
     const int chunk = item % num_chunks;
     char* const results = state.peers.buffers[home] + layout.results_at();
     for (int i = 0; i < kTokensPerWarp; ++i) {
@@ -346,7 +343,6 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int num_pieces = layout.row_bytes / 16;
-  const int num_local = state.num_experts / layout.num_ranks;
   const char* const results = state.peers.buffers[state.rank] + layout.results_at();
   Patience patience(state, epoch, AbortRecord::kCombine);
   for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {
@@ -360,7 +356,7 @@ __global__ void __launch_bounds__(kThreads)
       const int token = chunk * kChunkTokens + warp * kTokensPerWarp + t;
       if (token >= args.num_tokens) break;
       const int id = lane < layout.top_k ? args.ids[std::int64_t{token} * layout.top_k + lane] : -1;
-      const int comes_from = id >= 0 ? id / num_local : -1;
+      const int comes_from = id >= 0 ? id / state.num_local : -1;
       auto* const out = static_cast<uint4*>(args.out) + std::int64_t{token} * num_pieces;
       for (int first = 0; first < num_pieces; first += 32) {
         const int i = first + lane;
@@ -399,10 +395,10 @@ void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStr
   CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   kSharedBytes));
   launch_dependent("send_rows_kernel", send_rows_kernel,
-                   dim3(chunk_blocks(state, args.step_tokens, 1)), kThreads, kSharedBytes, stream, 1,
-                   state, args);
-  launch_dependent("wait_for_rows_kernel", wait_for_rows_kernel, dim3(1), kWaitThreads, 0, stream, 1,
-                   state, args.step_tokens);
+                   dim3(chunk_blocks(state, args.step_tokens, 1)), kThreads, kSharedBytes, stream,
+                   1, state, args);
+  launch_dependent("wait_for_rows_kernel", wait_for_rows_kernel, dim3(1), kWaitThreads, 0, stream,
+                   1, state, args.step_tokens);
 }
 
 void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {

@@ -7,15 +7,12 @@ GPU, have theirs side by side in one tensor.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# Read by PyTorch when buffers are shared. The kernels have no use for a multicast object, and not
-# every system that offers one can make it.
-_NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+from moe_engine import env
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ def symmetric_buffer(
     """
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    os.environ.setdefault(_NO_MULTICAST, "1")
+    env.share_without_multicast()
     own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
     own.zero_()
     torch.cuda.synchronize(device)

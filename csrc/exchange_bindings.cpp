@@ -101,12 +101,13 @@ void combine(const ExchangeState& state, bool by_packets, ElementType type, std:
 }  // namespace
 
 void bind_exchange(py::module_& module) {
-  py::enum_<ElementType>(module, "ElementType")
+  // Local to this build of the module, of which a process may load several.
+  py::enum_<ElementType>(module, "ElementType", py::module_local())
       .value("BFLOAT16", ElementType::kBFloat16)
       .value("FLOAT16", ElementType::kFloat16)
       .value("FLOAT32", ElementType::kFloat32);
 
-  py::class_<ExchangeLayout>(module, "ExchangeLayout")
+  py::class_<ExchangeLayout>(module, "ExchangeLayout", py::module_local())
       .def(py::init(&make_layout), py::kw_only(), "num_ranks"_a, "max_tokens"_a, "packet_tokens"_a,
            "row_bytes"_a, "top_k"_a)
       .def_property_readonly("num_chunks", &ExchangeLayout::num_chunks)
@@ -123,7 +124,7 @@ void bind_exchange(py::module_& module) {
       .def_property_readonly("results_at", &ExchangeLayout::results_at)
       .def_property_readonly("total_bytes", &ExchangeLayout::total_bytes);
 
-  py::class_<ExchangeState>(module, "ExchangeState")
+  py::class_<ExchangeState>(module, "ExchangeState", py::module_local())
       .def(py::init(&make_state), py::kw_only(), "layout"_a, "rank"_a, "num_local"_a, "buffers"_a,
            "order"_a, "counters"_a, "abort_report"_a, "timeout_ns"_a, "num_blocks"_a,
            "next_may_start"_a);

@@ -135,15 +135,20 @@ class ExchangeConfig:
     exchange: str = option(
         "auto",
         "dispatch/combine backend",
-        choices=("auto", "local", "replicated", "collective"),
+        choices=("auto", "local", "replicated", "collective", "nvlink"),
     )
     replicated_max_tokens: int = option(
         64, "auto picks the replicated backend (pure TP) up to this many tokens a step"
+    )
+    exchange_timeout: float = option(
+        10.0, "nvlink: seconds after which a rank that sends nothing ends the engine"
     )
 
     def __post_init__(self) -> None:
         check_options(self)
         check_at_least(self, 0, "replicated_max_tokens")
+        if not self.exchange_timeout > 0:
+            raise ConfigError(f"exchange_timeout is {self.exchange_timeout}; it must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +217,8 @@ class EngineConfig:
         """Raise `ConfigError` for an exchange backend that the layout does not allow."""
         exchange, parallel = self.exchange.exchange, self.parallel
         layout = f"attention_tp {parallel.attention_tp} x attention_dp {parallel.attention_dp}"
+        if exchange == "nvlink" and self.device == "cpu":
+            raise ConfigError("exchange is 'nvlink', which needs device cuda, not cpu")
         if exchange == "local" and parallel.world_size > 1:
             raise ConfigError(f"exchange is 'local', which needs one rank, not {layout}")
         if exchange == "replicated" and parallel.attention_dp > 1:

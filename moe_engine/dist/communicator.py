@@ -37,6 +37,11 @@ class Communicator:
         self.rank = rank
         self._group = group
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Torch's, None where there is but one rank."""
+        return self._group
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; returns ``x``."""
         if self.size > 1:

@@ -9,6 +9,7 @@ Shape legend: R rows, K alternatives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -79,6 +80,7 @@ class PendingStep:
         logprobs: of the sampled tokens that want them.
         prompt_logprobs: (sequence, first position, log-probabilities from there on, in pieces).
         done: recorded behind everything; None on a CPU, where all is done already.
+        check: raises what the device has noticed itself; called once the step is done.
     """
 
     step_id: int
@@ -89,15 +91,19 @@ class PendingStep:
     logprobs: PendingLogprobs | None = None
     prompt_logprobs: list[tuple[int, int, list[PendingLogprobs]]] = field(default_factory=list)
     done: torch.cuda.Event | None = None
+    check: Callable[[], None] | None = None
 
     def result(self) -> StepResult | None:
         """Wait for the step; its DP group's result on TP rank 0, None elsewhere or if idle.
 
         Raises:
             RuntimeError: the device has failed in this step or before.
+            ExchangeTimeout: it has waited in vain for another rank's.
         """
         if self.done is not None:
             self.done.synchronize()
+        if self.check is not None:
+            self.check()
         if not self.is_reported:
             return None
         result = StepResult(self.step_id, self.dp_group)

@@ -80,6 +80,7 @@ class StepProfiler:
         model: Qwen3MoeForCausalLM,
         kv: KVCache,
         groups: ParallelGroups,
+        exchange: ExchangeSelector,
         max_model_len: int,
         device: torch.device,
     ) -> None:
@@ -90,7 +91,7 @@ class StepProfiler:
         self._groups = groups
         self._max_model_len = max_model_len
         self._device = device
-        self._exchange = ExchangeSelector(config.exchange, groups, model_config.num_experts)
+        self._exchange = exchange
 
     @torch.inference_mode()
     def measure(self, *, with_graphs: bool) -> StepMemory:

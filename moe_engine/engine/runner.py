@@ -44,6 +44,7 @@ class ModelRunner:
         model: Qwen3MoeForCausalLM,
         kv: KVCache,
         groups: ParallelGroups,
+        exchange: ExchangeSelector,
         max_model_len: int,
         device: torch.device,
     ) -> None:
@@ -53,7 +54,7 @@ class ModelRunner:
         self._kv = kv
         self._groups = groups
         self._device = device
-        self._exchange = ExchangeSelector(config.exchange, groups, model_config.num_experts)
+        self._exchange = exchange
         self._table = SequenceTable(self._max_num_seqs, max_model_len, kv.block_size, device)
         self._sampler = Sampler(model_config.vocab_size, device)
         self._sequences: dict[int, NewSequence] = {}
@@ -108,7 +109,7 @@ class ModelRunner:
         self._update_sequences(group)
         slots = self._table.advance(group.steps)
         is_reported = layout.tp_rank == 0 and bool(group.steps)
-        pending = PendingStep(plan.step_id, layout.dp_rank, is_reported)
+        pending = PendingStep(plan.step_id, layout.dp_rank, is_reported, check=self._exchange.check)
         size = self._graph_size(group)
         if size is not None:
             self._replay(size, group.steps, slots, pending)

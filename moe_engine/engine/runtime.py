@@ -18,6 +18,8 @@ from moe_engine.checkpoint.reader import Checkpoint
 from moe_engine.checkpoint.skew import skew_routers
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.hf import load_model_config
+from moe_engine.dist.exchange import ExchangeSelector, tokens_of_a_rank
+from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkDomain, join_domain
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.engine import memory
@@ -102,6 +104,7 @@ class RankRuntime:
         needed = memory.weight_bytes(self.model_config, self.config, self.dtype)
         ranks_here = self._place.local_world_size if self.device.type == "cpu" else 1
         memory.check_weights_fit(needed, self._free_at_start, ranks_here)
+        self.exchange = self._make_exchange()
         context = LayerContext(self.model_config, self.groups, self.dtype, self.device)
         self._model = Qwen3MoeForCausalLM(context)
         specs = list(self._model.weight_specs())
@@ -151,6 +154,7 @@ class RankRuntime:
             self._model,
             kv,
             self.groups,
+            self.exchange,
             self.max_model_len,
             self.device,
         )
@@ -164,6 +168,7 @@ class RankRuntime:
             activations=self._steps.activations,
             graphs_reserved=self._steps.graphs,
             graphs=graphs,
+            exchange=self.exchange.num_bytes,
             kv_cache=num_blocks * self.budget.block_bytes,
             free=free,
         )
@@ -179,6 +184,31 @@ class RankRuntime:
         """Whether steps are CUDA graphs; only compiled kernels can be captured."""
         return self.config.cuda_graphs and self.device.type == "cuda" and native.has_triton()
 
+    def _make_exchange(self) -> ExchangeSelector:
+        """The backends that steps may use, and the memory that they share (a collective)."""
+        domain = None
+        if self.config.exchange.exchange == "nvlink":
+            domain = self._join_domain(
+                ExchangeShape(
+                    num_ranks=self.layout.world_size,
+                    num_experts=self.model_config.num_experts,
+                    top_k=self.model_config.num_experts_per_tok,
+                    hidden=self.model_config.hidden_size,
+                    dtype=self.dtype,
+                    max_tokens=tokens_of_a_rank(
+                        self.config.scheduler.max_num_batched_tokens, self.layout.attention_tp
+                    ),
+                )
+            )
+        return ExchangeSelector(
+            self.config.exchange, self.groups, self.model_config.num_experts, domain
+        )
+
+    def _join_domain(self, shape: ExchangeShape) -> NvlinkDomain:
+        return join_domain(
+            shape, self.groups.ep, self.device, self.config.exchange.exchange_timeout
+        )
+
     def _start_compiling(self) -> Precompilation | None:
         """Compile, in the background, whatever serving will launch (a collective)."""
         if self.device.type != "cuda" or not native.has_triton():
@@ -189,6 +219,7 @@ class RankRuntime:
             self._model,
             self._kv_cache(1),
             self.groups,
+            self.exchange,
             self.max_model_len,
             self.device,
             with_graphs=self.uses_graphs,
@@ -208,6 +239,7 @@ class RankRuntime:
             self._model,
             self._kv_cache(1),
             self.groups,
+            self.exchange,
             self.max_model_len,
             self.device,
         )

@@ -38,6 +38,8 @@ def memory_lines(ledger: MemoryLedger) -> list[str]:
     ]
     if ledger.total:
         graphs, reserved = size(ledger.graphs), size(ledger.graphs_reserved)
+        if ledger.exchange:
+            lines[0] += f", exchange {size(ledger.exchange)}"
         lines += [
             f"          CUDA graphs {graphs} ({reserved} reserved), free {size(ledger.free)}, "
             f"of which steps take up to {size(ledger.activations)}",

@@ -59,6 +59,7 @@ class StepSweep:
         model: Qwen3MoeForCausalLM,
         kv: KVCache,
         groups: ParallelGroups,
+        exchange: ExchangeSelector,
         max_model_len: int,
         device: torch.device,
         *,
@@ -72,7 +73,7 @@ class StepSweep:
         self._max_model_len = max_model_len
         self._device = device
         self._with_graphs = with_graphs
-        self._exchange = ExchangeSelector(config.exchange, groups, model_config.num_experts)
+        self._exchange = exchange
 
     def __call__(self) -> None:
         """Run all of them."""

@@ -101,6 +101,7 @@ class MemoryLedger(Message, frozen=True):
             0 on a CPU.
         graphs_reserved: kept free for the CUDA graphs when the KV cache was sized.
         graphs: what capturing them took.
+        exchange: buffers that ranks share, computed from the largest step.
         kv_cache: computed from the number of blocks.
         free: once everything is up.
     """
@@ -111,6 +112,7 @@ class MemoryLedger(Message, frozen=True):
     activations: int = 0
     graphs_reserved: int = 0
     graphs: int = 0
+    exchange: int = 0
     kv_cache: int = 0
     free: int = 0
 

@@ -10,6 +10,7 @@ from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import RankLayout, split_evenly
 from moe_engine.ops.moe import expert_ffn, summed
 from moe_engine.ops.reference import exchange as reference
+from moe_engine.ops.reference.exchange import Tokens
 from tests.dist.ranks import run_on_ranks
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 16, 8, 8, 3
@@ -112,23 +113,25 @@ def test_local_exchange_moves_nothing():
 def test_reference_sends_one_copy_per_rank_and_sums_all_experts():
     counts = [5, 0, 3, 1]
     gate_up, down, _, _, _ = weights_and_tokens(7, 0, "random")
-    brought = [weights_and_tokens(20 + r, n, "random")[2:] for r, n in enumerate(counts)]
-    x, ids, weights = (list(column) for column in zip(*brought, strict=True))
-    received = reference.dispatch(x, ids, weights, EXPERTS)
-    copies = sum(len({expert // 2 for expert in row}) for i in ids for row in i.tolist())
-    assert sum(rows.x_RH.shape[0] for rows in received) == copies
-    y = [
+    ranks = [Tokens(*weights_and_tokens(20 + r, n, "random")[2:]) for r, n in enumerate(counts)]
+    arrivals = reference.dispatch(ranks, EXPERTS, max(counts))
+    copies = sum(len({expert // 2 for expert in row}) for t in ranks for row in t.ids_TK.tolist())
+    assert sum(int((a.slots_RK >= 0).any(dim=1).sum()) for a in arrivals) == copies
+    sums = [
         summed(
             expert_ffn(
-                rows.x_RH,
-                rows.slot_ids_RK,
-                rows.weights_RK,
+                arrived.x_RH,
+                arrived.slots_RK,
+                arrived.weights_RK,
                 gate_up[2 * rank : 2 * rank + 2],
                 down[2 * rank : 2 * rank + 2],
             )
         )
-        for rank, rows in enumerate(received)
+        for rank, arrived in enumerate(arrivals)
     ]
-    for rank, out in enumerate(reference.combine(y, received, counts)):
-        expected = summed(expert_ffn(x[rank], ids[rank], weights[rank], gate_up, down))
+    outputs = reference.combine(sums, ranks, EXPERTS, max(counts))
+    for tokens, out in zip(ranks, outputs, strict=True):
+        expected = summed(
+            expert_ffn(tokens.x_TH, tokens.ids_TK, tokens.weights_TK, gate_up, down)
+        )
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)

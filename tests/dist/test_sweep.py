@@ -30,6 +30,7 @@ def sweep(groups):
         runtime._model,
         runtime._kv_cache(1),
         groups,
+        runtime.exchange,
         runtime.max_model_len,
         runtime.device,
         with_graphs=True,

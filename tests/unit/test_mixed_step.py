@@ -185,7 +185,7 @@ def test_all_sizes_are_measured_and_compiled(tmp_path, monkeypatch):
     sizes = mixed_sizes(32, 9, world.runner._exchange)
     parts = (
         runtime.config, runtime.model_config, world.runner._model, world.runner._kv,
-        runtime.groups, runtime.max_model_len, runtime.device,
+        runtime.groups, runtime.exchange, runtime.max_model_len, runtime.device,
     )  # fmt: skip
     with torch.inference_mode():
         StepSweep(*parts, with_graphs=False)()

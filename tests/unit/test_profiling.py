@@ -49,6 +49,7 @@ def test_largest_steps_run_on_a_cache_of_one_block_and_write_to_its_first_slot(t
         runtime._model,
         kv,
         runtime.groups,
+        runtime.exchange,
         runtime.max_model_len,
         CPU,
     )

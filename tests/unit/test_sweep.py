@@ -119,6 +119,7 @@ def make_sweep(runtime, *, with_graphs=True):
         runtime._model,
         runtime._kv_cache(1),
         runtime.groups,
+        runtime.exchange,
         runtime.max_model_len,
         CPU,
         with_graphs=with_graphs,

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from moe_engine.dist.buffer import SharedBuffer, virtual_buffers
+from moe_engine.dist.buffer import SharedBuffer, symmetric_buffer, virtual_buffers
+from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange.base import ExpertShard, Received
 from moe_engine.dist.topology import Topology, one_domain
-from moe_engine.errors import ExchangeTimeout
+from moe_engine.errors import ConfigError, ExchangeTimeout
 from moe_engine.ops import native
 from moe_engine.ops.moe import ExpertOutputs
 
@@ -121,6 +122,11 @@ class NvlinkDomain:
             next_may_start=not shares_gpu,
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank's buffer."""
+        return self._buffer.own.numel()
+
     def check(self) -> None:
         """After the device has ended a step: whether its exchanges were complete.
 
@@ -146,6 +152,29 @@ class NvlinkDomain:
         for size in sizes:
             num_bytes *= size
         return self._buffer.own[offset : offset + num_bytes].view(dtype).view(sizes)
+
+
+def join_domain(
+    shape: ExchangeShape, ep: Communicator, device: torch.device, timeout: float
+) -> NvlinkDomain:
+    """This rank's place among ranks with a GPU each, all of which reach each other (a collective).
+
+    Raises:
+        ConfigError: the CUDA extension is missing, or the GPUs do not reach each other.
+    """
+    library = native.cuda_extension(device)
+    if library is None:
+        raise ConfigError("exchange is 'nvlink', which needs the CUDA extension moe_engine._C")
+    assert ep.group is not None
+    try:
+        buffer = symmetric_buffer(shape.layout(library).total_bytes, ep.group, device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"exchange is 'nvlink', and the GPUs cannot share memory: {error}"
+        ) from error
+    shard = ExpertShard(shape.num_experts, ep.size, ep.rank)
+    num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    return NvlinkDomain(shape, shard, buffer, one_domain(ep.size), timeout, num_blocks)
 
 
 def virtual_domains(

@@ -15,6 +15,7 @@ stays at its rank included; ``wire`` are those that leave a rank, what a real li
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,13 +42,18 @@ from moe_engine.ops.reference.exchange import Tokens
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROUTINGS = ("uniform", "zipf", "incast")
 TRIALS = 200
+WARM_UP_TRIALS = 5
 EXCHANGES = 20  # of a graph
+# That a trial's launches may take, for each rank, before the first of them runs.
+GATE_CYCLES = 150_000
 MOST_INPUT_BYTES = 2 << 30  # of the tokens that a graph's exchanges rotate through
 
 
 def main() -> None:
     """Check, time, print and save."""
     arguments = parse_arguments()
+    # A hardware queue for each rank's stream; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     require_gpu()
     found = ceilings.run("cuda")
     results = []
@@ -61,7 +67,7 @@ def main() -> None:
                     hidden=arguments.hidden,
                     dtype=DTYPES[dtype],
                     max_tokens=num_tokens,
-                    packet_tokens=min(arguments.packet_tokens, num_tokens),
+                    packet_tokens=arguments.packet_tokens,
                 )
                 result = {"dtype": dtype, "routing": routing} | measure(shape, routing, found)
                 results.append(result)
@@ -138,8 +144,10 @@ def measure(shape: ExchangeShape, routing: str, found: dict[str, Any]) -> dict[s
     check(shape, ranks)
     whole = [capture(rank, shape.max_tokens, exchange) for rank in ranks]
     first = [capture(rank, shape.max_tokens, dispatch_only) for rank in ranks]
+    nothing = [capture(rank, shape.max_tokens, count_only) for rank in ranks]
     round_us = times_us(ranks, whole)
-    dispatch_us = times_us(ranks, first)
+    counting = statistics.median(times_us(ranks, nothing))
+    dispatch_us = [us - counting for us in times_us(ranks, first)]
     combine_us = statistics.median(round_us) - statistics.median(dispatch_us)
     bytes_moved = count_bytes(shape, ranks)
     copy_us = {name: n / ceilings.rate(found, "copy") * 1e6 for name, n in bytes_moved.items()}
@@ -151,7 +159,7 @@ def measure(shape: ExchangeShape, routing: str, found: dict[str, Any]) -> dict[s
         "combine_us": combine_us,
         "round_us": statistics.median(round_us),
         "round_p99_us": statistics.quantiles(round_us, n=100)[98],
-        "eager_round_us": eager_us(shape, ranks),
+        "eager_round_us": statistics.median(eager_us(shape, ranks)),
         "bytes": bytes_moved,
         "copy_us": copy_us,
     }
@@ -189,6 +197,11 @@ def exchange(rank: Rank, step: NvlinkExchange, tokens: Tokens) -> torch.Tensor:
 def dispatch_only(rank: Rank, step: NvlinkExchange, tokens: Tokens) -> None:
     """Dispatch, and the next exchange's number, which else combine sets."""
     step.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK)
+    count_only(rank, step, tokens)
+
+
+def count_only(rank: Rank, step: NvlinkExchange, tokens: Tokens) -> None:
+    """What `dispatch_only` does besides, to be left out of its time."""
     rank.domain._counters[:1].add_(1)
 
 
@@ -211,42 +224,72 @@ def capture(
 
 def times_us(ranks: Sequence[Rank], graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     """Of each trial, the slowest rank's microseconds for one exchange."""
-    trials = []
-    for _ in range(TRIALS + 3):
-        events = []
-        for rank, graph in zip(ranks, graphs, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def launch() -> list[Interval]:
+        intervals = [Interval() for _ in ranks]
+        for rank, graph, interval in zip(ranks, graphs, intervals, strict=True):
             with torch.cuda.stream(rank.stream):
-                start.record()
+                interval.start.record()
                 graph.replay()
-                end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        trials.append(max(start.elapsed_time(end) for start, end in events) * 1e3 / EXCHANGES)
-    for rank in ranks:
-        rank.domain.check()
-    return trials[3:]
+                interval.end.record()
+        return intervals
+
+    return trials_us(ranks, launch, EXCHANGES)
 
 
-def eager_us(shape: ExchangeShape, ranks: Sequence[Rank]) -> float:
-    """Microseconds of an exchange that is launched kernel by kernel, the median."""
+def eager_us(shape: ExchangeShape, ranks: Sequence[Rank]) -> list[float]:
+    """The same of exchanges that are launched kernel by kernel."""
     steps = [NvlinkExchange(rank.domain, shape.max_tokens) for rank in ranks]
-    seconds = []
-    for trial in range(TRIALS):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in ranks]
+
+    def launch() -> list[Interval]:
+        intervals = [Interval() for _ in ranks]
         received = []
-        for rank, step, (start, _) in zip(ranks, steps, events, strict=True):
-            tokens = rank.inputs[trial % len(rank.inputs)]
+        for rank, step, interval in zip(ranks, steps, intervals, strict=True):
+            tokens = rank.inputs[0]
             with torch.cuda.stream(rank.stream):
-                start.record()
+                interval.start.record()
                 received.append(step.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK))
-        for rank, step, arrived, (_, end) in zip(ranks, steps, received, events, strict=True):
+        for rank, step, arrived in zip(ranks, steps, received, strict=True):
             with torch.cuda.stream(rank.stream):
                 step.combine(outputs_of(rank, arrived), arrived)
-                end.record()
+        for rank, interval in zip(ranks, intervals, strict=True):
+            with torch.cuda.stream(rank.stream):
+                interval.end.record()
+        return intervals
+
+    return trials_us(ranks, launch, 1)
+
+
+class Interval:
+    """Two moments of a stream."""
+
+    def __init__(self) -> None:
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+
+def trials_us(
+    ranks: Sequence[Rank], launch: Callable[[], list[Interval]], num_exchanges: int
+) -> list[float]:
+    """The slowest rank's microseconds for one of the exchanges that ``launch`` enqueues.
+
+    The ranks begin together, when all has been enqueued.
+    """
+    gate = torch.cuda.Stream()
+    trials = []
+    for _ in range(TRIALS + WARM_UP_TRIALS):
+        opened = torch.cuda.Event()
+        with torch.cuda.stream(gate):
+            torch.cuda._sleep(GATE_CYCLES * len(ranks))
+            opened.record()
+        for rank in ranks:
+            rank.stream.wait_event(opened)
+        intervals = launch()
         torch.cuda.synchronize()
-        seconds.append(max(start.elapsed_time(end) for start, end in events) * 1e3)
-    return statistics.median(seconds)
+        for rank in ranks:
+            rank.domain.check()
+        longest = max(interval.start.elapsed_time(interval.end) for interval in intervals)
+        trials.append(longest * 1e3 / num_exchanges)
+    return trials[WARM_UP_TRIALS:]
 
 
 def check(shape: ExchangeShape, ranks: Sequence[Rank]) -> None:
@@ -261,13 +304,15 @@ def check(shape: ExchangeShape, ranks: Sequence[Rank]) -> None:
         with torch.cuda.stream(rank.stream):
             outputs.append(step.combine(outputs_of(rank, arrived), arrived))
     torch.cuda.synchronize()
+    for rank in ranks:
+        rank.domain.check()
     tokens_of = [rank.inputs[0] for rank in ranks]
     arrivals = reference.dispatch(tokens_of, shape.num_experts, shape.max_tokens)
     sums = [reference.presum(r.y_PH, a) for r, a in zip(ranks, arrivals, strict=True)]
     expected = reference.combine(sums, tokens_of, shape.num_experts, shape.max_tokens)
-    for rank, (out_TH, right_TH) in enumerate(zip(outputs, expected, strict=True)):
+    for number, (out_TH, right_TH) in enumerate(zip(outputs, expected, strict=True)):
         if not torch.equal(out_TH, right_TH):
-            raise SystemExit(f"rank {rank} has other bits than the reference: {shape}")
+            raise SystemExit(f"rank {number} has other bits than the reference: {shape}")
 
 
 def count_bytes(shape: ExchangeShape, ranks: Sequence[Rank]) -> dict[str, int]:

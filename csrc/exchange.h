@@ -45,7 +45,7 @@ struct DispatchArgs {
   // By packets only; with rows these lie in the buffer. R = N * step_tokens.
   void* received_x;              // [R, H]; rows of which no choice is here stay as they are
   std::int32_t* received_slots;  // [R, K], local expert slots, or -1
-  float* received_weights;       // [R, K], 0 where there is no slot
+  float* received_weights;       // [R, K], anything where there is no slot
 };
 
 // What travels back.

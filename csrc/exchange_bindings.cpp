@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,7 +29,10 @@ ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int
   check_at_most("num_ranks", num_ranks, kMaxExchangeRanks);
   check_at_most("top_k", top_k, kMaxExchangeTopK);
   check_at_most("max_tokens", max_tokens, 1 << 20);
-  check_at_most("packet_tokens", packet_tokens, max_tokens);
+  if (packet_tokens < 0 || packet_tokens > max_tokens) {
+    throw std::invalid_argument("packet_tokens is " + std::to_string(packet_tokens) +
+                                "; it is from 0 to " + std::to_string(max_tokens));
+  }
   if (row_bytes < 16 || row_bytes % 16 != 0) {
     throw std::invalid_argument("row_bytes is " + std::to_string(row_bytes) +
                                 "; it is a multiple of 16");
@@ -44,9 +48,17 @@ ExchangeState make_state(const ExchangeLayout& layout, int rank, int num_local,
     throw std::invalid_argument(std::to_string(buffers.size()) + " buffers for " +
                                 std::to_string(layout.num_ranks) + " ranks");
   }
-  if (order.size() != buffers.size()) {
-    throw std::invalid_argument("the order has " + std::to_string(order.size()) + " of " +
-                                std::to_string(layout.num_ranks) + " ranks");
+  if (rank < 0 || rank >= layout.num_ranks) {
+    throw std::invalid_argument("rank is " + std::to_string(rank) + " of " +
+                                std::to_string(layout.num_ranks));
+  }
+  std::vector<int> sorted(order);
+  std::sort(sorted.begin(), sorted.end());
+  for (int i = 0; i < static_cast<int>(std::max(sorted.size(), buffers.size())); ++i) {
+    if (sorted.size() != buffers.size() || sorted[i] != i) {
+      throw std::invalid_argument("the order does not have each of " +
+                                  std::to_string(layout.num_ranks) + " ranks once");
+    }
   }
   ExchangeState state{};
   state.layout = layout;

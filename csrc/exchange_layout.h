@@ -69,7 +69,9 @@ struct ExchangeLayout {
   // AbortRecord, of this rank for itself.
   constexpr EXCHANGE_BOTH std::int64_t abort_at() const { return 0; }
 
-  // uint32 [N, chunks] each: the last exchange of which source s has written chunk c.
+  // uint32 [N, chunks + 1] each: the last exchange of which source s has written chunk c. One more
+  // says that it has sent all that it has to send.
+  constexpr EXCHANGE_BOTH int flags_of_rank() const { return num_chunks() + 1; }
   constexpr EXCHANGE_BOTH std::int64_t dispatch_flags_at() const { return 256; }
   constexpr EXCHANGE_BOTH std::int64_t combine_flags_at() const {
     return dispatch_flags_at() + flags_bytes();
@@ -109,7 +111,7 @@ struct ExchangeLayout {
     return (words + Packet::kWords - 1) / Packet::kWords;
   }
   constexpr EXCHANGE_BOTH std::int64_t flags_bytes() const {
-    return aligned(std::int64_t{4} * num_ranks * num_chunks());
+    return aligned(std::int64_t{4} * num_ranks * flags_of_rank());
   }
   constexpr EXCHANGE_BOTH std::int64_t rows_bytes() const {
     return aligned(std::int64_t{1} * num_ranks * max_tokens * row_bytes);

@@ -125,8 +125,8 @@ __device__ __noinline__ inline std::int64_t look_around(const ExchangeState& sta
   return kNow;
 }
 
-// A thread's patience. It asks `gives_up` whenever it has looked in vain for what `missing` writes;
-// the first few times that costs nothing.
+// A thread's patience with one rank after the other. It asks `gives_up` whenever it has looked in
+// vain for what `missing` writes; the first few times that costs nothing.
 //
 // Who gives up tells all ranks, so each ends soon, and the host of each, which finds out whom to
 // blame. Nothing is ordered behind it: what the exchange has computed is worthless.
@@ -138,6 +138,11 @@ class Patience {
 
   __device__ __forceinline__ bool gives_up(int missing) {
     constexpr int kLooks = 64;  // tens of microseconds
+    if (missing != awaited_) {
+      awaited_ = missing;
+      num_looks_ = 0;
+      deadline_ = kNotYet;
+    }
     if (++num_looks_ % kLooks != 0) return false;
     deadline_ = look_around(state_, epoch_, phase_, missing, deadline_);
     return deadline_ == kNow;
@@ -147,6 +152,7 @@ class Patience {
   const ExchangeState& state_;
   const std::uint32_t epoch_;
   const AbortRecord::Phase phase_;
+  int awaited_ = -1;
   int num_looks_ = 0;
   std::int64_t deadline_ = kNotYet;
 };
@@ -154,12 +160,19 @@ class Patience {
 // --- the exchange's number -----------------------------------------------------------------------
 
 // By all threads of all blocks of the kernel that ends an exchange, when each has done its part.
+//
+// Numbers alternate between odd and even and are never 0, which memory holds at first. What another
+// rank has sent since it gave up is worthless, though nobody may have had to wait for it, so the
+// host is told here at the latest.
 __device__ __forceinline__ void end_exchange(const ExchangeState& state) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (atomicAdd(&state.counters[1], 1u) == gridDim.x - 1) {
     state.counters[1] = 0;
-    state.counters[0] += 1;
+    const std::uint32_t epoch = state.counters[0];
+    state.counters[0] = epoch == 0xFFFFFFFF ? 2 : epoch + 1;
+    const AbortRecord seen = load_abort(abort_of(state, state.rank));
+    if (seen.phase != AbortRecord::kNone) store_abort(state.abort_report, seen);
   }
 }
 

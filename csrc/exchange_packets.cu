@@ -135,7 +135,8 @@ __device__ __forceinline__ void send_tokens(const ExchangeState& state, const Di
   }
 }
 
-// Ends early if the exchange is given up.
+// If the exchange is given up, what has not come counts as if nobody had sent it: what follows may
+// rely on the slots.
 template <int kPerLane>
 __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const DispatchArgs& args,
                                                std::uint32_t epoch, int warp, int num_warps) {
@@ -145,6 +146,7 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
   const int num_pieces = Piece<kPerLane>::count(num_packets);
   Patience patience(state, epoch, AbortRecord::kDispatch);
   const int num_slots = layout.num_ranks * args.step_tokens;
+  bool is_given_up = false;
   for (int item = warp; item < num_slots * num_pieces; item += num_warps) {
     const int slot = item / num_pieces;
     const int piece = item % num_pieces;
@@ -153,7 +155,6 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
     const Packet* const row = inbox_row(state, state.rank, epoch, source, slot % args.step_tokens);
     Packet packets[kPerLane];
     bool comes = true;
-    bool is_given_up = false;
     while (!is_given_up) {
       // Both at once: whether the token comes, and the packets in case it does.
       const Packet header = load_packet(row);
@@ -169,8 +170,8 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
       if (all_here || !comes) break;
       is_given_up = patience.gives_up(source);
     }
-    if (__any_sync(0xFFFFFFFF, is_given_up)) return;
-    if (comes) {
+    is_given_up = __any_sync(0xFFFFFFFF, is_given_up);
+    if (comes && !is_given_up) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         if (first + 32 * i < num_packets) {

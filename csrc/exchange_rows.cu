@@ -3,7 +3,7 @@
 // sends and never waits, the second waits and takes little of the GPU.
 //
 // A rank writes into its peers' buffers for the next exchange only when all have given back what
-// they received in this one, because its combine waits for a flag from each, of every chunk.
+// they received in this one: its combine waits for a flag from each that it has sent all results.
 #include <algorithm>
 
 #include "element.cuh"
@@ -28,17 +28,22 @@ __device__ __forceinline__ int num_step_chunks(int step_tokens) {
 __device__ __forceinline__ std::uint32_t* flag(const ExchangeState& state, std::int64_t flags_at,
                                                int at_rank, int source, int chunk) {
   auto* const flags = reinterpret_cast<std::uint32_t*>(state.peers.buffers[at_rank] + flags_at);
-  return flags + source * state.layout.num_chunks() + chunk;
+  return flags + source * state.layout.flags_of_rank() + chunk;
 }
 
-// False if the exchange was given up. A flag of a later exchange cannot be there, as that waits for
-// this rank; but numbers go round.
+// False if the exchange was given up. A flag may be of the next exchange already, of no later one.
 __device__ __forceinline__ bool wait_for_flag(const std::uint32_t* from, std::uint32_t epoch,
                                               Patience& patience, int source) {
-  while (static_cast<std::int32_t>(load_flag(from) - epoch) < 0) {
+  while (load_flag(from) - epoch > 1) {  // as they go round, and are 0 at first
     if (patience.gives_up(source)) return false;
   }
   return true;
+}
+
+// The last flag of a source for combine says that it has sent all results, to everybody.
+__device__ __forceinline__ std::uint32_t* done_flag(const ExchangeState& state, int at_rank,
+                                                    int source) {
+  return flag(state, state.layout.combine_flags_at(), at_rank, source, state.layout.num_chunks());
 }
 
 // Hands a piece in shared memory to the copy engine, which writes it to global memory of any rank.
@@ -345,6 +350,12 @@ __global__ void __launch_bounds__(kThreads)
   const int num_pieces = layout.row_bytes / 16;
   const char* const results = state.peers.buffers[state.rank] + layout.results_at();
   Patience patience(state, epoch, AbortRecord::kCombine);
+  if (blockIdx.x == 0) {  // the kernel before this one has sent all results
+    for (int to = threadIdx.x; to < layout.num_ranks; to += kThreads) {
+      fence_for_peers();
+      store_flag(done_flag(state, to, state.rank), epoch);
+    }
+  }
   for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {
     bool is_here = true;
     for (int from = threadIdx.x; from < layout.num_ranks && is_here; from += kThreads) {
@@ -368,6 +379,11 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (i < num_pieces) out[i] = sums.packed();
       }
+    }
+  }
+  if (blockIdx.x == 0) {
+    for (int from = threadIdx.x; from < layout.num_ranks; from += kThreads) {
+      if (!wait_for_flag(done_flag(state, state.rank, from), epoch, patience, from)) break;
     }
   }
   end_exchange(state);

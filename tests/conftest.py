@@ -11,6 +11,9 @@ import pytest
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# A hardware queue for each stream, so that no launch is behind one that waits for it. Read by CUDA.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 # Tests run beside the ranks that they start: one thread each, which sleeps while it waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -45,8 +45,10 @@ def symmetric_buffer(
     own.zero_()
     torch.cuda.synchronize(device)
     handle = symmetric_memory.rendezvous(own, group)
+    addresses = tuple(handle.buffer_ptrs)
+    assert addresses[handle.rank] == own.data_ptr(), "the buffer begins where its memory does"
     torch.distributed.barrier(group)  # nobody writes to what is still to become zero
-    return SharedBuffer(own, tuple(handle.buffer_ptrs), handle)
+    return SharedBuffer(own, addresses, handle)
 
 
 def virtual_buffers(num_ranks: int, num_bytes: int, device: torch.device) -> list[SharedBuffer]:

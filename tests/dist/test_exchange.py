@@ -82,18 +82,26 @@ def reference_cases(groups):
     exchange = ExchangeSelector(ExchangeConfig(exchange="collective"), groups, EXPERTS).select(1)
     for counts in ([0] * world, [1] * world, list(range(world)), [9, 0, 17, 4][:world]):
         for routing in ROUTINGS:
-            brought = [weights_and_tokens(3 + r, n, routing)[2:] for r, n in enumerate(counts)]
-            x, ids, weights = (list(column) for column in zip(*brought, strict=True))
-            expected = reference.dispatch(x, ids, weights, EXPERTS)
-            received = exchange.dispatch(x[rank], ids[rank], weights[rank])
-            torch.testing.assert_close(received.x_RH, expected[rank].x_RH, rtol=0, atol=0)
-            assert received.slot_ids_RK.tolist() == expected[rank].slot_ids_RK.tolist()
-            torch.testing.assert_close(received.weights_RK, expected[rank].weights_RK)
+            ranks = [
+                Tokens(*weights_and_tokens(3 + r, n, routing)[2:]) for r, n in enumerate(counts)
+            ]
+            step_tokens = max(1, *counts)
+            arrivals = reference.dispatch(ranks, EXPERTS, step_tokens)
+            # The rows alone, without slots for those that do not come.
+            comes = [(arrived.slots_RK >= 0).any(dim=1) for arrived in arrivals]
+            own, mine, come_R = ranks[rank], arrivals[rank], comes[rank]
+            received = exchange.dispatch(own.x_TH, own.ids_TK, own.weights_TK)
+            assert torch.equal(received.x_RH, mine.x_RH[come_R])
+            assert torch.equal(received.slot_ids_RK, mine.slots_RK[come_R])
+            is_here_RK = received.slot_ids_RK >= 0
+            assert torch.equal(
+                received.weights_RK[is_here_RK], mine.weights_RK[come_R][is_here_RK]
+            )
             random = torch.Generator().manual_seed(1)
-            y = [torch.randn(rows.x_RH.shape, generator=random) for rows in expected]
-            out = exchange.combine(y[rank], received)
-            sums = reference.combine(y, expected, counts)
-            torch.testing.assert_close(out, sums[rank], rtol=1e-6, atol=1e-6)
+            sums = [torch.randn(arrived.x_RH.shape, generator=random) for arrived in arrivals]
+            out = exchange.combine(sums[rank][come_R], received)
+            expected = reference.combine(sums, ranks, EXPERTS, step_tokens)
+            torch.testing.assert_close(out, expected[rank], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkExchange
+from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkDomain, NvlinkExchange
 from moe_engine.errors import ExchangeTimeout
 from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Tokens
 from tests.kernels.virtual_ranks import (
     VirtualRanks,
@@ -20,6 +22,7 @@ from tests.kernels.virtual_ranks import (
 
 pytestmark = pytest.mark.usefixtures("needs_hopper")
 
+TIMEOUT = 0.5
 NUM_RANKS = [1, 2, 3, 4, 8, 16]
 # Of a step, by packets up to 64 and by rows beyond; chunks of a flag are 16.
 STEP_TOKENS = [1, 2, 7, 64, 65, 96, 301]
@@ -94,6 +97,26 @@ def test_bits_are_those_of_the_reference(num_ranks: int, routing: str) -> None:
         check(world, random_ranks(world.shape, routing, step_tokens), step_tokens)
 
 
+@pytest.mark.parametrize("step_tokens", [5, 100])
+def test_rows_that_are_summed_already_go_home_as_they_are(step_tokens: int) -> None:
+    world = VirtualRanks(shape_of(3))
+    ranks = random_ranks(world.shape, "uniform", step_tokens)
+    exchanges = [NvlinkExchange(domain, step_tokens) for domain in world.domains]
+    received, outputs = [], []
+    for exchange, stream, tokens in zip(exchanges, world.streams, ranks, strict=True):
+        with torch.cuda.stream(stream):
+            received.append(exchange.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK))
+    for exchange, stream, arrived in zip(exchanges, world.streams, received, strict=True):
+        with torch.cuda.stream(stream):
+            outputs.append(exchange.combine(arrived.x_RH, arrived))
+    world.finish()
+    arrivals = reference.dispatch(ranks, world.shape.num_experts, step_tokens)
+    sums = [arrived.x_RH for arrived in arrivals]
+    expected = reference.combine(sums, ranks, world.shape.num_experts, step_tokens)
+    for found, right in zip(outputs, expected, strict=True):
+        assert torch.equal(found, right)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("num_ranks", [2, 5])
 def test_other_types(num_ranks: int, dtype: torch.dtype) -> None:
@@ -135,46 +158,61 @@ def test_graphs_take_any_routing(num_ranks: int, step_tokens: int) -> None:
             assert torch.equal(found, right)
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "step_tokens", "rounds"), [(2, 8, 10_000), (4, 40, 4000), (8, 100, 2000)]
-)
-def test_a_soak_with_delays(num_ranks: int, step_tokens: int, rounds: int) -> None:
-    """Whole numbers, so that sums are exact and the right ones are cheap; checked on the GPU."""
-    shape = shape_of(num_ranks, torch.float32, hidden=64, num_experts=8 * num_ranks)
-    world = VirtualRanks(shape, timeout=20)
-    factors_E = torch.randint(1, 5, (shape.num_experts,), device="cuda").float()
-    num_wrong = torch.zeros(num_ranks, dtype=torch.int64, device="cuda")
-    graphs = []
-    kept = []
-    for rank, domain in enumerate(world.domains):
-        exchange = NvlinkExchange(domain, step_tokens)
-        experts = scaling_experts(shape, rank, factors_E)
+@dataclass(frozen=True)
+class Soaking:
+    """A rank that exchanges random tokens again and again, and counts what came back wrong."""
+
+    domain: NvlinkDomain
+    stream: torch.cuda.Stream
+    factors_E: torch.Tensor
+    num_wrong: torch.Tensor
+    kept: list[object] = field(default_factory=list)
+
+    def graph(self, step_tokens: int) -> torch.cuda.CUDAGraph:
+        """One exchange of whole numbers, whose sums are exact and the right ones cheap."""
+        shape = self.domain.shape
+        experts = scaling_experts(shape, self.domain.shard.rank, self.factors_E)
+        exchange = NvlinkExchange(self.domain, step_tokens)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=world.streams[rank]):
+        with torch.cuda.graph(graph, stream=self.stream):
             scores = torch.rand(step_tokens, shape.num_experts, device="cuda")
             ids_TK = scores.topk(shape.top_k).indices.int()
             ids_TK = torch.where(scores[:, : shape.top_k] < 0.2, -1, ids_TK)
             weights_TK = torch.randint(0, 4, (step_tokens, shape.top_k), device="cuda").float()
             x_TH = torch.randint(-8, 9, (step_tokens, shape.hidden), device="cuda").float()
             arrived = exchange.dispatch(x_TH, ids_TK, weights_TK)
-            y_PH = experts(arrived)
-            out_TH = exchange.combine(
-                ExpertOutputs(y_PH, arrived.slot_ids_RK, arrived.weights_RK), arrived
-            )
-            factors_TK = torch.where(ids_TK >= 0, factors_E[ids_TK.clamp(min=0)], 0)
+            made = ExpertOutputs(experts(arrived), arrived.slot_ids_RK, arrived.weights_RK)
+            out_TH = exchange.combine(made, arrived)
+            factors_TK = torch.where(ids_TK >= 0, self.factors_E[ids_TK.clamp(min=0)], 0)
             right_TH = x_TH * (weights_TK * factors_TK).sum(dim=1, keepdim=True)
-            num_wrong[rank] += (out_TH != right_TH).sum()
-        graphs.append(graph)
-        kept.append((arrived, out_TH))
+            self.num_wrong.add_((out_TH != right_TH).sum())
+        self.kept.append((experts, made, out_TH))
+        return graph
+
+
+@pytest.mark.parametrize(("num_ranks", "rounds"), [(2, 10_000), (4, 4000), (8, 2000)])
+def test_a_soak_with_delays_and_steps_of_all_kinds(num_ranks: int, rounds: int) -> None:
+    shape = shape_of(num_ranks, torch.float32, hidden=64, num_experts=8 * num_ranks)
+    world = VirtualRanks(shape, timeout=20)
+    factors_E = torch.randint(1, 5, (shape.num_experts,), device="cuda").float()
+    soaking = [
+        Soaking(domain, stream, factors_E, torch.zeros(1, dtype=torch.int64, device="cuda"))
+        for domain, stream in zip(world.domains, world.streams, strict=True)
+    ]
+    sizes = [8, 40, 70, 100, 301]
+    graphs = [[rank.graph(step_tokens) for step_tokens in sizes] for rank in soaking]
+    torch.cuda._sleep(1)  # loaded here: that waits for all that runs
+    torch.cuda.synchronize()
+    choices = torch.randint(0, len(sizes), (rounds,)).tolist()
     delays = torch.randint(0, 200_000, (rounds, num_ranks)) * (torch.rand(rounds, num_ranks) < 0.02)
-    for of_rank in delays.tolist():
-        for graph, stream, cycles in zip(graphs, world.streams, of_rank, strict=True):
-            with torch.cuda.stream(stream):
+    for choice, of_rank in zip(choices, delays.tolist(), strict=True):
+        for rank, own, cycles in zip(soaking, graphs, of_rank, strict=True):
+            with torch.cuda.stream(rank.stream):
                 if cycles:
                     torch.cuda._sleep(int(cycles))
-                graph.replay()
+                own[choice].replay()
     world.finish()
-    assert num_wrong.tolist() == [0] * num_ranks
+    assert [int(rank.num_wrong) for rank in soaking] == [0] * num_ranks
     assert [int(domain._counters[0]) for domain in world.domains] == [rounds + 1] * num_ranks
 
 
@@ -184,7 +222,7 @@ def test_a_rank_that_stalls_is_named_and_all_go_on_after_a_reset(
     phase: str, step_tokens: int
 ) -> None:
     num_ranks, stalled = 4, 2
-    world = VirtualRanks(shape_of(num_ranks), timeout=0.2)
+    world = VirtualRanks(shape_of(num_ranks), timeout=TIMEOUT)
     ranks = random_ranks(world.shape, "uniform", step_tokens)
     check(world, ranks, step_tokens)
     full = [
@@ -204,13 +242,21 @@ def test_a_rank_that_stalls_is_named_and_all_go_on_after_a_reset(
             received[rank] = exchange.dispatch(
                 full[rank].x_TH, full[rank].ids_TK, full[rank].weights_TK
             )
+    factors_E = torch.ones(world.shape.num_experts, device="cuda")
     for rank, arrived in received.items():
         if rank == stalled:
             continue
         with torch.cuda.stream(world.streams[rank]):
-            exchanges[rank].combine(arrived.x_RH, arrived)
+            # Slots are right or -1, whatever has not come: these would read beside their factors.
+            y_PH = scaling_experts(world.shape, rank, factors_E)(arrived)
+            made = ExpertOutputs(y_PH, arrived.slot_ids_RK, arrived.weights_RK)
+            exchanges[rank].combine(made, arrived)
     torch.cuda.synchronize()
-    assert 0.2 <= time.monotonic() - start < 3
+    assert TIMEOUT <= time.monotonic() - start < 10 * TIMEOUT
+    num_local = world.shape.num_experts // num_ranks
+    for arrived in received.values():
+        assert int(arrived.slot_ids_RK.min()) >= -1
+        assert int(arrived.slot_ids_RK.max()) < num_local
     for rank, domain in enumerate(world.domains):
         if rank == stalled and phase == "dispatch":
             continue

@@ -29,7 +29,18 @@ class VirtualRanks:
         self.shape = shape
         self.domains: list[NvlinkDomain] = virtual_domains(shape, device, timeout)
         self.streams = [torch.cuda.Stream(device) for _ in self.domains]
+        self._make_room()
         torch.cuda.synchronize()
+
+    def _make_room(self) -> None:
+        """Memory for each stream before any kernel waits: taking more might wait for that kernel."""
+        shape = self.shape
+        most = shape.num_ranks * shape.max_tokens * shape.top_k * shape.row_bytes
+        for stream in self.streams:
+            with torch.cuda.stream(stream):
+                for num_bytes in (most, most, most, most // 8, 1 << 19, 1 << 19):
+                    kept = [torch.empty(num_bytes, dtype=torch.uint8, device="cuda")]
+                del kept
 
     def exchange(
         self, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]

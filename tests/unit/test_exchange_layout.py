@@ -22,7 +22,7 @@ CHUNK_TOKENS = 16
 @given(
     num_ranks=st.integers(1, 128),
     max_tokens=st.integers(1, 8192),
-    packet_tokens=st.integers(1, 8192),
+    packet_tokens=st.integers(0, 8192),
     row_bytes=st.integers(1, 1024).map(lambda n: 16 * n),
     top_k=st.integers(1, 32),
 )
@@ -45,7 +45,7 @@ def test_sections_do_not_overlap(
         > 3 * (layout.dispatch_packets - 1)
     )
     assert 3 * layout.combine_packets >= row_bytes // 4 > 3 * (layout.combine_packets - 1)
-    flags = 4 * num_ranks * layout.num_chunks
+    flags = 4 * num_ranks * (layout.num_chunks + 1)
     needed = [
         (layout.abort_at, 8),
         (layout.dispatch_flags_at, flags),
@@ -71,7 +71,7 @@ def test_sections_do_not_overlap(
         ({"num_ranks": 129}, "num_ranks is 129; it is from 1 to 128"),
         ({"top_k": 33}, "top_k is 33; it is from 1 to 32"),
         ({"row_bytes": 24}, "row_bytes is 24; it is a multiple of 16"),
-        ({"packet_tokens": 9}, "packet_tokens is 9; it is from 1 to 8"),
+        ({"packet_tokens": 9}, "packet_tokens is 9; it is from 0 to 8"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: str) -> None:
@@ -86,6 +86,7 @@ def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: 
         ({"dtype": torch.float64}, "dtype is torch.float64; it is one of"),
         ({"hidden": 12}, "hidden is 12, 24 bytes a row; rows are multiples of 16"),
         ({"top_k": 0}, "top_k is 0; it is from 1 to 32"),
+        ({"num_experts": 5}, "num_experts is 5 on 2 ranks"),
     ],
 )
 def test_rows_that_cannot_be_moved_are_refused(changes: dict, message: str) -> None:

@@ -37,7 +37,7 @@ class ExchangeShape:
 
     Attributes:
         max_tokens: that a rank may bring in a step.
-        packet_tokens: up to which steps go by packets.
+        packet_tokens: up to which steps go by packets; 0: none.
     """
 
     num_ranks: int
@@ -56,6 +56,8 @@ class ExchangeShape:
             raise ValueError(
                 f"hidden is {self.hidden}, {self.row_bytes} bytes a row; rows are multiples of 16"
             )
+        if self.num_experts % self.num_ranks:
+            raise ValueError(f"num_experts is {self.num_experts} on {self.num_ranks} ranks")
         if not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(f"top_k is {self.top_k}; it is from 1 to {MAX_TOP_K}")
 
@@ -140,7 +142,10 @@ class NvlinkDomain:
             raise ExchangeTimeout(missing, waiter, _PHASES[phase], epoch)
 
     def reset(self) -> None:
-        """Begin anew after `ExchangeTimeout`: while no rank has an exchange under way."""
+        """Begin anew after `ExchangeTimeout`.
+
+        No rank may have an exchange under way before all have done so.
+        """
         self._buffer.own.zero_()
         self._counters.copy_(torch.tensor([1, 0], dtype=torch.int32))
         torch.cuda.synchronize(self._buffer.own.device)
@@ -234,6 +239,7 @@ class NvlinkExchange:
         assert expert_ids_TK.dtype == torch.int32, expert_ids_TK.dtype
         assert weights_TK.dtype == torch.float32, weights_TK.dtype
         x_TH, ids_TK = x_TH.contiguous(), expert_ids_TK.contiguous()
+        assert x_TH.data_ptr() % 16 == 0, x_TH.data_ptr()
         received = self._received(x_TH, ids_TK)
         if _compiles_only():
             return received
@@ -259,7 +265,11 @@ class NvlinkExchange:
         ids_TK: torch.Tensor = received.route
         y_rows = y.y_PH if isinstance(y, ExpertOutputs) else y
         assert y_rows.dtype == shape.dtype, y_rows.dtype
+        num_slots = len(received.slot_ids_RK)
+        num_rows = num_slots if isinstance(y, torch.Tensor) else num_slots * shape.top_k
+        assert y_rows.shape == (num_rows, shape.hidden), (y_rows.shape, num_rows, shape.hidden)
         assert y_rows.is_contiguous(), y_rows.stride()
+        assert y_rows.data_ptr() % 16 == 0, y_rows.data_ptr()
         out_TH = y_rows.new_empty(len(ids_TK), shape.hidden)
         if _compiles_only():
             return out_TH

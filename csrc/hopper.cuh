@@ -174,6 +174,29 @@ __device__ __forceinline__ void copy_row(std::uint32_t to_shared, const void* fr
       : "memory");
 }
 
+// Hands a piece in shared memory to the copy engine, which writes it to global memory of any rank.
+__device__ __forceinline__ void copy_out(void* to, std::uint32_t from_shared, int num_bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(from_shared), "r"(num_bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies_out() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until, of this thread's groups, all but the last kNum have been read from shared memory.
+template <int kNum>
+__device__ __forceinline__ void wait_until_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kNum) : "memory");
+}
+
+// Until all of this thread's copies have been written.
+__device__ __forceinline__ void wait_until_written() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

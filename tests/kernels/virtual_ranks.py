@@ -33,7 +33,7 @@ class VirtualRanks:
         torch.cuda.synchronize()
 
     def _make_room(self) -> None:
-        """Memory for each stream before any kernel waits: taking more might wait for that kernel."""
+        """Memory for each stream before any kernel waits: taking more may wait for that kernel."""
         shape = self.shape
         most = shape.num_ranks * shape.max_tokens * shape.top_k * shape.row_bytes
         for stream in self.streams:

@@ -1,0 +1,163 @@
+// Combine of few tokens, by packets (exchange_packets.cuh), in one launch.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "element.cuh"
+#include "exchange_packets.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+
+namespace moe_engine {
+namespace {
+
+__device__ __forceinline__ Packet* result_row(const ExchangeState& state, int at_rank,
+                                              int from_rank, int token) {
+  const ExchangeLayout& layout = state.layout;
+  char* const inbox = state.peers.buffers[at_rank] + layout.combine_inbox_at();
+  const std::int64_t row = std::int64_t{from_rank} * layout.packet_tokens + token;
+  return reinterpret_cast<Packet*>(inbox) + row * layout.combine_packets();
+}
+
+// Sums, for each slot with experts here, what they have made of it, and sends it home.
+template <typename T>
+__device__ __forceinline__ void send_results(const ExchangeState& state, const CombineArgs& args,
+                                             std::uint32_t epoch, int warp, int num_warps) {
+  constexpr int kPerWord = 4 / sizeof(T);
+  const ExchangeLayout& layout = state.layout;
+  const int lane = threadIdx.x % 32;
+  const int top_k = layout.top_k;
+  const int num_words = layout.combine_words();
+  const int num_packets = layout.combine_packets();
+  const int num_pieces = Piece<1>::count(num_packets);
+  const auto* const y = reinterpret_cast<const std::uint32_t*>(args.y);
+  const int num_slots = layout.num_ranks * args.step_tokens;
+  for (int item = warp; item < num_slots * num_pieces; item += num_warps) {
+    const int slot = item / num_pieces;
+    const int packet = item % num_pieces * 32 + lane;
+    const std::int64_t first_choice = std::int64_t{slot} * top_k;
+    const int local = lane < top_k ? args.slots[first_choice + lane] : -1;
+    const float weight = lane < top_k ? args.weights[first_choice + lane] : 0;
+    unsigned choices = __ballot_sync(0xFFFFFFFF, local >= 0);
+    if (choices == 0) continue;
+    Packet out{{0, 0, 0}, epoch};
+    float sums[Packet::kWords * kPerWord] = {};
+    while (choices != 0) {
+      const int choice = __ffs(choices) - 1;
+      choices &= choices - 1;
+      const float factor = __shfl_sync(0xFFFFFFFF, weight, choice);
+      const std::int64_t row = args.is_summed ? slot : first_choice + choice;
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) {
+        const int word = packet * Packet::kWords + w;
+        if (word < num_words) {
+          const std::uint32_t bits = y[row * num_words + word];
+          if (args.is_summed) {
+            out.words[w] = bits;
+          } else {
+            add_scaled<T>(&sums[w * kPerWord], bits, factor);
+          }
+        }
+      }
+      if (args.is_summed) break;
+    }
+    if (!args.is_summed) {
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) out.words[w] = pack<T>(&sums[w * kPerWord]);
+    }
+    if (packet < num_packets) {
+      const int home = slot / args.step_tokens;
+      store_packet(result_row(state, home, state.rank, slot % args.step_tokens) + packet, out);
+    }
+  }
+}
+
+// Waits for what all ranks have made of this rank's tokens, and adds it up in their order. Ends
+// early if the exchange is given up.
+template <typename T>
+__device__ __forceinline__ void receive_results(const ExchangeState& state, const CombineArgs& args,
+                                                std::uint32_t epoch, int warp, int num_warps) {
+  constexpr int kPerWord = 4 / sizeof(T);
+  const ExchangeLayout& layout = state.layout;
+  const int lane = threadIdx.x % 32;
+  const int num_words = layout.combine_words();
+  const int num_packets = layout.combine_packets();
+  const int num_pieces = Piece<1>::count(num_packets);
+  Patience patience(state, epoch, AbortRecord::kCombine);
+  for (int item = warp; item < args.num_tokens * num_pieces; item += num_warps) {
+    const int token = item / num_pieces;
+    const int packet = item % num_pieces * 32 + lane;
+    const bool has_packet = packet < num_packets;
+    const int comes_from = rank_of_choice(args.ids + std::int64_t{token} * layout.top_k,
+                                          layout.top_k, state.num_local, lane);
+    float sums[Packet::kWords * kPerWord] = {};
+    bool is_given_up = false;
+    for (int from = 0; from < layout.num_ranks; ++from) {
+      if (!__any_sync(0xFFFFFFFF, comes_from == from) || !has_packet) continue;
+      const Packet* const row = result_row(state, state.rank, from, token);
+      Packet part = load_packet(row + packet);
+      while (part.epoch != epoch && !is_given_up) {
+        is_given_up = patience.gives_up(from);
+        part = load_packet(row + packet);
+      }
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) {
+        add<T>(&sums[w * kPerWord], part.words[w]);
+      }
+    }
+    if (__any_sync(0xFFFFFFFF, is_given_up)) return;
+#pragma unroll
+    for (int w = 0; w < Packet::kWords; ++w) {
+      const int word = packet * Packet::kWords + w;
+      if (has_packet && word < num_words) {
+        reinterpret_cast<std::uint32_t*>(args.out)[std::int64_t{token} * num_words + word] =
+            pack<T>(&sums[w * kPerWord]);
+      }
+    }
+  }
+}
+
+// Sums what this rank's experts have made of each token, sends it home, and sums what comes back.
+//
+// Shapes, N ranks, m tokens of a step, K choices: y [N * m * K, H], or [N * m, H] if summed
+// already; slots int32 and weights float32 [N * m, K] as dispatch received them; ids int32
+// [num_tokens, K] as it sent them; out [num_tokens, H]. Sums are in float32, over a rank's choices
+// in their order, rounded to the type of y, then over the ranks in theirs, rounded once.
+//
+// Example, as for dispatch_packets_kernel, with weights 0.5 and experts that double: rank 0 sends
+// b and c back to ranks 0 and 1, rank 1 sends a to rank 0, whose out is [a, b].
+template <typename T>
+__global__ void __launch_bounds__(kPacketThreads)
+    combine_packets_kernel(const __grid_constant__ ExchangeState state,
+                           const __grid_constant__ CombineArgs args) {
+  wait_for_previous_kernels();
+  if (state.next_may_start) let_next_kernel_start();
+  const std::uint32_t epoch = state.counters[0];
+  const int warp = warp_of_grid();
+  const int num_warps = kPacketWarps * gridDim.x;
+  send_results<T>(state, args, epoch, warp, num_warps);
+  receive_results<T>(state, args, epoch, warp, num_warps);
+  end_exchange(state);
+}
+
+template <typename T>
+void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
+  const std::int64_t pieces = Piece<1>::count(state.layout.combine_packets());
+  const int blocks = packet_blocks(state, pieces * state.layout.num_ranks * args.step_tokens);
+  launch_dependent("combine_packets_kernel", combine_packets_kernel<T>, dim3(blocks),
+                   kPacketThreads, 0, stream, 1, state, args);
+}
+
+}  // namespace
+
+void combine_packets(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
+  switch (args.type) {
+    case ElementType::kBFloat16:
+      return launch_combine<__nv_bfloat16>(state, args, stream);
+    case ElementType::kFloat16:
+      return launch_combine<__half>(state, args, stream);
+    case ElementType::kFloat32:
+      return launch_combine<float>(state, args, stream);
+  }
+}
+
+}  // namespace moe_engine

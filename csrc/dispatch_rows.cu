@@ -1,0 +1,175 @@
+// Dispatch of many tokens, by rows (exchange_rows.cuh): one kernel sends, another one waits.
+#include "exchange_rows.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+
+namespace moe_engine {
+namespace {
+
+constexpr int kPieceBytes = 4096;  // of a row, that is on its way through shared memory at once
+constexpr int kStages = 3;         // pieces of a warp
+
+struct SendShared {
+  alignas(128) char pieces[kRowWarps][kStages][kPieceBytes];
+  std::uint64_t loaded[kRowWarps][kStages];  // barriers
+};
+
+// Expert slots and weights of slot `me * step_tokens + token` at all ranks; -1 and 0 where a choice
+// is not of the rank.
+__device__ __forceinline__ void send_choices(const ExchangeState& state, const DispatchArgs& args,
+                                             int token, int lane) {
+  const ExchangeLayout& layout = state.layout;
+  if (lane >= layout.top_k) return;
+  const std::int64_t source = std::int64_t{token} * layout.top_k + lane;
+  const bool is_real = token < args.num_tokens;
+  const int id = is_real ? args.ids[source] : -1;
+  const float weight = is_real ? args.weights[source] : 0;
+  const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
+  for (int i = 0; i < layout.num_ranks; ++i) {
+    const int to = state.order[i];
+    char* const buffer = state.peers.buffers[to];
+    const int local = id - to * state.num_local;
+    const bool is_there = id >= 0 && local >= 0 && local < state.num_local;
+    const std::int64_t at = slot * layout.top_k + lane;
+    reinterpret_cast<std::int32_t*>(buffer + layout.slots_at())[at] = is_there ? local : -1;
+    reinterpret_cast<float*>(buffer + layout.weights_at())[at] = is_there ? weight : 0;
+  }
+}
+
+// A warp's tokens of a chunk, piece by piece: memory to shared memory, and from there to each rank
+// that has an expert of the token. `turn` counts the warp's pieces since the kernel began.
+__device__ __forceinline__ void send_rows(const ExchangeState& state, const DispatchArgs& args,
+                                          SendShared& shared, int first_token, int& turn) {
+  const ExchangeLayout& layout = state.layout;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  // Of the two tokens those that go somewhere, one after the other.
+  static_assert(kTokensPerWarp == 2);
+  const auto rank_of_choice = [&](int token) {
+    const bool is_real = token < args.num_tokens && lane < layout.top_k;
+    const int id = is_real ? args.ids[std::int64_t{token} * layout.top_k + lane] : -1;
+    return id >= 0 ? id / state.num_local : -1;
+  };
+  int goes_to = rank_of_choice(first_token);
+  int next_goes_to = rank_of_choice(first_token + 1);
+  const bool has_first = __any_sync(0xFFFFFFFF, goes_to >= 0);
+  const bool has_second = __any_sync(0xFFFFFFFF, next_goes_to >= 0);
+  if (!has_first) {
+    ++first_token;
+    goes_to = next_goes_to;
+  }
+  const int per_row = (layout.row_bytes + kPieceBytes - 1) / kPieceBytes;
+  const int num_pieces = (has_first + has_second) * per_row;
+  const auto piece_bytes = [&](int piece) {
+    return min(kPieceBytes, layout.row_bytes - piece % per_row * kPieceBytes);
+  };
+  const auto load = [&](int piece) {
+    if (lane != 0 || piece >= num_pieces) return;
+    const int stage = (turn + piece) % kStages;
+    std::uint64_t* const barrier = &shared.loaded[warp][stage];
+    const char* const row = static_cast<const char*>(args.x) +
+                            std::int64_t{first_token + piece / per_row} * layout.row_bytes;
+    barrier_arrive_expecting(barrier, piece_bytes(piece));
+    copy_row(shared_address(shared.pieces[warp][stage]), row + piece % per_row * kPieceBytes,
+             piece_bytes(piece), barrier);
+  };
+  for (int piece = 0; piece < kStages - 1; ++piece) load(piece);
+  for (int piece = 0; piece < num_pieces; ++piece) {
+    const int stage = (turn + piece) % kStages;
+    barrier_wait(&shared.loaded[warp][stage], (turn + piece) / kStages % 2);
+    if (piece == per_row) goes_to = next_goes_to;
+    const int token = first_token + piece / per_row;
+    const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
+    for (int i = 0; i < layout.num_ranks; ++i) {
+      const int to = state.order[i];
+      if (__any_sync(0xFFFFFFFF, goes_to == to) && lane == 0) {
+        char* const row = state.peers.buffers[to] + layout.rows_at() + slot * layout.row_bytes;
+        copy_out(row + piece % per_row * kPieceBytes, shared_address(shared.pieces[warp][stage]),
+                 piece_bytes(piece));
+      }
+    }
+    if (lane == 0) {
+      commit_copies_out();
+      wait_until_read<1>();  // the piece before this one: the next load takes its place
+    }
+    __syncwarp();
+    load(piece + kStages - 1);
+  }
+  turn += num_pieces;
+  if (lane == 0) wait_until_written();
+}
+
+// Writes this rank's tokens into the buffers of the ranks that have their experts.
+//
+// Shapes, N ranks, m tokens of a step, K choices: x [num_tokens, H], ids int32 and weights float32
+// [num_tokens, K]; at every rank rows [N * m, H], slots and weights [N * m, K], of which this rank
+// writes m. Rows that none of a rank's experts wants are left as they are.
+//
+// Example, 2 ranks with 2 experts each, m = 2, K = 1; rank 1 brings token c for expert 0. Rank 0
+// gets c in row 2, and slots [0, -1] from row 2 on; rank 1 gets slots [-1, -1] there.
+__global__ void __launch_bounds__(kRowThreads)
+    send_rows_kernel(const __grid_constant__ ExchangeState state,
+                     const __grid_constant__ DispatchArgs args) {
+  extern __shared__ __align__(128) char memory[];
+  auto& shared = *reinterpret_cast<SendShared*>(memory);
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (auto& of_warp : shared.loaded) {
+      for (std::uint64_t& barrier : of_warp) barrier_init(&barrier, 1);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  wait_for_previous_kernels();
+  if (state.next_may_start) let_next_kernel_start();
+  const std::uint32_t epoch = state.counters[0];
+  int turn = 0;
+  for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {
+    const int first_token = chunk * kChunkTokens + warp * kTokensPerWarp;
+    for (int i = 0; i < kTokensPerWarp; ++i) {
+      if (first_token + i < args.step_tokens) send_choices(state, args, first_token + i, lane);
+    }
+    send_rows(state, args, shared, first_token, turn);
+    __syncthreads();
+    for (int to = threadIdx.x; to < state.layout.num_ranks; to += kRowThreads) {
+      fence_for_peers();
+      store_flag(flag(state, state.layout.dispatch_flags_at(), to, state.rank, chunk), epoch);
+    }
+  }
+}
+
+constexpr int kWaitThreads = 1024;
+
+// Ends when every rank's tokens of the step are here. One block.
+//
+// Example, 2 ranks and a step of 20 tokens, 16 to a flag: 4 flags, of chunks 0 and 1 of each rank.
+__global__ void __launch_bounds__(kWaitThreads)
+    wait_for_rows_kernel(const __grid_constant__ ExchangeState state, int step_tokens) {
+  wait_for_previous_kernels();
+  if (state.next_may_start) let_next_kernel_start();
+  const std::uint32_t epoch = state.counters[0];
+  Patience patience(state, epoch, AbortRecord::kDispatch);
+  const int num_chunks = num_step_chunks(step_tokens);
+  for (int i = threadIdx.x; i < state.layout.num_ranks * num_chunks; i += kWaitThreads) {
+    const int source = i / num_chunks;
+    const std::uint32_t* const from =
+        flag(state, state.layout.dispatch_flags_at(), state.rank, source, i % num_chunks);
+    if (!wait_for_flag(from, epoch, patience, source)) return;
+  }
+}
+
+}  // namespace
+
+void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(SendShared);
+  CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  kSharedBytes));
+  launch_dependent("send_rows_kernel", send_rows_kernel,
+                   dim3(chunk_blocks(state, args.step_tokens, 1)), kRowThreads, kSharedBytes,
+                   stream, 1, state, args);
+  launch_dependent("wait_for_rows_kernel", wait_for_rows_kernel, dim3(1), kWaitThreads, 0, stream,
+                   1, state, args.step_tokens);
+}
+
+}  // namespace moe_engine

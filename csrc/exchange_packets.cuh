@@ -1,0 +1,45 @@
+// What both halves of the exchange by packets share (dispatch_packets.cu, combine_packets.cu).
+//
+// Packets carry the exchange's number, so that nothing has to be ordered, counted or waited for but
+// the data itself. Each warp takes pieces of rows. It first sends all of its pieces, then waits for
+// those that it has to receive; as all blocks run side by side, nobody waits for a piece that
+// cannot be sent.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "exchange_memory.cuh"
+
+namespace moe_engine {
+
+constexpr int kPacketThreads = 256;
+constexpr int kPacketWarps = kPacketThreads / 32;
+
+// The packets of a row that a warp takes at once.
+template <int kPerLane>
+struct Piece {
+  static constexpr int kPackets = 32 * kPerLane;
+  static __device__ __host__ int count(int num_packets) {
+    return (num_packets + kPackets - 1) / kPackets;
+  }
+};
+
+// The rank of this lane's choice, or -1; the lanes from top_k on have none.
+__device__ __forceinline__ int rank_of_choice(const std::int32_t* ids_of_token, int top_k,
+                                              int num_local, int lane) {
+  const int id = lane < top_k ? ids_of_token[lane] : -1;
+  return id >= 0 ? id / num_local : -1;
+}
+
+// Blocks for so many pieces, a warp each; no more than may wait at once.
+inline int packet_blocks(const ExchangeState& state, std::int64_t num_pieces) {
+  const std::int64_t wanted = (num_pieces + kPacketWarps - 1) / kPacketWarps;
+  return static_cast<int>(std::clamp<std::int64_t>(wanted, 1, state.num_blocks));
+}
+
+// This warp's number among the grid's. Those of a row's pieces are in different blocks, so that one
+// token is moved by many multiprocessors.
+__device__ __forceinline__ int warp_of_grid() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
+
+}  // namespace moe_engine

@@ -1,0 +1,47 @@
+// What both halves of the exchange by rows share (dispatch_rows.cu, combine_rows.cu).
+//
+// Whole rows go straight to their slots in the buffers of other ranks, and a flag says when a chunk
+// of a source's tokens is complete. Two launches each way: the first sends and never waits, the
+// second waits and takes little of the GPU.
+//
+// A rank writes into its peers' buffers for the next exchange only when all have given back what
+// they received in this one: its combine waits for a flag from each that it has sent all results.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "exchange_memory.cuh"
+
+namespace moe_engine {
+
+constexpr int kRowThreads = 256;
+constexpr int kRowWarps = kRowThreads / 32;
+constexpr int kTokensPerWarp = kChunkTokens / kRowWarps;
+
+inline __device__ __host__ int num_step_chunks(int step_tokens) {
+  return (step_tokens + kChunkTokens - 1) / kChunkTokens;
+}
+
+// Blocks for the chunks of a step, of so many parts each; no more than may wait at once.
+inline int chunk_blocks(const ExchangeState& state, int step_tokens, int num_parts) {
+  return std::clamp(num_step_chunks(step_tokens) * num_parts, 1, state.num_blocks);
+}
+
+// The flag that `source` sets at `at_rank` when it has written `chunk`.
+__device__ __forceinline__ std::uint32_t* flag(const ExchangeState& state, std::int64_t flags_at,
+                                               int at_rank, int source, int chunk) {
+  auto* const flags = reinterpret_cast<std::uint32_t*>(state.peers.buffers[at_rank] + flags_at);
+  return flags + source * state.layout.flags_of_rank() + chunk;
+}
+
+// False if the exchange was given up. A flag may be of the next exchange already, of no later one.
+__device__ __forceinline__ bool wait_for_flag(const std::uint32_t* from, std::uint32_t epoch,
+                                              Patience& patience, int source) {
+  while (load_flag(from) - epoch > 1) {  // as they go round, and are 0 at first
+    if (patience.gives_up(source)) return false;
+  }
+  return true;
+}
+
+}  // namespace moe_engine

@@ -187,16 +187,20 @@ def virtual_domains(
     device: torch.device,
     timeout: float = 10.0,
     topology: Topology | None = None,
+    num_blocks: int | None = None,
 ) -> list[NvlinkDomain]:
     """All ranks of an exchange, in this process on one GPU; each needs a stream of its own.
 
-    Together their waiting kernels take no more than one block for each multiprocessor.
+    Args:
+        num_blocks: of a rank's kernel that waits; None: its share of one for each multiprocessor.
     """
     topology = topology or one_domain(shape.num_ranks)
     library = native.cuda_extension(device)
     assert library is not None
     buffers = virtual_buffers(shape.num_ranks, shape.layout(library).total_bytes, device)
-    num_blocks = torch.cuda.get_device_properties(device).multi_processor_count // shape.num_ranks
+    if num_blocks is None:
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        num_blocks = max(1, multiprocessors // shape.num_ranks)
     return [
         NvlinkDomain(
             shape,
@@ -204,7 +208,7 @@ def virtual_domains(
             buffer,
             topology,
             timeout,
-            max(1, num_blocks),
+            num_blocks,
             shares_gpu=True,
         )
         for rank, buffer in enumerate(buffers)

@@ -1,0 +1,37 @@
+"""Experts over many ranks of one process give what they give in one place."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from moe_engine.types.sampling import SamplingParams
+from tests.e2e.virtual_world import VirtualWorld
+from tests.unit.runner_world import LIMITS, MODEL, RunnerWorld
+
+
+def requests_of(seed: int, number: int) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of 1 to 30 tokens, greedy, with outputs of 1 to 20."""
+    choose = random.Random(seed)
+    return [
+        (
+            [choose.randrange(90) for _ in range(choose.randint(1, 30))],
+            SamplingParams(temperature=0.0, max_tokens=choose.randint(1, 20), ignore_eos=True),
+        )
+        for _ in range(number)
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8])
+def test_threads_with_a_share_of_the_experts_agree_with_one_rank(
+    tmp_path: Path, num_ranks: int
+) -> None:
+    options = LIMITS | {"device": "cpu", "dtype": "float32"}
+    world = VirtualWorld(tmp_path, num_ranks, MODEL, **options)
+    requests = requests_of(num_ranks, 20)
+    found = [token_ids for token_ids, _, _ in world.run(requests)]
+    (alone := tmp_path / "alone").mkdir()
+    expected = RunnerWorld(alone, dtype="float32").run(requests)
+    assert found == [tokens for tokens, _, _ in expected]

@@ -1,0 +1,166 @@
+"""A whole engine's ranks as threads of one process, each with its part of the experts.
+
+On a GPU all share it: each has a stream of its own, and they exchange tokens by the kernels that
+ranks with a GPU each use. On a CPU a meeting of the threads stands for torch's collectives.
+
+Threads that share a GPU may not wait for all of it: a kernel there may wait for what the waiting
+thread has still to launch. So they wait for their own streams only (`waiting_for_own_streams`).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from moe_engine.config.flat import build_config
+from moe_engine.dist.communicator import Communicator
+from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkDomain, virtual_domains
+from moe_engine.dist.groups import ParallelGroups
+from moe_engine.dist.layout import RankLayout
+from moe_engine.engine.pending import PendingStep
+from moe_engine.engine.rank_main import _make_scheduler
+from moe_engine.engine.runtime import LocalPlace, RankRuntime
+from moe_engine.types.messages import AddRequest
+from moe_engine.types.sampling import SamplingParams
+from moe_engine.types.step import StepPlan, StepResult
+
+T = TypeVar("T")
+Output = tuple[list[int], list[Any], list[Any]]
+
+
+class Meeting:
+    """Where threads hand each other values."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=120)
+        self._values: list[Any] = [None] * size
+
+    def values(self, rank: int, value: Any) -> list[Any]:
+        """What all threads bring, by rank, once all have."""
+        self._values[rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+
+class ThreadCommunicator(Communicator):
+    """The collectives of ranks that are threads, on a CPU."""
+
+    def __init__(self, size: int, rank: int, meeting: Meeting) -> None:
+        self.size, self.rank = size, rank
+        self._meeting = meeting
+
+    def all_to_all_rows(
+        self, x_TH: torch.Tensor, send_counts: list[int], recv_counts: list[int]
+    ) -> torch.Tensor:
+        """See `Communicator.all_to_all_rows`."""
+        parts = self._meeting.values(self.rank, x_TH.split(send_counts))
+        return torch.cat([of_rank[self.rank] for of_rank in parts])
+
+
+class VirtualRank(RankRuntime):
+    """A rank whose place among the others somebody else has prepared."""
+
+    domains: Callable[[ExchangeShape], list[NvlinkDomain]]
+
+    def _join_domain(self, shape: ExchangeShape) -> NvlinkDomain:
+        return self.domains(shape)[self.layout.rank]
+
+
+class VirtualWorld:
+    """Runs requests to their ends on ``num_ranks`` ranks, attention data-parallel over all.
+
+    Args:
+        directory: where to put the model's config; the weights are random.
+        model: the config.
+        options: of the engine.
+    """
+
+    def __init__(
+        self, directory: Path, num_ranks: int, model: dict[str, Any], **options: Any
+    ) -> None:
+        (directory / "config.json").write_text(json.dumps(model))
+        values = {"model": str(directory), "load_format": "dummy", "attention_dp": num_ranks}
+        config, _ = build_config(values | options)
+        self._timeout = config.exchange.exchange_timeout
+        self._meeting = Meeting(num_ranks)
+        self._lock = threading.Lock()
+        self._domains: list[NvlinkDomain] = []
+        self._pools = [ThreadPoolExecutor(1) for _ in range(num_ranks)]
+        self.ranks: list[VirtualRank] = self._on_all(lambda rank: self._make_rank(rank, config))
+        num_blocks = min(self._on_all(lambda rank: self.ranks[rank].load(lambda *_: None)))
+        self._on_all(lambda rank: self.ranks[rank].start(num_blocks))
+        self.scheduler = _make_scheduler(self.ranks[0], num_blocks)
+
+    def run(self, requests: list[tuple[list[int], SamplingParams]]) -> list[Output]:
+        """Of each (prompt, parameters) token ids, their log-probabilities, and the prompt's."""
+        for number, (prompt, params) in enumerate(requests):
+            self.scheduler.add(AddRequest(str(number), prompt, params))
+        outputs: list[Output] = [([], [], []) for _ in requests]
+        in_flight: deque[list[Any]] = deque()
+        while self.scheduler.has_unfinished or in_flight:
+            while (plan := self.scheduler.schedule()) is not None:
+                in_flight.append(self.launch(plan))
+            results = self.results(in_flight.popleft())
+            for update in self.scheduler.complete([r for r in results if r is not None]):
+                token_ids, logprobs, prompt_logprobs = outputs[int(update.request_id)]
+                token_ids.extend(update.token_ids)
+                logprobs.extend(update.logprobs)
+                prompt_logprobs.extend(update.prompt_logprobs)
+        return outputs
+
+    def launch(self, plan: StepPlan) -> list[PendingStep]:
+        """The same step on all ranks."""
+        return self._on_all(lambda rank: self.ranks[rank].runner.launch(plan))
+
+    def results(self, pending: list[PendingStep]) -> list[StepResult | None]:
+        """What each rank makes of it, waited for."""
+        return self._on_all(lambda rank: pending[rank].result())
+
+    def _make_rank(self, rank: int, config: Any) -> VirtualRank:
+        layout = RankLayout(rank, 1, config.parallel.attention_dp)
+        runtime = VirtualRank(config, layout, LocalPlace(0, 1))
+        ep = ThreadCommunicator(layout.world_size, rank, self._meeting)
+        runtime.groups = ParallelGroups(layout, Communicator(1, 0), ep)
+        runtime.domains = lambda shape: self._make_domains(shape, runtime.device)
+        if runtime.device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(runtime.device))
+        return runtime
+
+    def _make_domains(self, shape: ExchangeShape, device: torch.device) -> list[NvlinkDomain]:
+        """All ranks' places, made by the first that asks."""
+        with self._lock:
+            if not self._domains:
+                # Beside those that wait, kernels of others want multiprocessors for themselves.
+                multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+                blocks = max(1, multiprocessors // (2 * shape.num_ranks))
+                self._domains = virtual_domains(shape, device, self._timeout, num_blocks=blocks)
+                torch.cuda.synchronize(device)
+            return self._domains
+
+    def _on_all(self, work: Callable[[int], T]) -> list[T]:
+        """What each rank's thread makes of its number, all at the same time."""
+        futures = [pool.submit(work, rank) for rank, pool in enumerate(self._pools)]
+        return [future.result() for future in futures]
+
+
+@contextmanager
+def waiting_for_own_streams() -> Iterator[None]:
+    """Threads wait for their current streams where they would wait for the device."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(
+            torch.cuda, "synchronize", lambda *_: torch.cuda.current_stream().synchronize()
+        )
+        # Memory goes back to the driver only when all kernels have ended.
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        yield

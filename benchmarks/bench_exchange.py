@@ -39,7 +39,13 @@ from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Tokens
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Rows in fp8 come from bfloat16, become it again, and go back as bfloat16.
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.bfloat16,
+}
 ROUTINGS = ("uniform", "zipf", "incast")
 TRIALS = 200
 WARM_UP_TRIALS = 5
@@ -68,6 +74,7 @@ def main() -> None:
                     dtype=DTYPES[dtype],
                     max_tokens=num_tokens,
                     packet_tokens=arguments.packet_tokens,
+                    fp8=dtype == "fp8",
                 )
                 result = {"dtype": dtype, "routing": routing} | measure(shape, routing, found)
                 results.append(result)
@@ -307,7 +314,7 @@ def check(shape: ExchangeShape, ranks: Sequence[Rank]) -> None:
     for rank in ranks:
         rank.domain.check()
     tokens_of = [rank.inputs[0] for rank in ranks]
-    arrivals = reference.dispatch(tokens_of, shape.num_experts, shape.max_tokens)
+    arrivals = reference.dispatch(tokens_of, shape.num_experts, shape.max_tokens, fp8=shape.fp8)
     sums = [reference.presum(r.y_PH, a) for r, a in zip(ranks, arrivals, strict=True)]
     expected = reference.combine(sums, tokens_of, shape.num_experts, shape.max_tokens)
     for number, (out_TH, right_TH) in enumerate(zip(outputs, expected, strict=True)):
@@ -318,7 +325,8 @@ def check(shape: ExchangeShape, ranks: Sequence[Rank]) -> None:
 def count_bytes(shape: ExchangeShape, ranks: Sequence[Rank]) -> dict[str, int]:
     """Of one exchange, as the module says."""
     num_local = shape.num_experts // shape.num_ranks
-    rows = {"dispatch": 0, "combine": 0, "wire_dispatch": 0, "wire_combine": 0}
+    moved = {"dispatch": 0, "combine": 0, "wire_dispatch": 0, "wire_combine": 0}
+    row, wire = shape.row_bytes, shape.wire_bytes
     for home, rank in enumerate(ranks):
         ids_TK = rank.inputs[0].ids_TK
         goes_TN = torch.zeros(len(ids_TK), shape.num_ranks, dtype=torch.bool, device="cuda")
@@ -326,11 +334,13 @@ def count_bytes(shape: ExchangeShape, ranks: Sequence[Rank]) -> dict[str, int]:
         copies = int(goes_TN.sum())
         leaving = copies - int(goes_TN[:, home].sum())
         num_tokens = len(ids_TK)
-        rows["dispatch"] += num_tokens + copies
-        rows["combine"] += ids_TK.numel() + 2 * copies + num_tokens
-        rows["wire_dispatch"] += leaving
-        rows["wire_combine"] += leaving
-    return {name: number * shape.row_bytes for name, number in rows.items()}
+        # Rows that travel in 8 bits are read and written once more, where they arrive.
+        restored = copies * (wire + row) if shape.fp8 else 0
+        moved["dispatch"] += num_tokens * row + copies * wire + restored
+        moved["combine"] += (ids_TK.numel() + 2 * copies + num_tokens) * row
+        moved["wire_dispatch"] += leaving * wire
+        moved["wire_combine"] += leaving * row
+    return moved
 
 
 def report(result: dict[str, Any]) -> None:

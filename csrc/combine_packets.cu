@@ -10,6 +10,11 @@
 namespace moe_engine {
 namespace {
 
+// Pieces of a row, of a packet of each lane.
+__device__ __host__ __forceinline__ int pieces_of(int num_packets) {
+  return (num_packets + 31) / 32;
+}
+
 __device__ __forceinline__ Packet* result_row(const ExchangeState& state, int at_rank,
                                               int from_rank, int token) {
   const ExchangeLayout& layout = state.layout;
@@ -28,7 +33,7 @@ __device__ __forceinline__ void send_results(const ExchangeState& state, const C
   const int top_k = layout.top_k;
   const int num_words = layout.combine_words();
   const int num_packets = layout.combine_packets();
-  const int num_pieces = Piece<1>::count(num_packets);
+  const int num_pieces = pieces_of(num_packets);
   const auto* const y = reinterpret_cast<const std::uint32_t*>(args.y);
   const int num_slots = layout.num_ranks * args.step_tokens;
   for (int item = warp; item < num_slots * num_pieces; item += num_warps) {
@@ -81,7 +86,7 @@ __device__ __forceinline__ void receive_results(const ExchangeState& state, cons
   const int lane = threadIdx.x % 32;
   const int num_words = layout.combine_words();
   const int num_packets = layout.combine_packets();
-  const int num_pieces = Piece<1>::count(num_packets);
+  const int num_pieces = pieces_of(num_packets);
   Patience patience(state, epoch, AbortRecord::kCombine);
   for (int item = warp; item < args.num_tokens * num_pieces; item += num_warps) {
     const int token = item / num_pieces;
@@ -141,7 +146,7 @@ __global__ void __launch_bounds__(kPacketThreads)
 
 template <typename T>
 void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
-  const std::int64_t pieces = Piece<1>::count(state.layout.combine_packets());
+  const std::int64_t pieces = pieces_of(state.layout.combine_packets());
   const int blocks = packet_blocks(state, pieces * state.layout.num_ranks * args.step_tokens);
   launch_dependent("combine_packets_kernel", combine_packets_kernel<T>, dim3(blocks),
                    kPacketThreads, 0, stream, 1, state, args);
@@ -150,7 +155,7 @@ void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStr
 }  // namespace
 
 void combine_packets(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
-  switch (args.type) {
+  switch (state.type) {
     case ElementType::kBFloat16:
       return launch_combine<__nv_bfloat16>(state, args, stream);
     case ElementType::kFloat16:

@@ -196,7 +196,7 @@ void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStr
 }  // namespace
 
 void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
-  switch (args.type) {
+  switch (state.type) {
     case ElementType::kBFloat16:
       return launch_combine<__nv_bfloat16>(state, args, stream);
     case ElementType::kFloat16:

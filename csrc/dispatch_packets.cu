@@ -1,4 +1,8 @@
 // Dispatch of few tokens, by packets (exchange_packets.cuh), in one launch.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "exchange_fp8.cuh"
 #include "exchange_packets.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -15,84 +19,191 @@ __device__ __forceinline__ Packet* inbox_row(const ExchangeState& state, int at_
   return reinterpret_cast<Packet*>(inbox) + row * layout.dispatch_packets();
 }
 
-// Word `index` of the message of a token that comes.
-__device__ __forceinline__ std::uint32_t message_word(const DispatchArgs& args,
-                                                      const ExchangeLayout& layout, int token,
-                                                      int index) {
-  if (index == 0) return 1;
+// --- what a warp sends at once: the header, or a piece of the row --------------------------------
+
+// Words of the header of a token that comes.
+__device__ __forceinline__ void fill_header(const ExchangeLayout& layout, const DispatchArgs& args,
+                                            int token, int packet, Packet& out) {
   const std::int64_t first_choice = std::int64_t{token} * layout.top_k;
-  if (index < layout.header_words()) {
-    const int choice = index - 1;
-    return choice < layout.top_k
-               ? static_cast<std::uint32_t>(args.ids[first_choice + choice])
-               : __float_as_uint(args.weights[first_choice + choice - layout.top_k]);
-  }
-  const int word = index - layout.header_words();
-  const std::int64_t row_words = layout.row_bytes / 4;
-  if (word >= row_words) return 0;
-  return reinterpret_cast<const std::uint32_t*>(args.x)[token * row_words + word];
-}
-
-// Puts word `index` of a message where it belongs in slot `slot`.
-__device__ __forceinline__ void place_word(const ExchangeState& state, const DispatchArgs& args,
-                                           std::int64_t slot, int index, std::uint32_t word) {
-  const ExchangeLayout& layout = state.layout;
-  if (index == 0) return;
-  if (index < layout.header_words()) {
-    const int choice = index - 1;
-    if (choice < layout.top_k) {
-      const int local = static_cast<int>(word) - state.rank * state.num_local;
-      args.received_slots[slot * layout.top_k + choice] =
-          local >= 0 && local < state.num_local ? local : -1;
+#pragma unroll
+  for (int w = 0; w < Packet::kWords; ++w) {
+    const int choice = packet * Packet::kWords + w - 1;
+    if (choice < 0) {
+      out.words[w] = 1;
+    } else if (choice < layout.top_k) {
+      out.words[w] = static_cast<std::uint32_t>(args.ids[first_choice + choice]);
+    } else if (choice < 2 * layout.top_k) {
+      out.words[w] = __float_as_uint(args.weights[first_choice + choice - layout.top_k]);
     } else {
-      args.received_weights[slot * layout.top_k + choice - layout.top_k] = __uint_as_float(word);
+      out.words[w] = 0;
     }
-    return;
   }
-  const int at = index - layout.header_words();
-  const std::int64_t row_words = layout.row_bytes / 4;
-  if (at >= row_words) return;
-  reinterpret_cast<std::uint32_t*>(args.received_x)[slot * row_words + at] = word;
 }
 
-template <int kPerLane>
+__device__ __forceinline__ void place_header(const ExchangeState& state, const DispatchArgs& args,
+                                             std::int64_t slot, int packet, const Packet& in) {
+  const int top_k = state.layout.top_k;
+#pragma unroll
+  for (int w = 0; w < Packet::kWords; ++w) {
+    const int choice = packet * Packet::kWords + w - 1;
+    if (choice >= 0 && choice < top_k) {
+      const int local = static_cast<int>(in.words[w]) - state.rank * state.num_local;
+      const bool is_here = local >= 0 && local < state.num_local;
+      args.received_slots[slot * top_k + choice] = is_here ? local : -1;
+    } else if (choice >= top_k && choice < 2 * top_k) {
+      args.received_weights[slot * top_k + choice - top_k] = __uint_as_float(in.words[w]);
+    }
+  }
+}
+
+// Rows as they are: kPerLane_ packets of each lane.
+template <int kPerLane_>
+struct PlainPiece {
+  static constexpr int kPerLane = kPerLane_;
+  static constexpr int kPackets = 32 * kPerLane;
+
+  // Of the row's packets, this lane's i-th.
+  static __device__ __forceinline__ int packet(int piece, int i, int lane) {
+    return piece * kPackets + 32 * i + lane;
+  }
+
+  static __device__ __forceinline__ void fill(const ExchangeLayout& layout,
+                                              const DispatchArgs& args, int token, int piece,
+                                              int lane, Packet* out) {
+    const int num_words = layout.row_bytes / 4;
+    const auto* const row =
+        reinterpret_cast<const std::uint32_t*>(args.x) + std::int64_t{token} * num_words;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) {
+        const int word = packet(piece, i, lane) * Packet::kWords + w;
+        out[i].words[w] = word < num_words ? row[word] : 0;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void place(const ExchangeLayout& layout,
+                                               const DispatchArgs& args, std::int64_t slot,
+                                               int piece, int lane, const Packet* in) {
+    const int num_words = layout.row_bytes / 4;
+    auto* const row = reinterpret_cast<std::uint32_t*>(args.received_x) + slot * num_words;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) {
+        const int word = packet(piece, i, lane) * Packet::kWords + w;
+        if (word < num_words) row[word] = in[i].words[w];
+      }
+    }
+  }
+};
+
+// Rows of T in 8 bits: two groups, a packet of each of 22 lanes.
+template <typename T>
+struct Fp8Piece {
+  static constexpr int kPerLane = 1;
+  static constexpr int kPackets = 2 * kGroupPackets;
+
+  static __device__ __forceinline__ int packet(int piece, int, int lane) {
+    // The other lanes have none: beyond any row.
+    return lane < kPackets ? piece * kPackets + lane : 1 << 30;
+  }
+
+  static __device__ __forceinline__ void fill(const ExchangeLayout& layout,
+                                              const DispatchArgs& args, int token, int piece,
+                                              int lane, Packet* out) {
+    const int num_groups = layout.row_bytes / (2 * kGroup);
+    const auto* const row =
+        static_cast<const char*>(args.x) + std::int64_t{token} * layout.row_bytes;
+    const int in_group = lane % kGroupPackets;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int group = 2 * piece + half;
+      if (group >= num_groups) break;
+      const float4 four =
+          unpack_four<T>(reinterpret_cast<const uint2*>(row + group * 2 * kGroup)[lane]);
+      const float scale = group_scale(four);
+      const std::uint32_t mine = quantized(four, scale);
+#pragma unroll
+      for (int w = 0; w < Packet::kWords; ++w) {
+        const int word = in_group * Packet::kWords + w;
+        const std::uint32_t theirs = __shfl_sync(0xFFFFFFFF, mine, word % 32);
+        if (lane / kGroupPackets == half) {
+          out->words[w] = word < kGroupWords - 1 ? theirs : __float_as_uint(scale);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void place(const ExchangeLayout& layout,
+                                               const DispatchArgs& args, std::int64_t slot,
+                                               int piece, int lane, const Packet* in) {
+    const int num_groups = layout.row_bytes / (2 * kGroup);
+    const int in_group = lane % kGroupPackets;
+    // The last word of the group's last packet.
+    const int last = min(lane - in_group + kGroupPackets - 1, 31);
+    const float scale = __uint_as_float(__shfl_sync(0xFFFFFFFF, in->words[2], last));
+    const int group = 2 * piece + lane / kGroupPackets;
+    if (lane >= kPackets || group >= num_groups) return;
+    char* const row = static_cast<char*>(args.received_x) + slot * layout.row_bytes;
+    auto* const out = reinterpret_cast<uint2*>(row + group * 2 * kGroup);
+#pragma unroll
+    for (int w = 0; w < Packet::kWords; ++w) {
+      const int word = in_group * Packet::kWords + w;
+      if (word < kGroupWords - 1) out[word] = restored<T>(in->words[w], scale);
+    }
+  }
+};
+
+// --- the two halves of the kernel ----------------------------------------------------------------
+
+template <typename Piece>
+__device__ __forceinline__ int pieces_of_row(const ExchangeLayout& layout) {
+  return (layout.row_packets() + Piece::kPackets - 1) / Piece::kPackets;
+}
+
+// Items are (token, 0) for its header, and (token, 1 + p) for piece p of its row.
+template <typename Piece>
 __device__ __forceinline__ void send_tokens(const ExchangeState& state, const DispatchArgs& args,
                                             std::uint32_t epoch, int warp, int num_warps) {
   const ExchangeLayout& layout = state.layout;
   const int lane = threadIdx.x % 32;
-  const int num_packets = layout.dispatch_packets();
-  const int num_pieces = Piece<kPerLane>::count(num_packets);
-  for (int item = warp; item < args.step_tokens * num_pieces; item += num_warps) {
-    const int token = item / num_pieces;
-    const int first = item % num_pieces * Piece<kPerLane>::kPackets + lane;
+  const int num_items = 1 + pieces_of_row<Piece>(layout);
+  for (int item = warp; item < args.step_tokens * num_items; item += num_warps) {
+    const int token = item / num_items;
+    const int piece = item % num_items - 1;
+    const bool is_header = piece < 0;
     const bool is_real = token < args.num_tokens;
     const int goes_to = is_real ? rank_of_choice(args.ids + std::int64_t{token} * layout.top_k,
                                                  layout.top_k, state.num_local, lane)
                                 : -1;
-    Packet packets[kPerLane];
+    Packet packets[Piece::kPerLane] = {};
     if (is_real) {  // before it is known where the token goes, which takes as long
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int packet = first + 32 * i;
-        packets[i].epoch = epoch;
-#pragma unroll
-        for (int w = 0; w < Packet::kWords; ++w) {
-          packets[i].words[w] = packet < num_packets
-                                    ? message_word(args, layout, token, packet * Packet::kWords + w)
-                                    : 0;
-        }
+      if (is_header) {
+        fill_header(layout, args, token, lane, packets[0]);
+      } else {
+        Piece::fill(layout, args, token, piece, lane, packets);
       }
     }
     for (int i = 0; i < layout.num_ranks; ++i) {
       const int to = state.order[i];
       Packet* const row = inbox_row(state, to, epoch, state.rank, token);
-      if (__any_sync(0xFFFFFFFF, goes_to == to)) {
+      const bool comes = __any_sync(0xFFFFFFFF, goes_to == to);
+      if (is_header) {
+        Packet packet = packets[0];
+        packet.epoch = epoch;
+        if (!comes) packet.words[0] = 0;
+        if (lane < (comes ? layout.header_packets() : 1)) store_packet(row + lane, packet);
+      } else if (comes) {
 #pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          if (first + 32 * j < num_packets) store_packet(row + first + 32 * j, packets[j]);
+        for (int j = 0; j < Piece::kPerLane; ++j) {
+          const int packet = Piece::packet(piece, j, lane);
+          packets[j].epoch = epoch;
+          if (packet < layout.row_packets()) {
+            store_packet(row + layout.header_packets() + packet, packets[j]);
+          }
         }
-      } else if (first == 0) {
-        store_packet(row, Packet{{0, 0, 0}, epoch});
       }
     }
   }
@@ -100,32 +211,42 @@ __device__ __forceinline__ void send_tokens(const ExchangeState& state, const Di
 
 // If the exchange is given up, what has not come counts as if nobody had sent it: what follows may
 // rely on the slots.
-template <int kPerLane>
+template <typename Piece>
 __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const DispatchArgs& args,
                                                std::uint32_t epoch, int warp, int num_warps) {
   const ExchangeLayout& layout = state.layout;
   const int lane = threadIdx.x % 32;
-  const int num_packets = layout.dispatch_packets();
-  const int num_pieces = Piece<kPerLane>::count(num_packets);
+  const int num_items = 1 + pieces_of_row<Piece>(layout);
   Patience patience(state, epoch, AbortRecord::kDispatch);
   const int num_slots = layout.num_ranks * args.step_tokens;
   bool is_given_up = false;
-  for (int item = warp; item < num_slots * num_pieces; item += num_warps) {
-    const int slot = item / num_pieces;
-    const int piece = item % num_pieces;
-    const int first = piece * Piece<kPerLane>::kPackets + lane;
+  for (int item = warp; item < num_slots * num_items; item += num_warps) {
+    const int slot = item / num_items;
+    const int piece = item % num_items - 1;
+    const bool is_header = piece < 0;
     const int source = slot / args.step_tokens;
     const Packet* const row = inbox_row(state, state.rank, epoch, source, slot % args.step_tokens);
-    Packet packets[kPerLane];
+    // Of each lane: its packets, counted from the row's first, or -1.
+    int at[Piece::kPerLane];
+#pragma unroll
+    for (int i = 0; i < Piece::kPerLane; ++i) {
+      if (is_header) {
+        at[i] = i == 0 && lane < layout.header_packets() ? lane : -1;
+      } else {
+        const int packet = Piece::packet(piece, i, lane);
+        at[i] = packet < layout.row_packets() ? layout.header_packets() + packet : -1;
+      }
+    }
+    Packet packets[Piece::kPerLane] = {};
     bool comes = true;
     while (!is_given_up) {
       // Both at once: whether the token comes, and the packets in case it does.
       const Packet header = load_packet(row);
       bool all_here = header.epoch == epoch;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (first + 32 * i < num_packets) {
-          packets[i] = load_packet(row + first + 32 * i);
+      for (int i = 0; i < Piece::kPerLane; ++i) {
+        if (at[i] >= 0) {
+          packets[i] = load_packet(row + at[i]);
           all_here = all_here && packets[i].epoch == epoch;
         }
       }
@@ -135,17 +256,12 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
     }
     is_given_up = __any_sync(0xFFFFFFFF, is_given_up);
     if (comes && !is_given_up) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (first + 32 * i < num_packets) {
-#pragma unroll
-          for (int w = 0; w < Packet::kWords; ++w) {
-            place_word(state, args, slot, (first + 32 * i) * Packet::kWords + w,
-                       packets[i].words[w]);
-          }
-        }
+      if (!is_header) {
+        Piece::place(layout, args, slot, piece, lane, packets);
+      } else if (at[0] >= 0) {
+        place_header(state, args, slot, lane, packets[0]);
       }
-    } else if (piece == 0 && lane < layout.top_k) {
+    } else if (is_header && lane < layout.top_k) {
       args.received_slots[std::int64_t{slot} * layout.top_k + lane] = -1;
       args.received_weights[std::int64_t{slot} * layout.top_k + lane] = 0;
     }
@@ -161,37 +277,44 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
 // Example, 2 ranks with 2 experts each, m = 2, K = 1; rank 0 brings tokens a and b for experts 3
 // and 0, rank 1 brings c for expert 1. Rank 0 receives slots [-1, 0, 1, -1], with b and c in rows 1
 // and 2 of x; rank 1 receives [1, -1, -1, -1], with a in row 0.
-template <int kPerLane>
+template <typename Piece>
 __global__ void __launch_bounds__(kPacketThreads)
     dispatch_packets_kernel(const __grid_constant__ ExchangeState state,
                             const __grid_constant__ DispatchArgs args) {
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
   const std::uint32_t epoch = state.counters[0];
-  const int warp = warp_of_grid();
   const int num_warps = kPacketWarps * gridDim.x;
-  send_tokens<kPerLane>(state, args, epoch, warp, num_warps);
-  receive_tokens<kPerLane>(state, args, epoch, warp, num_warps);
+  send_tokens<Piece>(state, args, epoch, warp_of_grid(), num_warps);
+  receive_tokens<Piece>(state, args, epoch, warp_of_grid(), num_warps);
 }
 
-template <int kPerLane>
-void launch_dispatch(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
-  const std::int64_t pieces = Piece<kPerLane>::count(state.layout.dispatch_packets());
-  const int blocks = packet_blocks(state, pieces * state.layout.num_ranks * args.step_tokens);
-  launch_dependent("dispatch_packets_kernel", dispatch_packets_kernel<kPerLane>, dim3(blocks),
-                   kPacketThreads, 0, stream, 1, state, args);
+template <typename Piece>
+std::int64_t num_items(const ExchangeState& state, const DispatchArgs& args) {
+  const int pieces = (state.layout.row_packets() + Piece::kPackets - 1) / Piece::kPackets;
+  return std::int64_t{state.layout.num_ranks} * args.step_tokens * (1 + pieces);
+}
+
+template <typename Piece>
+void launch(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
+  launch_dependent("dispatch_packets_kernel", dispatch_packets_kernel<Piece>,
+                   dim3(packet_blocks(state, num_items<Piece>(state, args))), kPacketThreads, 0,
+                   stream, 1, state, args);
 }
 
 }  // namespace
 
 void dispatch_packets(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
+  if (state.wire == Wire::kFp8) {
+    return state.type == ElementType::kBFloat16
+               ? launch<Fp8Piece<__nv_bfloat16>>(state, args, stream)
+               : launch<Fp8Piece<__half>>(state, args, stream);
+  }
   // Few packets a lane as long as there are warps for all.
-  const std::int64_t slots = std::int64_t{state.layout.num_ranks} * args.step_tokens;
-  const std::int64_t pieces = slots * Piece<1>::count(state.layout.dispatch_packets());
-  if (pieces <= std::int64_t{2} * state.num_blocks * kPacketWarps) {
-    launch_dispatch<1>(state, args, stream);
+  if (num_items<PlainPiece<1>>(state, args) <= std::int64_t{2} * state.num_blocks * kPacketWarps) {
+    launch<PlainPiece<1>>(state, args, stream);
   } else {
-    launch_dispatch<4>(state, args, stream);
+    launch<PlainPiece<4>>(state, args, stream);
   }
 }
 

@@ -1,4 +1,9 @@
-// Dispatch of many tokens, by rows (exchange_rows.cuh): one kernel sends, another one waits.
+// Dispatch of many tokens, by rows (exchange_rows.cuh): one kernel sends, another one waits. Rows
+// in 8 bits are restored by a third.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "exchange_fp8.cuh"
 #include "exchange_rows.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -9,8 +14,43 @@ namespace {
 constexpr int kPieceBytes = 4096;  // of a row, that is on its way through shared memory at once
 constexpr int kStages = 3;         // pieces of a warp
 
+// What the pieces of a row become on the wire: what they are.
+struct PlainWire {
+  static constexpr int kWirePieceBytes = 0;  // they are sent from where they have been loaded
+
+  static __device__ __forceinline__ int wire_bytes(int piece_bytes) { return piece_bytes; }
+};
+
+// Groups of T in 8 bits, with their scales.
+template <typename T>
+struct Fp8Wire {
+  static constexpr int kGroupBytes = 4 * kGroupWords;
+  static constexpr int kWirePieceBytes = kPieceBytes / (2 * kGroup) * kGroupBytes;
+
+  static __device__ __forceinline__ int wire_bytes(int piece_bytes) {
+    return piece_bytes / (2 * kGroup) * kGroupBytes;
+  }
+
+  // A warp.
+  static __device__ __forceinline__ void quantize(const char* piece, int piece_bytes, char* out) {
+    const int lane = threadIdx.x % 32;
+    for (int group = 0; group < piece_bytes / (2 * kGroup); ++group) {
+      const float4 four =
+          unpack_four<T>(reinterpret_cast<const uint2*>(piece + group * 2 * kGroup)[lane]);
+      const float scale = group_scale(four);
+      auto* const words = reinterpret_cast<std::uint32_t*>(out + group * kGroupBytes);
+      words[lane] = quantized(four, scale);
+      if (lane == 0) words[kGroupWords - 1] = __float_as_uint(scale);
+    }
+    async_proxy_fence();  // the copy engine reads it next
+    __syncwarp();
+  }
+};
+
+template <typename W>
 struct SendShared {
   alignas(128) char pieces[kRowWarps][kStages][kPieceBytes];
+  alignas(128) char wire[kRowWarps][kStages][W::kWirePieceBytes > 0 ? W::kWirePieceBytes : 16];
   std::uint64_t loaded[kRowWarps][kStages];  // barriers
 };
 
@@ -38,8 +78,9 @@ __device__ __forceinline__ void send_choices(const ExchangeState& state, const D
 
 // A warp's tokens of a chunk, piece by piece: memory to shared memory, and from there to each rank
 // that has an expert of the token. `turn` counts the warp's pieces since the kernel began.
+template <typename W>
 __device__ __forceinline__ void send_rows(const ExchangeState& state, const DispatchArgs& args,
-                                          SendShared& shared, int first_token, int& turn) {
+                                          SendShared<W>& shared, int first_token, int& turn) {
   const ExchangeLayout& layout = state.layout;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -80,12 +121,17 @@ __device__ __forceinline__ void send_rows(const ExchangeState& state, const Disp
     if (piece == per_row) goes_to = next_goes_to;
     const int token = first_token + piece / per_row;
     const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
+    const char* out = shared.pieces[warp][stage];
+    if constexpr (W::kWirePieceBytes > 0) {
+      W::quantize(out, piece_bytes(piece), shared.wire[warp][stage]);
+      out = shared.wire[warp][stage];
+    }
+    const std::int64_t at = slot * layout.wire_bytes + piece % per_row * W::wire_bytes(kPieceBytes);
     for (int i = 0; i < layout.num_ranks; ++i) {
       const int to = state.order[i];
       if (__any_sync(0xFFFFFFFF, goes_to == to) && lane == 0) {
-        char* const row = state.peers.buffers[to] + layout.rows_at() + slot * layout.row_bytes;
-        copy_out(row + piece % per_row * kPieceBytes, shared_address(shared.pieces[warp][stage]),
-                 piece_bytes(piece));
+        copy_out(state.peers.buffers[to] + layout.rows_at() + at, shared_address(out),
+                 W::wire_bytes(piece_bytes(piece)));
       }
     }
     if (lane == 0) {
@@ -107,11 +153,12 @@ __device__ __forceinline__ void send_rows(const ExchangeState& state, const Disp
 //
 // Example, 2 ranks with 2 experts each, m = 2, K = 1; rank 1 brings token c for expert 0. Rank 0
 // gets c in row 2, and slots [0, -1] from row 2 on; rank 1 gets slots [-1, -1] there.
+template <typename W>
 __global__ void __launch_bounds__(kRowThreads)
     send_rows_kernel(const __grid_constant__ ExchangeState state,
                      const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) char memory[];
-  auto& shared = *reinterpret_cast<SendShared*>(memory);
+  auto& shared = *reinterpret_cast<SendShared<W>*>(memory);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
@@ -159,17 +206,72 @@ __global__ void __launch_bounds__(kWaitThreads)
   }
 }
 
+// Rows in 8 bits as rows of T, a warp each; those that no expert here wants are left out.
+//
+// Shapes, R = N * m: rows in the buffer [R, wire_bytes]; slots int32 [R, K]; x [R, H].
+//
+// Example: a group whose scale is 0.5 and whose first byte is 0x40, 2 in e4m3, begins with 1.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads)
+    restore_rows_kernel(const __grid_constant__ ExchangeState state,
+                        const __grid_constant__ DispatchArgs args) {
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+  const ExchangeLayout& layout = state.layout;
+  const char* const buffer = state.peers.buffers[state.rank];
+  const auto* const slots = reinterpret_cast<const std::int32_t*>(buffer + layout.slots_at());
+  const int lane = threadIdx.x % 32;
+  const int num_slots = layout.num_ranks * args.step_tokens;
+  const int num_warps = kRowWarps * gridDim.x;
+  for (int slot = blockIdx.x * kRowWarps + threadIdx.x / 32; slot < num_slots; slot += num_warps) {
+    const std::int64_t row = slot;
+    const int local = lane < layout.top_k ? slots[row * layout.top_k + lane] : -1;
+    if (!__any_sync(0xFFFFFFFF, local >= 0)) continue;
+    const auto* const words =
+        reinterpret_cast<const std::uint32_t*>(buffer + layout.rows_at() + row * layout.wire_bytes);
+    auto* const out = static_cast<char*>(args.received_x) + row * layout.row_bytes;
+    for (int group = 0; group < layout.row_bytes / (2 * kGroup); ++group) {
+      const std::uint32_t* const of_group = words + group * kGroupWords;
+      const float scale = __uint_as_float(of_group[kGroupWords - 1]);
+      reinterpret_cast<uint2*>(out + group * 2 * kGroup)[lane] = restored<T>(of_group[lane], scale);
+    }
+  }
+}
+
+template <typename W>
+void launch_send(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(SendShared<W>);
+  CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  kSharedBytes));
+  launch_dependent("send_rows_kernel", send_rows_kernel<W>,
+                   dim3(chunk_blocks(state, args.step_tokens, 1)), kRowThreads, kSharedBytes,
+                   stream, 1, state, args);
+}
+
+template <typename T>
+void launch_restore(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
+  const int num_slots = state.layout.num_ranks * args.step_tokens;
+  const int blocks = std::min((num_slots + kRowWarps - 1) / kRowWarps, 4 * num_multiprocessors());
+  launch_dependent("restore_rows_kernel", restore_rows_kernel<T>, dim3(blocks), kRowThreads, 0,
+                   stream, 1, state, args);
+}
+
 }  // namespace
 
 void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(SendShared);
-  CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kSharedBytes));
-  launch_dependent("send_rows_kernel", send_rows_kernel,
-                   dim3(chunk_blocks(state, args.step_tokens, 1)), kRowThreads, kSharedBytes,
-                   stream, 1, state, args);
+  const bool is_fp8 = state.wire == Wire::kFp8;
+  const bool is_half = state.type == ElementType::kFloat16;
+  if (!is_fp8) {
+    launch_send<PlainWire>(state, args, stream);
+  } else if (is_half) {
+    launch_send<Fp8Wire<__half>>(state, args, stream);
+  } else {
+    launch_send<Fp8Wire<__nv_bfloat16>>(state, args, stream);
+  }
   launch_dependent("wait_for_rows_kernel", wait_for_rows_kernel, dim3(1), kWaitThreads, 0, stream,
                    1, state, args.step_tokens);
+  if (is_fp8)
+    (is_half ? launch_restore<__half> : launch_restore<__nv_bfloat16>)(state, args, stream);
 }
 
 }  // namespace moe_engine

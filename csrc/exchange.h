@@ -11,6 +11,10 @@ namespace moe_engine {
 
 enum class ElementType { kBFloat16, kFloat16, kFloat32 };
 
+// Rows travel to the experts as they are, or by groups of 128 elements in 8 bits
+// (exchange_fp8.cuh).
+enum class Wire { kPlain, kFp8 };
+
 // The same buffers as this rank sees them, [num_ranks]; its own is among them.
 struct ExchangePeers {
   char* buffers[kMaxExchangeRanks];
@@ -19,6 +23,8 @@ struct ExchangePeers {
 // What a rank's exchange is, from one launch to the next.
 struct ExchangeState {
   ExchangeLayout layout;
+  ElementType type;  // of rows before and after
+  Wire wire;
   int rank;
   int num_local;  // experts of each rank; those of all ranks are numbered one after the other
   ExchangePeers peers;
@@ -42,7 +48,8 @@ struct DispatchArgs {
   const float* weights;     // [num_tokens, K]
   int num_tokens;
   int step_tokens;
-  // By packets only; with rows these lie in the buffer. R = N * step_tokens.
+  // R = N * step_tokens. By rows, slots and weights lie in the buffer and these two are not used,
+  // nor is received_x of plain rows, which lie there, too.
   void* received_x;              // [R, H]; rows of which no choice is here stay as they are
   std::int32_t* received_slots;  // [R, K], local expert slots, or -1
   float* received_weights;       // [R, K], anything where there is no slot
@@ -50,7 +57,6 @@ struct DispatchArgs {
 
 // What travels back.
 struct CombineArgs {
-  ElementType type;
   const void* y;  // [R * K, H], a row per choice; or [R, H], summed already
   bool is_summed;
   const std::int32_t* slots;  // [R, K], what dispatch has received

@@ -25,7 +25,7 @@ void check_at_most(const char* name, std::int64_t value, std::int64_t limit) {
 }
 
 ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int row_bytes,
-                           int top_k) {
+                           int wire_bytes, int top_k) {
   check_at_most("num_ranks", num_ranks, kMaxExchangeRanks);
   check_at_most("top_k", top_k, kMaxExchangeTopK);
   check_at_most("max_tokens", max_tokens, 1 << 20);
@@ -33,17 +33,21 @@ ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int
     throw std::invalid_argument("packet_tokens is " + std::to_string(packet_tokens) +
                                 "; it is from 0 to " + std::to_string(max_tokens));
   }
-  if (row_bytes < 16 || row_bytes % 16 != 0) {
-    throw std::invalid_argument("row_bytes is " + std::to_string(row_bytes) +
-                                "; it is a multiple of 16");
+  for (const auto& [name, bytes] :
+       {std::pair{"row_bytes", row_bytes}, {"wire_bytes", wire_bytes}}) {
+    if (bytes < 16 || bytes % 16 != 0) {
+      throw std::invalid_argument(std::string(name) + " is " + std::to_string(bytes) +
+                                  "; it is a multiple of 16");
+    }
   }
-  return ExchangeLayout{num_ranks, max_tokens, packet_tokens, row_bytes, top_k};
+  return ExchangeLayout{num_ranks, max_tokens, packet_tokens, row_bytes, wire_bytes, top_k};
 }
 
-ExchangeState make_state(const ExchangeLayout& layout, int rank, int num_local,
-                         const std::vector<std::uintptr_t>& buffers, const std::vector<int>& order,
-                         std::uintptr_t counters, std::uintptr_t abort_report,
-                         std::int64_t timeout_ns, int num_blocks, bool next_may_start) {
+ExchangeState make_state(const ExchangeLayout& layout, ElementType type, bool is_fp8, int rank,
+                         int num_local, const std::vector<std::uintptr_t>& buffers,
+                         const std::vector<int>& order, std::uintptr_t counters,
+                         std::uintptr_t abort_report, std::int64_t timeout_ns, int num_blocks,
+                         bool next_may_start) {
   if (buffers.size() != static_cast<std::size_t>(layout.num_ranks)) {
     throw std::invalid_argument(std::to_string(buffers.size()) + " buffers for " +
                                 std::to_string(layout.num_ranks) + " ranks");
@@ -62,6 +66,8 @@ ExchangeState make_state(const ExchangeLayout& layout, int rank, int num_local,
   }
   ExchangeState state{};
   state.layout = layout;
+  state.type = type;
+  state.wire = is_fp8 ? Wire::kFp8 : Wire::kPlain;
   state.rank = rank;
   state.num_local = num_local;
   for (std::size_t i = 0; i < buffers.size(); ++i) {
@@ -93,11 +99,10 @@ void dispatch(const ExchangeState& state, bool by_packets, std::uintptr_t x, std
                                                   reinterpret_cast<cudaStream_t>(stream));
 }
 
-void combine(const ExchangeState& state, bool by_packets, ElementType type, std::uintptr_t y,
-             bool is_summed, std::uintptr_t slots, std::uintptr_t weights, std::uintptr_t ids,
-             std::uintptr_t out, int num_tokens, int step_tokens, std::uintptr_t stream) {
+void combine(const ExchangeState& state, bool by_packets, std::uintptr_t y, bool is_summed,
+             std::uintptr_t slots, std::uintptr_t weights, std::uintptr_t ids, std::uintptr_t out,
+             int num_tokens, int step_tokens, std::uintptr_t stream) {
   CombineArgs args{};
-  args.type = type;
   args.y = reinterpret_cast<const void*>(y);
   args.is_summed = is_summed;
   args.slots = reinterpret_cast<const std::int32_t*>(slots);
@@ -121,8 +126,9 @@ void bind_exchange(py::module_& module) {
 
   py::class_<ExchangeLayout>(module, "ExchangeLayout", py::module_local())
       .def(py::init(&make_layout), py::kw_only(), "num_ranks"_a, "max_tokens"_a, "packet_tokens"_a,
-           "row_bytes"_a, "top_k"_a)
+           "row_bytes"_a, "wire_bytes"_a, "top_k"_a)
       .def_property_readonly("num_chunks", &ExchangeLayout::num_chunks)
+      .def_property_readonly("header_packets", &ExchangeLayout::header_packets)
       .def_property_readonly("dispatch_packets", &ExchangeLayout::dispatch_packets)
       .def_property_readonly("combine_packets", &ExchangeLayout::combine_packets)
       .def_property_readonly("abort_at", &ExchangeLayout::abort_at)
@@ -137,15 +143,15 @@ void bind_exchange(py::module_& module) {
       .def_property_readonly("total_bytes", &ExchangeLayout::total_bytes);
 
   py::class_<ExchangeState>(module, "ExchangeState", py::module_local())
-      .def(py::init(&make_state), py::kw_only(), "layout"_a, "rank"_a, "num_local"_a, "buffers"_a,
-           "order"_a, "counters"_a, "abort_report"_a, "timeout_ns"_a, "num_blocks"_a,
-           "next_may_start"_a);
+      .def(py::init(&make_state), py::kw_only(), "layout"_a, "type"_a, "is_fp8"_a, "rank"_a,
+           "num_local"_a, "buffers"_a, "order"_a, "counters"_a, "abort_report"_a, "timeout_ns"_a,
+           "num_blocks"_a, "next_may_start"_a);
 
   module.def("exchange_dispatch", &dispatch, "state"_a, py::kw_only(), "by_packets"_a, "x"_a,
              "ids"_a, "weights"_a, "num_tokens"_a, "step_tokens"_a, "received_x"_a,
              "received_slots"_a, "received_weights"_a, "stream"_a);
-  module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "type"_a,
-             "y"_a, "is_summed"_a, "slots"_a, "weights"_a, "ids"_a, "out"_a, "num_tokens"_a,
+  module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "y"_a,
+             "is_summed"_a, "slots"_a, "weights"_a, "ids"_a, "out"_a, "num_tokens"_a,
              "step_tokens"_a, "stream"_a);
 }
 

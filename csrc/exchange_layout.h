@@ -45,17 +45,18 @@ struct ExchangeLayout {
   int max_tokens;     // M
   int packet_tokens;  // tokens a rank may bring in packets, at most; <= M
   int row_bytes;      // of one token, a multiple of 16
+  int wire_bytes;     // of one token on its way to the experts: row_bytes, or what FP8 takes
   int top_k;
 
   static constexpr EXCHANGE_BOTH std::int64_t aligned(std::int64_t bytes) {
     return (bytes + 255) / 256 * 256;
   }
 
-  // A token on its way to an expert, in words of 4 bytes: 1 if it comes and 0 if it does not, K
-  // expert ids, K weights, and its row.
-  constexpr EXCHANGE_BOTH int header_words() const { return 1 + 2 * top_k; }
-  constexpr EXCHANGE_BOTH int dispatch_words() const { return header_words() + row_bytes / 4; }
-  constexpr EXCHANGE_BOTH int dispatch_packets() const { return packets(dispatch_words()); }
+  // A token on its way to an expert: packets of a header, in words of 4 bytes 1 if it comes and 0
+  // if it does not, K expert ids and K weights; then packets of its row.
+  constexpr EXCHANGE_BOTH int header_packets() const { return packets(1 + 2 * top_k); }
+  constexpr EXCHANGE_BOTH int row_packets() const { return packets(wire_bytes / 4); }
+  constexpr EXCHANGE_BOTH int dispatch_packets() const { return header_packets() + row_packets(); }
   // What a rank's experts made of it, on its way back.
   constexpr EXCHANGE_BOTH int combine_words() const { return row_bytes / 4; }
   constexpr EXCHANGE_BOTH int combine_packets() const { return packets(combine_words()); }
@@ -93,18 +94,22 @@ struct ExchangeLayout {
     return aligned(std::int64_t{16} * num_ranks * packet_tokens * combine_packets());
   }
 
-  // Of more tokens: rows [N * m, row_bytes], their local expert slots int32 [N * m, K], or -1, and
+  // Of more tokens: rows [N * m, wire_bytes], their local expert slots int32 [N * m, K], or -1, and
   // weights float32 [N * m, K].
   constexpr EXCHANGE_BOTH std::int64_t rows_at() const {
     return combine_inbox_at() + combine_inbox_bytes();
   }
-  constexpr EXCHANGE_BOTH std::int64_t slots_at() const { return rows_at() + rows_bytes(); }
+  constexpr EXCHANGE_BOTH std::int64_t slots_at() const {
+    return rows_at() + aligned(std::int64_t{1} * num_ranks * max_tokens * wire_bytes);
+  }
   constexpr EXCHANGE_BOTH std::int64_t weights_at() const { return slots_at() + choices_bytes(); }
 
   // Rows [N * m, row_bytes] on their way back, by the rank whose experts made them.
   constexpr EXCHANGE_BOTH std::int64_t results_at() const { return weights_at() + choices_bytes(); }
 
-  constexpr EXCHANGE_BOTH std::int64_t total_bytes() const { return results_at() + rows_bytes(); }
+  constexpr EXCHANGE_BOTH std::int64_t total_bytes() const {
+    return results_at() + aligned(std::int64_t{1} * num_ranks * max_tokens * row_bytes);
+  }
 
  private:
   static constexpr EXCHANGE_BOTH int packets(int words) {
@@ -112,9 +117,6 @@ struct ExchangeLayout {
   }
   constexpr EXCHANGE_BOTH std::int64_t flags_bytes() const {
     return aligned(std::int64_t{4} * num_ranks * flags_of_rank());
-  }
-  constexpr EXCHANGE_BOTH std::int64_t rows_bytes() const {
-    return aligned(std::int64_t{1} * num_ranks * max_tokens * row_bytes);
   }
   constexpr EXCHANGE_BOTH std::int64_t choices_bytes() const {
     return aligned(std::int64_t{4} * num_ranks * max_tokens * top_k);

@@ -16,15 +16,6 @@ namespace moe_engine {
 constexpr int kPacketThreads = 256;
 constexpr int kPacketWarps = kPacketThreads / 32;
 
-// The packets of a row that a warp takes at once.
-template <int kPerLane>
-struct Piece {
-  static constexpr int kPackets = 32 * kPerLane;
-  static __device__ __host__ int count(int num_packets) {
-    return (num_packets + kPackets - 1) / kPackets;
-  }
-};
-
 // The rank of this lane's choice, or -1; the lanes from top_k on have none.
 __device__ __forceinline__ int rank_of_choice(const std::int32_t* ids_of_token, int top_k,
                                               int num_local, int lane) {

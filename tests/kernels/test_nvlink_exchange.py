@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ STEP_TOKENS = [1, 2, 7, 64, 65, 96, 301]
 ROUTINGS = ["uniform", "zipf", "one expert", "one rank", "nothing"]
 
 
-def shape_of(num_ranks: int, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> ExchangeShape:
+def shape_of(num_ranks: int, dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> ExchangeShape:
     return ExchangeShape(
         **{
             "num_ranks": num_ranks,
@@ -95,6 +96,21 @@ def test_bits_are_those_of_the_reference(num_ranks: int, routing: str) -> None:
     world = VirtualRanks(shape_of(num_ranks))
     for step_tokens in STEP_TOKENS:
         check(world, random_ranks(world.shape, routing, step_tokens), step_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", [512, 2048, 2560, 4096])
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_rows_in_8_bits(num_ranks: int, hidden: int, dtype: torch.dtype) -> None:
+    world = VirtualRanks(shape_of(num_ranks, dtype, hidden=hidden, fp8=True))
+    for step_tokens in (1, 64, 65, 301):
+        ranks = random_ranks(world.shape, "uniform", step_tokens)
+        for tokens in ranks:
+            # Groups of zeros, of values far apart, and of the smallest that there are.
+            tokens.x_TH[:, :128] = 0
+            tokens.x_TH[:, 128:256] *= torch.logspace(-6, 2, 128, device="cuda").to(dtype)
+            tokens.x_TH[:, 256:384] = torch.finfo(dtype).smallest_normal
+        check(world, ranks, step_tokens)
 
 
 @pytest.mark.parametrize("step_tokens", [5, 100])

@@ -120,7 +120,7 @@ def expected_outputs(
     shape: ExchangeShape, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]
 ) -> tuple[list[Arrivals], list[torch.Tensor]]:
     """What the reference says that each rank receives and gets back."""
-    arrivals = reference.dispatch(ranks, shape.num_experts, step_tokens)
+    arrivals = reference.dispatch(ranks, shape.num_experts, step_tokens, fp8=shape.fp8)
     sums = [
         reference.presum(work(Received(a.x_RH, a.slots_RK, a.weights_RK)), a)
         for work, a in zip(experts, arrivals, strict=True)

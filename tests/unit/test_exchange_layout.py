@@ -24,10 +24,16 @@ CHUNK_TOKENS = 16
     max_tokens=st.integers(1, 8192),
     packet_tokens=st.integers(0, 8192),
     row_bytes=st.integers(1, 1024).map(lambda n: 16 * n),
+    wire_bytes=st.integers(1, 1024).map(lambda n: 16 * n),
     top_k=st.integers(1, 32),
 )
 def test_sections_do_not_overlap(
-    num_ranks: int, max_tokens: int, packet_tokens: int, row_bytes: int, top_k: int
+    num_ranks: int,
+    max_tokens: int,
+    packet_tokens: int,
+    row_bytes: int,
+    wire_bytes: int,
+    top_k: int,
 ) -> None:
     packet_tokens = min(packet_tokens, max_tokens)
     layout = _C.ExchangeLayout(
@@ -35,15 +41,14 @@ def test_sections_do_not_overlap(
         max_tokens=max_tokens,
         packet_tokens=packet_tokens,
         row_bytes=row_bytes,
+        wire_bytes=wire_bytes,
         top_k=top_k,
     )
     assert layout.num_chunks == -(-max_tokens // CHUNK_TOKENS)
     # A packet brings 3 words of 4 bytes.
-    assert (
-        3 * layout.dispatch_packets
-        >= 1 + 2 * top_k + row_bytes // 4
-        > 3 * (layout.dispatch_packets - 1)
-    )
+    row_packets = layout.dispatch_packets - layout.header_packets
+    assert 3 * layout.header_packets >= 1 + 2 * top_k > 3 * (layout.header_packets - 1)
+    assert 3 * row_packets >= wire_bytes // 4 > 3 * (row_packets - 1)
     assert 3 * layout.combine_packets >= row_bytes // 4 > 3 * (layout.combine_packets - 1)
     flags = 4 * num_ranks * (layout.num_chunks + 1)
     needed = [
@@ -52,7 +57,7 @@ def test_sections_do_not_overlap(
         (layout.combine_flags_at, flags),
         (layout.dispatch_inbox_at, 2 * 16 * num_ranks * packet_tokens * layout.dispatch_packets),
         (layout.combine_inbox_at, 16 * num_ranks * packet_tokens * layout.combine_packets),
-        (layout.rows_at, num_ranks * max_tokens * row_bytes),
+        (layout.rows_at, num_ranks * max_tokens * wire_bytes),
         (layout.slots_at, 4 * num_ranks * max_tokens * top_k),
         (layout.weights_at, 4 * num_ranks * max_tokens * top_k),
         (layout.results_at, num_ranks * max_tokens * row_bytes),
@@ -71,11 +76,13 @@ def test_sections_do_not_overlap(
         ({"num_ranks": 129}, "num_ranks is 129; it is from 1 to 128"),
         ({"top_k": 33}, "top_k is 33; it is from 1 to 32"),
         ({"row_bytes": 24}, "row_bytes is 24; it is a multiple of 16"),
+        ({"wire_bytes": 8}, "wire_bytes is 8; it is a multiple of 16"),
         ({"packet_tokens": 9}, "packet_tokens is 9; it is from 0 to 8"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: str) -> None:
-    sizes = {"num_ranks": 2, "max_tokens": 8, "packet_tokens": 8, "row_bytes": 32, "top_k": 2}
+    sizes = {"num_ranks": 2, "max_tokens": 8, "packet_tokens": 8, "top_k": 2}
+    sizes |= {"row_bytes": 32, "wire_bytes": 32}
     with pytest.raises(ValueError, match=message):
         _C.ExchangeLayout(**sizes | changes)
 
@@ -87,6 +94,8 @@ def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: 
         ({"hidden": 12}, "hidden is 12, 24 bytes a row; rows are multiples of 16"),
         ({"top_k": 0}, "top_k is 0; it is from 1 to 32"),
         ({"num_experts": 5}, "num_experts is 5 on 2 ranks"),
+        ({"fp8": True}, "fp8 of 64 elements of torch.bfloat16; it is for multiples of 512"),
+        ({"fp8": True, "hidden": 512, "dtype": torch.float32}, "fp8 of 512 elements of torch.f"),
     ],
 )
 def test_rows_that_cannot_be_moved_are_refused(changes: dict, message: str) -> None:

@@ -60,6 +60,21 @@ def test_the_example_of_dispatch() -> None:
     assert second.x_RH.tolist() == [[0] * 4, [1] * 4]
 
 
+def test_rows_in_8_bits_keep_three_bits_of_each_element() -> None:
+    x_TH = torch.randn(5, 256) * torch.logspace(-3, 3, 256)
+    x_TH[1, :128] = 0
+    x_TH[2, :2] = torch.tensor([448.0, 3.3])
+    x_TH[2, 2:128] = 0
+    kept_TH = exchange.through_fp8(x_TH)
+    assert kept_TH[2, :2].tolist() == [448, 3.25]
+    assert not kept_TH[1, :128].any()
+    largest_TG1 = x_TH.unflatten(1, (2, 128)).abs().amax(dim=2, keepdim=True)
+    # Half of the last of three bits, or of the smallest step of all, as e4m3 goes down to 2^-9.
+    limits_TGE = torch.maximum(x_TH.unflatten(1, (2, 128)).abs() / 16, largest_TG1 / 448 / 1024)
+    errors_TGE = (kept_TH - x_TH).abs().unflatten(1, (2, 128))
+    assert (errors_TGE <= limits_TGE * 1.0001).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_rounded_once_a_rank_and_once_at_home(dtype: torch.dtype) -> None:
     x_TH = torch.zeros(1, 4, dtype=dtype)

@@ -21,6 +21,10 @@ from moe_engine.ops import native
 from moe_engine.ops.moe import ExpertOutputs
 
 MAX_TOP_K = 32
+FP8_GROUP, FP8_GROUP_BYTES = 128, 132
+"""Elements that share a scale on the wire, and what they take with it (`csrc/exchange_fp8.cuh`)."""
+FP8_HIDDEN = 4 * FP8_GROUP
+"""Rows in FP8 are multiples of so many elements, which take a multiple of 16 bytes."""
 PACKET_TOKENS = 64
 """Tokens of a rank up to which packets are faster than rows, until that is measured."""
 _PHASES = {1: "dispatch", 2: "combine"}
@@ -38,6 +42,7 @@ class ExchangeShape:
     Attributes:
         max_tokens: that a rank may bring in a step.
         packet_tokens: up to which steps go by packets; 0: none.
+        fp8: whether rows go to the experts in 8 bits, by groups of 128 elements with a scale.
     """
 
     num_ranks: int
@@ -47,6 +52,7 @@ class ExchangeShape:
     dtype: torch.dtype
     max_tokens: int
     packet_tokens: int = PACKET_TOKENS
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         """`ValueError` where the kernels cannot move rows like these."""
@@ -55,6 +61,11 @@ class ExchangeShape:
         if self.row_bytes % 16:
             raise ValueError(
                 f"hidden is {self.hidden}, {self.row_bytes} bytes a row; rows are multiples of 16"
+            )
+        if self.fp8 and (self.dtype == torch.float32 or self.hidden % FP8_HIDDEN):
+            raise ValueError(
+                f"fp8 of {self.hidden} elements of {self.dtype}; it is for multiples of "
+                f"{FP8_HIDDEN} elements of 16 bits"
             )
         if self.num_experts % self.num_ranks:
             raise ValueError(f"num_experts is {self.num_experts} on {self.num_ranks} ranks")
@@ -66,6 +77,11 @@ class ExchangeShape:
         """Of a token."""
         return self.hidden * self.dtype.itemsize
 
+    @property
+    def wire_bytes(self) -> int:
+        """Of a token on its way to the experts."""
+        return self.hidden // FP8_GROUP * FP8_GROUP_BYTES if self.fp8 else self.row_bytes
+
     def layout(self, library: ModuleType) -> Any:
         """The `ExchangeLayout` of ``moe_engine._C``."""
         return library.ExchangeLayout(
@@ -73,6 +89,7 @@ class ExchangeShape:
             max_tokens=self.max_tokens,
             packet_tokens=min(self.packet_tokens, self.max_tokens),
             row_bytes=self.row_bytes,
+            wire_bytes=self.wire_bytes,
             top_k=self.top_k,
         )
 
@@ -113,6 +130,8 @@ class NvlinkDomain:
         self._report = torch.zeros(1, dtype=torch.int64).pin_memory()
         self.state = library.ExchangeState(
             layout=self.layout,
+            type=getattr(library.ElementType, _ELEMENT_TYPES[shape.dtype]),
+            is_fp8=shape.fp8,
             rank=shard.rank,
             num_local=shard.num_local,
             buffers=list(buffer.addresses),
@@ -281,7 +300,6 @@ class NvlinkExchange:
             domain.library.exchange_combine(
                 domain.state,
                 by_packets=self._by_packets,
-                type=getattr(domain.library.ElementType, _ELEMENT_TYPES[shape.dtype]),
                 y=y_rows.data_ptr(),
                 is_summed=isinstance(y, torch.Tensor),
                 slots=received.slot_ids_RK.data_ptr(),
@@ -305,8 +323,12 @@ class NvlinkExchange:
                 x_TH.new_empty(num_slots, top_k, dtype=torch.float32),
                 ids_TK,
             )
+        if shape.fp8:
+            x_RH = x_TH.new_empty(num_slots, shape.hidden)
+        else:
+            x_RH = domain.section(layout.rows_at, shape.dtype, num_slots, shape.hidden)
         return Received(
-            domain.section(layout.rows_at, shape.dtype, num_slots, shape.hidden),
+            x_RH,
             domain.section(layout.slots_at, torch.int32, num_slots, top_k),
             domain.section(layout.weights_at, torch.float32, num_slots, top_k),
             ids_TK,

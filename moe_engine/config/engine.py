@@ -72,6 +72,9 @@ class ClusterConfig:
 
     nodes: int = option(1, "machines that take part")
     gpus_per_node: int | None = option(None, "GPUs of one machine; none: as the machine says")
+    topology: str | None = option(
+        None, "YAML file of the hops between ranks (dist/topology.py); none: as the machines say"
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "nodes", "gpus_per_node")

@@ -22,6 +22,7 @@ from moe_engine.dist.exchange import ExchangeSelector, tokens_of_a_rank
 from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkDomain, join_domain
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
+from moe_engine.dist.topology import from_file
 from moe_engine.engine import memory
 from moe_engine.engine.precompile import Precompilation, num_compile_threads
 from moe_engine.engine.profiling import StepMemory, StepProfiler
@@ -205,9 +206,9 @@ class RankRuntime:
         )
 
     def _join_domain(self, shape: ExchangeShape) -> NvlinkDomain:
-        return join_domain(
-            shape, self.groups.ep, self.device, self.config.exchange.exchange_timeout
-        )
+        path, timeout = self.config.cluster.topology, self.config.exchange.exchange_timeout
+        topology = None if path is None else from_file(Path(path), shape.num_ranks)
+        return join_domain(shape, self.groups.ep, self.device, timeout, topology)
 
     def _start_compiling(self) -> Precompilation | None:
         """Compile, in the background, whatever serving will launch (a collective)."""

@@ -15,7 +15,7 @@ import torch
 from moe_engine.dist.buffer import SharedBuffer, symmetric_buffer, virtual_buffers
 from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange.base import ExpertShard, Received
-from moe_engine.dist.topology import Topology, one_domain
+from moe_engine.dist.topology import Topology, from_places, gpu_place, one_domain
 from moe_engine.errors import ConfigError, ExchangeTimeout
 from moe_engine.ops import native
 from moe_engine.ops.moe import ExpertOutputs
@@ -179,9 +179,16 @@ class NvlinkDomain:
 
 
 def join_domain(
-    shape: ExchangeShape, ep: Communicator, device: torch.device, timeout: float
+    shape: ExchangeShape,
+    ep: Communicator,
+    device: torch.device,
+    timeout: float,
+    topology: Topology | None = None,
 ) -> NvlinkDomain:
     """This rank's place among ranks with a GPU each, all of which reach each other (a collective).
+
+    Args:
+        topology: None: as the machines say.
 
     Raises:
         ConfigError: the CUDA extension is missing, or the GPUs do not reach each other.
@@ -190,6 +197,12 @@ def join_domain(
     if library is None:
         raise ConfigError("exchange is 'nvlink', which needs the CUDA extension moe_engine._C")
     assert ep.group is not None
+    if topology is None:
+        places: list[Any] = [None] * ep.size
+        torch.distributed.all_gather_object(places, gpu_place(device), group=ep.group)
+        topology = from_places(places)
+    if len(domains := topology.domains()) > 1:
+        raise ConfigError(f"exchange is 'nvlink', and ranks are in NVLink domains {domains}")
     try:
         buffer = symmetric_buffer(shape.layout(library).total_bytes, ep.group, device)
     except RuntimeError as error:
@@ -198,7 +211,7 @@ def join_domain(
         ) from error
     shard = ExpertShard(shape.num_experts, ep.size, ep.rank)
     num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
-    return NvlinkDomain(shape, shard, buffer, one_domain(ep.size), timeout, num_blocks)
+    return NvlinkDomain(shape, shard, buffer, topology, timeout, num_blocks)
 
 
 def virtual_domains(

@@ -13,6 +13,8 @@ if shutil.which("nvidia-smi") is None:
 
 # A hardware queue for each stream, so that no launch is behind one that waits for it. Read by CUDA.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+# To load a kernel at its first launch waits for those that run, which may wait for that launch.
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 # Tests run beside the ranks that they start: one thread each, which sleeps while it waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -42,6 +42,12 @@ class Communicator:
         """Torch's, None where there is but one rank."""
         return self._group
 
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        if self.size > 1:
+            with _peers_needed():
+                dist.barrier(group=self._group)
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; returns ``x``."""
         if self.size > 1:

@@ -165,8 +165,11 @@ Result = TypeVar("Result")
 def _captured(compute: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
     """A graph of what ``compute`` launches, on the device, and what it returns."""
     graph = torch.cuda.CUDAGraph()
+    # Torch's own stream for captures stands in for the default stream, which cannot be captured.
+    current = torch.cuda.current_stream()
+    stream = None if current == torch.cuda.default_stream() else current
     # Other threads (NCCL's watchdog, senders of results) may use the device meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = compute()
     graph.replay()  # the first replay brings the graph to the device
     return graph, result

@@ -50,6 +50,11 @@ class MixedSize:
     num_decodes: int
 
 
+def most_rows(max_tokens: int) -> int:
+    """Of the largest step of up to so many tokens, padded to a size to capture if there is one."""
+    return next((num_rows for num_rows in MIXED_ROWS if num_rows >= max_tokens), max_tokens)
+
+
 def mixed_sizes(max_tokens: int, max_seqs: int, exchange: ExchangeSelector) -> list[MixedSize]:
     """What steps of up to ``max_tokens`` and ``max_seqs`` need and can be captured, ascending.
 

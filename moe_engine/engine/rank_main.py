@@ -34,7 +34,7 @@ from moe_engine.engine.scheduler import Scheduler
 from moe_engine.engine.spec import RankSpec
 from moe_engine.engine.startup import StartupClock, measured_memory
 from moe_engine.engine.summary import start_summary
-from moe_engine.errors import CheckpointError, ConfigError
+from moe_engine.errors import CheckpointError, ConfigError, ExchangeTimeout
 from moe_engine.types.messages import (
     EngineReady,
     LoadProgress,
@@ -228,7 +228,7 @@ def _describe(rank: int, error: Exception) -> RankFailed:
         str(error) if user_error else f"rank {rank} raised {type(error).__name__}: {error}",
         "" if user_error else traceback.format_exc(),
         user_error=type(error).__name__ if user_error else "",
-        secondary=isinstance(error, PeerLostError),
+        secondary=isinstance(error, PeerLostError | ExchangeTimeout),
     )
 
 

@@ -110,7 +110,7 @@ class ModelRunner:
         slots = self._table.advance(group.steps)
         is_reported = layout.tp_rank == 0 and bool(group.steps)
         pending = PendingStep(plan.step_id, layout.dp_rank, is_reported, check=self._exchange.check)
-        size = self._graph_size(group)
+        size = self._decode_size(plan)
         if size is not None:
             self._replay(size, group.steps, slots, pending)
         else:
@@ -131,13 +131,17 @@ class ModelRunner:
             self._sampler.admit(sequence)
         self._table.admit(group.admitted)
 
-    def _graph_size(self, group: GroupPlan) -> int | None:
-        """The graph for a step in which everybody decodes, the same on every rank."""
-        if self._graphs is None or not group.steps:
+    def _decode_size(self, plan: StepPlan) -> int | None:
+        """The graph for a step in which everybody decodes, the same on every rank.
+
+        A DP group with nothing to do replays it, too: the others' experts are on its ranks.
+        """
+        steps = [step for group in plan.groups for step in group.steps]
+        if self._graphs is None or not steps:
             return None
-        if any(step.num_tokens != 1 or step.uniform is None for step in group.steps):
+        if any(step.num_tokens != 1 or step.uniform is None for step in steps):
             return None
-        return self._graphs.pick(len(group.steps))
+        return self._graphs.pick(max(len(group.steps) for group in plan.groups))
 
     def _replay(
         self, size: int, steps: list[SequenceStep], slots: list[int], pending: PendingStep
@@ -153,6 +157,8 @@ class ModelRunner:
             uniforms = [step.uniform for step in steps if step.uniform is not None]
             self._decode.load_draw(self._sampler.draw_params(seq_ids, uniforms))
         logits_SV = self._graphs.replay(size)
+        if not steps:
+            return
         tokens_B = self._decode.tokens(len(steps))
         logits_BV = None if logits_SV is None else logits_SV[: len(steps)]
         if choice is not None:
@@ -184,19 +190,21 @@ class ModelRunner:
     ) -> None:
         """A step of any kind."""
         num_scored = [self._num_scored(step) for step in group.steps]
-        size = self._mixed_size(group)
+        size = self._mixed_size(plan)
         batch = build_batch(self._table, group.steps, slots, num_scored, in_full=size is not None)
         x_RH = self._hidden_states(plan, group, batch, size)
         first_sampled = sum(num_scored)
         self._score_prompts(group, num_scored, x_RH[:first_sampled], pending)
         self._sample(group, slots, x_RH[first_sampled:], pending)
 
-    def _mixed_size(self, group: GroupPlan) -> MixedSize | None:
-        """The graph for a step of any kind, the same on every rank."""
-        if self._mixed_graphs is None or not group.steps:
+    def _mixed_size(self, plan: StepPlan) -> MixedSize | None:
+        """The graph for a step of any kind, the same on every rank; None if a DP group is idle."""
+        if self._mixed_graphs is None or not all(group.steps for group in plan.groups):
             return None
-        num_decodes = sum(step.num_tokens == 1 for step in group.steps)
-        return self._mixed_graphs.pick(group.num_tokens, num_decodes)
+        num_decodes = max(
+            sum(step.num_tokens == 1 for step in group.steps) for group in plan.groups
+        )
+        return self._mixed_graphs.pick(largest_group(plan.groups), num_decodes)
 
     def _hidden_states(
         self, plan: StepPlan, group: GroupPlan, batch: StepBatch, size: MixedSize | None

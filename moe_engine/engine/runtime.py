@@ -24,6 +24,7 @@ from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.dist.topology import from_file
 from moe_engine.engine import memory
+from moe_engine.engine.mixed import most_rows
 from moe_engine.engine.precompile import Precompilation, num_compile_threads
 from moe_engine.engine.profiling import StepMemory, StepProfiler
 from moe_engine.engine.runner import ModelRunner
@@ -132,7 +133,9 @@ class RankRuntime:
             if compiling is not None:
                 compiling.wait()
                 self.clock.mark("kernels")
+            self._meet()
             self._steps = self._measure_steps()
+            self._meet()
             self.clock.mark("warm-up")
         free, total = self._memory()
         self.budget = memory.kv_budget(
@@ -197,7 +200,8 @@ class RankRuntime:
                     hidden=self.model_config.hidden_size,
                     dtype=self.dtype,
                     max_tokens=tokens_of_a_rank(
-                        self.config.scheduler.max_num_batched_tokens, self.layout.attention_tp
+                        most_rows(self.config.scheduler.max_num_batched_tokens),
+                        self.layout.attention_tp,
                     ),
                 )
             )
@@ -209,6 +213,17 @@ class RankRuntime:
         path, timeout = self.config.cluster.topology, self.config.exchange.exchange_timeout
         topology = None if path is None else from_file(Path(path), shape.num_ranks)
         return join_domain(shape, self.groups.ep, self.device, timeout, topology)
+
+    def _meet(self) -> None:
+        """Where ranks wait for each other's exchanges, let none begin or go on much before others.
+
+        Raises:
+            ExchangeTimeout: the exchanges before it were not complete.
+        """
+        torch.cuda.synchronize(self.device)
+        self.exchange.check()
+        if self.exchange.num_bytes:
+            self.groups.ep.meet()
 
     def _start_compiling(self) -> Precompilation | None:
         """Compile, in the background, whatever serving will launch (a collective)."""
@@ -249,7 +264,9 @@ class RankRuntime:
     def _capture_graphs(self) -> int:
         """Capture steps; returns the bytes that it took."""
         free, _ = self._memory()
+        self._meet()
         self.runner.capture_graphs()
+        self._meet()
         torch.cuda.empty_cache()
         return free - self._memory()[0]
 

@@ -9,7 +9,7 @@ import pytest
 
 from moe_engine.types.sampling import SamplingParams
 from tests.e2e.virtual_world import VirtualWorld
-from tests.unit.runner_world import LIMITS, MODEL, RunnerWorld
+from tests.unit.runner_world import LIMITS, MODEL, RunnerWorld, decode_in_static_memory
 
 
 def requests_of(seed: int, number: int) -> list[tuple[list[int], SamplingParams]]:
@@ -24,14 +24,23 @@ def requests_of(seed: int, number: int) -> list[tuple[list[int], SamplingParams]
     ]
 
 
+@pytest.mark.parametrize("with_decode_steps", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, 8])
 def test_threads_with_a_share_of_the_experts_agree_with_one_rank(
-    tmp_path: Path, num_ranks: int
+    tmp_path: Path, num_ranks: int, with_decode_steps: bool
 ) -> None:
     options = LIMITS | {"device": "cpu", "dtype": "float32"}
     world = VirtualWorld(tmp_path, num_ranks, MODEL, **options)
+    if with_decode_steps:
+        for rank in world.ranks:
+            decode_in_static_memory(rank.runner)
+    # In the end one of the groups after the other has nothing to do.
     requests = requests_of(num_ranks, 20)
     found = [token_ids for token_ids, _, _ in world.run(requests)]
     (alone := tmp_path / "alone").mkdir()
     expected = RunnerWorld(alone, dtype="float32").run(requests)
     assert found == [tokens for tokens, _, _ in expected]
+    if with_decode_steps:
+        sizes = [rank.runner._graphs.sizes_run for rank in world.ranks]
+        assert sizes[0]
+        assert all(of_rank == sizes[0] for of_rank in sizes), "the same graph on every rank"

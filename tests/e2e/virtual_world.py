@@ -34,6 +34,10 @@ from moe_engine.types.sampling import SamplingParams
 from moe_engine.types.step import StepPlan, StepResult
 
 T = TypeVar("T")
+ABORTED = 1 << 32
+"""An `AbortRecord` that makes every exchange end at once."""
+_streams: list[torch.cuda.Stream] = []
+"""Of ranks, by their numbers, of all worlds: there are counters for few streams."""
 Output = tuple[list[int], list[Any], list[Any]]
 
 
@@ -69,9 +73,15 @@ class ThreadCommunicator(Communicator):
 
 
 class VirtualRank(RankRuntime):
-    """A rank whose place among the others somebody else has prepared."""
+    """A rank whose place among the others somebody else has prepared.
+
+    It starts alone, while no exchange is complete.
+    """
 
     domains: Callable[[ExchangeShape], list[NvlinkDomain]]
+
+    def _meet(self) -> None:
+        torch.cuda.current_stream().synchronize()
 
     def _join_domain(self, shape: ExchangeShape) -> NvlinkDomain:
         return self.domains(shape)[self.layout.rank]
@@ -98,8 +108,12 @@ class VirtualWorld:
         self._domains: list[NvlinkDomain] = []
         self._pools = [ThreadPoolExecutor(1) for _ in range(num_ranks)]
         self.ranks: list[VirtualRank] = self._on_all(lambda rank: self._make_rank(rank, config))
-        num_blocks = min(self._on_all(lambda rank: self.ranks[rank].load(lambda *_: None)))
-        self._on_all(lambda rank: self.ranks[rank].start(num_blocks))
+        # On a GPU one after the other: much of a start waits for all that runs there.
+        on_ranks = self._one_by_one if self.ranks[0].device.type == "cuda" else self._on_all
+        num_blocks = min(on_ranks(lambda rank: self.ranks[rank].load(lambda *_: None)))
+        on_ranks(lambda rank: self.ranks[rank].start(num_blocks))
+        for domain in self._domains:
+            domain.reset()
         self.scheduler = _make_scheduler(self.ranks[0], num_blocks)
 
     def run(self, requests: list[tuple[list[int], SamplingParams]]) -> list[Output]:
@@ -134,7 +148,10 @@ class VirtualWorld:
         runtime.groups = ParallelGroups(layout, Communicator(1, 0), ep)
         runtime.domains = lambda shape: self._make_domains(shape, runtime.device)
         if runtime.device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream(runtime.device))
+            with self._lock:
+                while len(_streams) <= rank:
+                    _streams.append(torch.cuda.Stream(runtime.device))
+            torch.cuda.set_stream(_streams[rank])
         return runtime
 
     def _make_domains(self, shape: ExchangeShape, device: torch.device) -> list[NvlinkDomain]:
@@ -145,6 +162,8 @@ class VirtualWorld:
                 multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
                 blocks = max(1, multiprocessors // (2 * shape.num_ranks))
                 self._domains = virtual_domains(shape, device, self._timeout, num_blocks=blocks)
+                for domain in self._domains:
+                    domain.section(domain.layout.abort_at, torch.int64, 1).fill_(ABORTED)
                 torch.cuda.synchronize(device)
             return self._domains
 
@@ -152,6 +171,10 @@ class VirtualWorld:
         """What each rank's thread makes of its number, all at the same time."""
         futures = [pool.submit(work, rank) for rank, pool in enumerate(self._pools)]
         return [future.result() for future in futures]
+
+    def _one_by_one(self, work: Callable[[int], T]) -> list[T]:
+        """The same, one after the other."""
+        return [pool.submit(work, rank).result() for rank, pool in enumerate(self._pools)]
 
 
 @contextmanager
@@ -163,4 +186,6 @@ def waiting_for_own_streams() -> Iterator[None]:
         )
         # Memory goes back to the driver only when all kernels have ended.
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        if hasattr(torch._C, "_host_emptyCache"):
+            monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None)
         yield

@@ -38,8 +38,8 @@ class VirtualRanks:
         most = shape.num_ranks * shape.max_tokens * shape.top_k * shape.row_bytes
         for stream in self.streams:
             with torch.cuda.stream(stream):
-                for num_bytes in (most, most, most, most // 8, 1 << 19, 1 << 19):
-                    kept = [torch.empty(num_bytes, dtype=torch.uint8, device="cuda")]
+                sizes = (most, most, most, most // 8, 1 << 19, 1 << 19)
+                kept = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
                 del kept
 
     def exchange(

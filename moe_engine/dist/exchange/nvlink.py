@@ -193,10 +193,13 @@ def join_domain(
     Raises:
         ConfigError: the CUDA extension is missing, or the GPUs do not reach each other.
     """
-    library = native.cuda_extension(device)
+    library = native.cuda_extension(device) if device.type == "cuda" else None
     if library is None:
-        raise ConfigError("exchange is 'nvlink', which needs the CUDA extension moe_engine._C")
-    assert ep.group is not None
+        raise ConfigError(
+            f"exchange is 'nvlink', which needs GPUs and the CUDA extension moe_engine._C: {device}"
+        )
+    if ep.group is None:
+        raise ConfigError("exchange is 'nvlink', which needs two or more ranks, and there is one")
     if topology is None:
         places: list[Any] = [None] * ep.size
         torch.distributed.all_gather_object(places, gpu_place(device), group=ep.group)

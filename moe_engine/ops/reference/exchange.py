@@ -53,7 +53,9 @@ def through_fp8(x_TH: torch.Tensor) -> torch.Tensor:
     """
     x_TGE = x_TH.float().unflatten(1, (-1, FP8_GROUP))
     largest_TG1 = x_TGE.abs().amax(dim=2, keepdim=True)
-    scales_TG1 = torch.where(largest_TG1 > 0, largest_TG1 / 448, 1.0)
+    # By a tensor: PyTorch's kernels would multiply by the reciprocal of a number.
+    scales_TG1 = largest_TG1 / torch.full_like(largest_TG1, 448)
+    scales_TG1 = torch.where(largest_TG1 > 0, scales_TG1, 1.0)
     rounded_TGE = (x_TGE / scales_TG1).to(torch.float8_e4m3fn).float()
     return (rounded_TGE * scales_TG1).flatten(1).to(x_TH.dtype)
 

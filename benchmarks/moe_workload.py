@@ -88,10 +88,13 @@ class Batch:
         )
 
     @property
-    def arguments(self) -> tuple[torch.Tensor, ...]:
-        """As `ops.moe.expert_ffn` takes them."""
-        layer = self.layer
-        return self.x_TH, self.ids_TK, self.weights_TK, layer.gate_up_EJH, layer.down_EHI
+    def arguments(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """As `ops.moe.expert_ffn` and its implementations take them; all choices are there."""
+        gate_up_EJH, down_EHI = self.layer.gate_up_EJH, self.layer.down_EHI
+        num_pairs = self.ids_TK.numel()
+        return self.x_TH, self.ids_TK, self.weights_TK, gate_up_EJH, down_EHI, num_pairs
 
     def num_experts_hit(self) -> int:
         """Experts with at least one token; waits for the device."""

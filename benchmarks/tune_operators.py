@@ -136,8 +136,11 @@ class Experts(Operator):
         gate_up_EJH, down_EHI = self._weights
         x_RH = down_EHI.new_empty(batch, self.shape[0])
         ids_RK = torch.empty(batch, self.shape[3], dtype=torch.int32, device=x_RH.device)
-        kernel = moe.choose_expert_ffn(x_RH, ids_RK, gate_up_EJH, down_EHI)
-        return _tile_name(moe.tokens_per_tile(ids_RK, down_EHI)) if kernel == "grouped" else kernel
+        num_pairs = ids_RK.numel()
+        kernel = moe.choose_expert_ffn(x_RH, ids_RK, gate_up_EJH, down_EHI, num_pairs)
+        if kernel != "grouped":
+            return kernel
+        return _tile_name(moe.tokens_per_tile(down_EHI, ids_RK.shape[1], num_pairs))
 
     def derive(self, timed: Sequence[Timed]) -> ExpertChoices:
         """See `Operator`; the tiles also where another kernel is better, but then today's."""

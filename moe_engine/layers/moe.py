@@ -81,7 +81,12 @@ class SparseMoE(nn.Module):
         """The experts' output for the tokens that this rank brings to the exchange."""
         received = step.exchange.dispatch(x_TH, ids_TK, weights_TK)
         outputs = expert_ffn(
-            received.x_RH, received.slot_ids_RK, received.weights_RK, self.gate_up, self.down
+            received.x_RH,
+            received.slot_ids_RK,
+            received.weights_RK,
+            self.gate_up,
+            self.down,
+            received.num_pairs,
         )
         return step.exchange.combine(outputs, received)
 

@@ -190,11 +190,16 @@ def expert_ffn(
     weights_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
+    expected_pairs: int | None = None,
 ) -> torch.Tensor | ExpertOutputs:
     """Weighted sum of each row's local experts; see `ops.reference.moe.expert_ffn`.
 
     Where the implementation would need one more launch for the sum, it is left to the caller, who
     takes it with `summed` or `sum_add_rms_norm`.
+
+    Args:
+        expected_pairs: slots that are not below 0, on average and at least 1, by which the
+            implementation is chosen; None: all.
     """
     num_slots, doubled, hidden = gate_up_EJH.shape
     assert x_RH.shape == (slot_ids_RK.shape[0], hidden), (x_RH.shape, gate_up_EJH.shape)
@@ -204,8 +209,10 @@ def expert_ffn(
     assert down_EHI.is_contiguous(), down_EHI.stride()
     assert slot_ids_RK.shape == weights_RK.shape, (slot_ids_RK.shape, weights_RK.shape)
     assert weights_RK.dtype == torch.float32, weights_RK.dtype
-    implementation = EXPERT_FFNS[choose_expert_ffn(x_RH, slot_ids_RK, gate_up_EJH, down_EHI)]
-    return implementation(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
+    if expected_pairs is None:
+        expected_pairs = slot_ids_RK.numel()
+    chosen = choose_expert_ffn(x_RH, slot_ids_RK, gate_up_EJH, down_EHI, expected_pairs)
+    return EXPERT_FFNS[chosen](x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI, expected_pairs)
 
 
 def sum_choices(
@@ -268,14 +275,15 @@ def choose_expert_ffn(
     slot_ids_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
+    expected_pairs: int,
 ) -> str:
-    """The name of the implementation that is best for these arguments."""
+    """The name of the implementation that is best for these arguments of `expert_ffn`."""
     if not _runs_triton(x_RH):
         return "reference"
     if not hopper.takes_experts(x_RH, gate_up_EJH, down_EHI):
         return "triton"
     num_rows, top_k = slot_ids_RK.shape
-    kernel = tuning.pick(_choices(down_EHI, top_k).kernels, num_rows)
+    kernel = tuning.pick(_choices(down_EHI, top_k).kernels, expected_pairs / top_k)
     if kernel == "streaming" and not hopper.takes_streaming_experts(top_k, down_EHI, num_rows):
         return "grouped"
     return kernel
@@ -287,6 +295,7 @@ def _triton_expert_ffn(
     weights_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
+    expected_pairs: int,
 ) -> torch.Tensor | ExpertOutputs:
     """Grouping and two grouped matrix products; runs wherever Triton does."""
     from moe_engine.kernels import expert_ffn as kernels
@@ -298,17 +307,17 @@ def _triton_expert_ffn(
     num_experts, top_k = gate_up_EJH.shape[0], slot_ids_RK.shape[1]
     groups = group_by_expert(slot_ids_RK, num_experts)
     offsets_E1, pairs_P = groups.offsets_E1, groups.pairs_P
-    config = kernels.config_for(slot_ids_RK.numel(), num_experts, x_RH.dtype)
+    config = kernels.config_for(expected_pairs, num_experts, x_RH.dtype)
     with torch.cuda.device(x_RH.device):
         h_PI = kernels.gate_up(x_RH, gate_up_EJH, offsets_E1, pairs_P, top_k, config.gate_up)
         y_PH = kernels.down(h_PI, down_EHI, offsets_E1, pairs_P, config.down)
     return ExpertOutputs(y_PH, slot_ids_RK, weights_RK)
 
 
-def tokens_per_tile(slot_ids_RK: torch.Tensor, down_EHI: torch.Tensor) -> int:
-    """The tile of `hopper.grouped_expert_ffn` that is best for these arguments."""
-    mean_pairs = slot_ids_RK.numel() / down_EHI.shape[0]
-    return tuning.pick(_choices(down_EHI, slot_ids_RK.shape[1]).tiles, mean_pairs)
+def tokens_per_tile(down_EHI: torch.Tensor, top_k: int, expected_pairs: int) -> int:
+    """The tile of `hopper.grouped_expert_ffn` that is best for so many pairs."""
+    mean_pairs = expected_pairs / down_EHI.shape[0]
+    return tuning.pick(_choices(down_EHI, top_k).tiles, mean_pairs)
 
 
 def _choices(down_EHI: torch.Tensor, top_k: int) -> tuning.ExpertChoices:
@@ -323,11 +332,12 @@ def _grouped_expert_ffn(
     weights_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
+    expected_pairs: int,
 ) -> ExpertOutputs:
     """Grouping, and the two products on Hopper's tensor cores, which group few pairs themselves."""
     num_experts = gate_up_EJH.shape[0]
     slot_ids_RK = _int32_ids(slot_ids_RK)
-    tile = tokens_per_tile(slot_ids_RK, down_EHI)
+    tile = tokens_per_tile(down_EHI, slot_ids_RK.shape[1], expected_pairs)
     groups = None
     if not hopper.sorts_pairs(slot_ids_RK, num_experts, tile):
         sorted_pairs = group_by_expert(slot_ids_RK, num_experts)
@@ -342,6 +352,7 @@ def _streaming_expert_ffn(
     weights_RK: torch.Tensor,
     gate_up_EJH: torch.Tensor,
     down_EHI: torch.Tensor,
+    expected_pairs: int,
 ) -> torch.Tensor:
     """No grouping: every row reads its experts for itself."""
     return hopper.streaming_expert_ffn(
@@ -349,14 +360,26 @@ def _streaming_expert_ffn(
     )
 
 
+def _reference_expert_ffn(
+    x_RH: torch.Tensor,
+    slot_ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+    expected_pairs: int,
+) -> torch.Tensor:
+    """Expert by expert."""
+    return reference.expert_ffn(x_RH, slot_ids_RK, weights_RK, gate_up_EJH, down_EHI)
+
+
 ExpertFFN = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
     torch.Tensor | ExpertOutputs,
 ]
 
 # Implementations of `expert_ffn`, which checks the arguments, by name.
 EXPERT_FFNS: dict[str, ExpertFFN] = {
-    "reference": reference.expert_ffn,
+    "reference": _reference_expert_ffn,
     "triton": _triton_expert_ffn,
     "grouped": _grouped_expert_ffn,
     "streaming": _streaming_expert_ffn,

@@ -390,7 +390,7 @@ def test_rows_that_hopper_cannot_copy_go_elsewhere(num_rows: int) -> None:
     ids_RK = torch.zeros(num_rows, 2, dtype=torch.int32, device="cuda")
 
     def choose(x_RH: torch.Tensor, gate_up_EJH: torch.Tensor) -> str:
-        return moe.choose_expert_ffn(x_RH, ids_RK, gate_up_EJH, down_EHI)
+        return moe.choose_expert_ffn(x_RH, ids_RK, gate_up_EJH, down_EHI, ids_RK.numel())
 
     aligned = torch.randn(num_rows, 128, device="cuda").to(BF16)
     assert choose(aligned, gate_up_EJH) != "triton"

@@ -63,7 +63,8 @@ def far_apart(rows: torch.Tensor, stride: int = 2**30) -> torch.Tensor:
 
 def run(name: str, case: Case) -> torch.Tensor:
     """By one of the implementations of the experts."""
-    return moe.summed(moe.EXPERT_FFNS[name](*vars(case).values()))
+    num_pairs = case.slot_ids_RK.numel()
+    return moe.summed(moe.EXPERT_FFNS[name](*vars(case).values(), num_pairs))
 
 
 class TestExperts:

@@ -402,3 +402,29 @@ def test_decode_attention_follows_its_table(table: tuning.Table) -> None:
     mine = Launch(12, 3, 7)
     table[DecodeChoices, (4, 2)] = DecodeChoices(((6, mine), (8, None), (INF, defaults[0])))
     assert [launch(rows) for rows in (3, 4, 5)] == [mine, None, defaults[0]]
+
+
+def test_the_choice_goes_by_the_pairs_that_are_expected(
+    table: tuning.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of slots for the tokens of many ranks most are empty."""
+    tiles: list[int] = []
+    monkeypatch.setattr(hopper, "sorts_pairs", lambda *arguments: True)
+    monkeypatch.setattr(hopper, "takes_streaming_experts", lambda *arguments: True)
+    monkeypatch.setattr(
+        hopper, "grouped_expert_ffn", lambda *arguments: (tiles.append(arguments[-1]), zeros(0))[1]
+    )
+    monkeypatch.setattr(hopper, "streaming_expert_ffn", lambda *arguments: tiles.append(0))
+    steps = ((2, "streaming"), (INF, "grouped"))
+    table[ExpertChoices, (64, 64, 8, 2)] = ExpertChoices(steps, ((2, 32), (INF, 64)))
+    ids_RK = torch.zeros(40, 2, dtype=torch.int32)
+    for expected_pairs in (None, 80, 16, 5, 4, 1):
+        moe.expert_ffn(
+            zeros(40, 64),
+            ids_RK,
+            ids_RK.float(),
+            zeros(8, 128, 64),
+            zeros(8, 64, 64),
+            expected_pairs,
+        )
+    assert tiles == [64, 64, 32, 32, 0, 0]

@@ -42,12 +42,14 @@ class Received:
         x_RH: one row per (token, this rank), whatever the number of the token's experts here.
         slot_ids_RK: int32 local expert slots, -1 where the token's k-th expert is elsewhere.
         weights_RK: float32.
+        num_pairs: slots that hold an expert, on average; None: all.
         route: what the backend needs to send the results back; private to it.
     """
 
     x_RH: torch.Tensor
     slot_ids_RK: torch.Tensor
     weights_RK: torch.Tensor
+    num_pairs: int | None = None
     route: Any = None
 
 

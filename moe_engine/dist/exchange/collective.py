@@ -62,7 +62,9 @@ class CollectiveExchange:
         ids_RK = _from_bytes(rows[:, x_width : x_width + id_width], expert_ids_TK.dtype)
         weights_RK = _from_bytes(rows[:, x_width + id_width :], weights_TK.dtype)
         route = _Route(num_tokens, token_of_row, sent, received)
-        return Received(x_RH, self._shard.local_slots(ids_RK), weights_RK, route)
+        # As many come, on average, as go.
+        num_pairs = max(1, min(ids_RK.numel(), expert_ids_TK.numel()))
+        return Received(x_RH, self._shard.local_slots(ids_RK), weights_RK, num_pairs, route)
 
     def combine(self, y: torch.Tensor | ExpertOutputs, received: Received) -> torch.Tensor:
         """See `Exchange.combine`."""

@@ -332,11 +332,13 @@ class NvlinkExchange:
         """Tensors for what arrives: new ones, or those in the buffer where the rows land."""
         domain, shape, layout = self._domain, self._domain.shape, self._domain.layout
         num_slots, top_k = shape.num_ranks * self._step_tokens, shape.top_k
+        num_pairs = self._step_tokens * top_k
         if self._by_packets:
             return Received(
                 x_TH.new_empty(num_slots, shape.hidden),
                 ids_TK.new_empty(num_slots, top_k),
                 x_TH.new_empty(num_slots, top_k, dtype=torch.float32),
+                num_pairs,
                 ids_TK,
             )
         if shape.fp8:
@@ -347,6 +349,7 @@ class NvlinkExchange:
             x_RH,
             domain.section(layout.slots_at, torch.int32, num_slots, top_k),
             domain.section(layout.weights_at, torch.float32, num_slots, top_k),
+            num_pairs,
             ids_TK,
         )
 

@@ -23,7 +23,8 @@ class ReplicatedExchange:
         self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Received:
         """See `Exchange.dispatch`; the same tokens on every rank."""
-        return Received(x_TH, self._shard.local_slots(expert_ids_TK), weights_TK)
+        num_pairs = -(-expert_ids_TK.numel() // self._shard.num_ranks)
+        return Received(x_TH, self._shard.local_slots(expert_ids_TK), weights_TK, num_pairs)
 
     def combine(self, y: torch.Tensor | ExpertOutputs, received: Received) -> torch.Tensor:
         """See `Exchange.combine`."""

@@ -75,16 +75,13 @@ class Peer:
 
     def unusual_lengths(self) -> dict[str, tuple[int, int]]:
         """The outputs compared, by batch, where these are not the two longest of the run."""
-        lines = [line for line in self.raw or () if line["what"] == "decode"]
-        compared = {
-            str(line["batch"]): compared_lengths(line)
-            for line in lines
-            if str(line["batch"]) in self.decode_step_ms
-        }
-        usual = {str(line["batch"]): sorted(map(int, line["raw"]))[-2:] for line in lines}
-        return {
-            batch: lengths for batch, lengths in compared.items() if list(lengths) != usual[batch]
-        }
+        unusual = {}
+        for line in self.raw or ():
+            if line["what"] == "decode" and str(line["batch"]) in self.decode_step_ms:
+                lengths = compared_lengths(line)
+                if list(lengths) != sorted(map(int, line["raw"]))[-2:]:
+                    unusual[str(line["batch"])] = lengths
+        return unusual
 
     def check_temperature(self, temperature: float) -> None:
         """Refuse a comparison with another temperature, as far as the peer's is known.

@@ -111,7 +111,7 @@ class Experts(Operator):
         self.shape = (hidden, intermediate, num_experts, top_k)
 
     def kernels(self, batch: int) -> list[str]:
-        """As far as they may be the best.
+        """See `Operator`.
 
         Streaming while few rows share an expert, Triton's while the memory takes the time, and
         tiles that are not mostly empty.

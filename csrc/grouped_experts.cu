@@ -2,12 +2,11 @@
 //
 // The weights are the M side of the tensor cores (64 rows per instruction) and the pairs, few of
 // them in decode, the N side, so that a tile fits any number of pairs from 8 up. Blocks are
-// persistent and walk over the tiles that they are dealt (expert_tiles.cuh). In each, producer
-// warps keep a ring of stages in shared memory full, with the copy engine for weights and h and
-// cp.async for gathered rows of x, across the borders of tiles; consumer warpgroups multiply and
-// store. For many pairs two blocks form a cluster: they work on two halves of a group and the same
-// rows of the weight, of which each loads half for both. Few pairs are sorted by every block for
-// itself (pair_sort.cuh).
+// persistent and share out the tiles as in expert_tiles.cuh. In each, producer warps keep a ring of
+// stages in shared memory full, with the copy engine for weights and h and cp.async for gathered
+// rows of x, across the borders of tiles; consumer warpgroups multiply and store. For many pairs
+// two blocks form a cluster: they work on two halves of a group and the same rows of the weight, of
+// which each loads half for both. Few pairs are sorted by every block for itself (pair_sort.cuh).
 //
 // gate and up rows alternate in groups of 8 within a tile (the copy engine does that while it
 // loads), so that a thread holds the gate and the up value of the same element.

@@ -374,5 +374,6 @@ def _stages_on(device: torch.device, config: GemmConfig, num_weights: int) -> in
     room = shared_bytes(device)
     if room is None:
         return config.num_stages
+    # `FLOAT32_CONFIG` takes twice what is counted, 24 KiB, for which there is room anywhere.
     holds_last = torch.cuda.get_device_capability(device)[0] in (9, 10)
     return fitting_stages(config, num_weights, room, holds_last)

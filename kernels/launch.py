@@ -65,7 +65,7 @@ def supports_pdl(device: torch.device) -> bool:
 
 @functools.cache
 def shared_bytes(device: torch.device) -> int | None:
-    """Shared memory that a program on ``device`` may have; None in the interpreter: any."""
+    """Bytes of shared memory that a program may have on ``device``; None on a CPU: any."""
     if device.type != "cuda":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index

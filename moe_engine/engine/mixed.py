@@ -30,8 +30,8 @@ from moe_engine.ops.prefill_attention import PrefillTiles, order_tiles, takes, t
 
 MIXED_ROWS = (16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 """Tokens of the steps to capture. Experts and attention leave padding out, linear layers do not:
-2098 tokens in 3072 take the device a tenth longer than their kernels launched one by one, but those
-keep the host for as long. Larger steps keep the device longer than their launches keep the host."""
+2098 tokens in 3072 take a tenth longer than their kernels launched one by one, which keep the host
+for nearly all of it. Larger steps keep the device longer than their launches keep the host."""
 
 FEW_DECODES = 16
 """As many of them, or as many as there can be, may be decodes. Their attention is launched for all

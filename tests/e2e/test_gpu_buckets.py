@@ -20,13 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_engine.ops.tuning import pick
 from tests.e2e.bf16_checkpoints import LARGE, save_checkpoint
-from tests.e2e.hopper_world import (
-    DECODE_KERNELS,
-    EXPERT_KERNELS,
-    KernelRecord,
-    record_kernels,
-)
+from tests.e2e.hopper_world import DECODE_KERNELS, EXPERT_KERNELS, KernelRecord, record_kernels
 from tests.e2e.teacher_forcing import Errors, ForcedEngine, random_sequences
 from tests.hopper_device import on_hopper
 
@@ -65,7 +61,7 @@ def kernels_of(bucket: int) -> set[str]:
     """The kernels for Hopper of a decode step of so many rows in bfloat16, with two KV heads."""
     if not on_hopper():
         return set()
-    names = {f"{next(kernel for most, kernel in EXPERT_KERNELS if bucket <= most)} experts"}
+    names = {f"{pick(EXPERT_KERNELS, bucket)} experts"}
     if bucket <= 64:
         names |= {"norm and router", "streaming linear" if bucket <= 16 else "split linear"}
     if bucket <= 66:

@@ -21,16 +21,14 @@ __device__ __forceinline__ Packet* inbox_row(const ExchangeState& state, int at_
 
 // --- what a warp sends at once: the header, or a piece of the row --------------------------------
 
-// Words of the header of a token that comes.
+// Words of a packet of the header.
 __device__ __forceinline__ void fill_header(const ExchangeLayout& layout, const DispatchArgs& args,
                                             int token, int packet, Packet& out) {
   const std::int64_t first_choice = std::int64_t{token} * layout.top_k;
 #pragma unroll
   for (int w = 0; w < Packet::kWords; ++w) {
-    const int choice = packet * Packet::kWords + w - 1;
-    if (choice < 0) {
-      out.words[w] = 1;
-    } else if (choice < layout.top_k) {
+    const int choice = packet * Packet::kWords + w;
+    if (choice < layout.top_k) {
       out.words[w] = static_cast<std::uint32_t>(args.ids[first_choice + choice]);
     } else if (choice < 2 * layout.top_k) {
       out.words[w] = __float_as_uint(args.weights[first_choice + choice - layout.top_k]);
@@ -45,12 +43,12 @@ __device__ __forceinline__ void place_header(const ExchangeState& state, const D
   const int top_k = state.layout.top_k;
 #pragma unroll
   for (int w = 0; w < Packet::kWords; ++w) {
-    const int choice = packet * Packet::kWords + w - 1;
-    if (choice >= 0 && choice < top_k) {
+    const int choice = packet * Packet::kWords + w;
+    if (choice < top_k) {
       const int local = static_cast<int>(in.words[w]) - state.rank * state.num_local;
       const bool is_here = local >= 0 && local < state.num_local;
       args.received_slots[slot * top_k + choice] = is_here ? local : -1;
-    } else if (choice >= top_k && choice < 2 * top_k) {
+    } else if (choice < 2 * top_k) {
       args.received_weights[slot * top_k + choice - top_k] = __uint_as_float(in.words[w]);
     }
   }
@@ -191,10 +189,8 @@ __device__ __forceinline__ void send_tokens(const ExchangeState& state, const Di
       Packet* const row = inbox_row(state, to, epoch, state.rank, token);
       const bool comes = __any_sync(0xFFFFFFFF, goes_to == to);
       if (is_header) {
-        Packet packet = packets[0];
-        packet.epoch = epoch;
-        if (!comes) packet.words[0] = 0;
-        if (lane < (comes ? layout.header_packets() : 1)) store_packet(row + lane, packet);
+        packets[0].epoch = comes ? epoch : epoch | Packet::kNothing;
+        if (lane < (comes ? layout.header_packets() : 1)) store_packet(row + lane, packets[0]);
       } else if (comes) {
 #pragma unroll
         for (int j = 0; j < Piece::kPerLane; ++j) {
@@ -241,8 +237,9 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
     bool comes = true;
     while (!is_given_up) {
       // Both at once: whether the token comes, and the packets in case it does.
-      const Packet header = load_packet(row);
-      bool all_here = header.epoch == epoch;
+      const std::uint32_t header = load_epoch(row);
+      comes = header != (epoch | Packet::kNothing);
+      bool all_here = header == epoch;
 #pragma unroll
       for (int i = 0; i < Piece::kPerLane; ++i) {
         if (at[i] >= 0) {
@@ -250,7 +247,6 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
           all_here = all_here && packets[i].epoch == epoch;
         }
       }
-      comes = header.epoch != epoch || header.words[0] != 0;
       if (all_here || !comes) break;
       is_given_up = patience.gives_up(source);
     }

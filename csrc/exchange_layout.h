@@ -20,12 +20,20 @@ constexpr int kMaxExchangeTopK = 32;
 // Tokens that share a flag: those that one block moves.
 constexpr int kChunkTokens = 16;
 
+// The number of an exchange, from 1 to kLastEpoch and then again from 2 on: numbers alternate between
+// odd and even and are never 0, which memory holds at first. The highest bit is free for a packet.
+constexpr std::uint32_t kLastEpoch = 0x7FFFFFFF;
+constexpr EXCHANGE_BOTH std::uint32_t next_epoch(std::uint32_t epoch) {
+  return epoch == kLastEpoch ? 2 : epoch + 1;
+}
+
 // Of few tokens every 16 bytes carry the number of the exchange they belong to, so that a packet
 // says by itself that it has arrived.
 struct alignas(16) Packet {
   static constexpr int kWords = 3;
+  static constexpr std::uint32_t kNothing = kLastEpoch + 1;
   std::uint32_t words[kWords];
-  std::uint32_t epoch;
+  std::uint32_t epoch;  // with kNothing, alone for all packets of a token that does not come
 };
 
 // Why an exchange was given up; all zeros while it was not. Eight bytes, so that it is read and
@@ -52,9 +60,9 @@ struct ExchangeLayout {
     return (bytes + 255) / 256 * 256;
   }
 
-  // A token on its way to an expert: packets of a header, in words of 4 bytes 1 if it comes and 0
-  // if it does not, K expert ids and K weights; then packets of its row.
-  constexpr EXCHANGE_BOTH int header_packets() const { return packets(1 + 2 * top_k); }
+  // A token on its way to an expert: packets of a header, in words of 4 bytes K expert ids and K
+  // weights; then packets of its row.
+  constexpr EXCHANGE_BOTH int header_packets() const { return packets(2 * top_k); }
   constexpr EXCHANGE_BOTH int row_packets() const { return packets(wire_bytes / 4); }
   constexpr EXCHANGE_BOTH int dispatch_packets() const { return header_packets() + row_packets(); }
   // What a rank's experts made of it, on its way back.

@@ -27,6 +27,8 @@ __device__ __forceinline__ void store_packet(Packet* to, const Packet& packet) {
       : "memory");
 }
 
+// All of it must be used: the assembler reads words of which some are not used one by one, each at
+// another time.
 __device__ __forceinline__ Packet load_packet(const Packet* from) {
   std::uint64_t low, high;
   asm volatile(
@@ -41,6 +43,16 @@ __device__ __forceinline__ Packet load_packet(const Packet* from) {
   return Packet{{static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(low >> 32),
                  static_cast<std::uint32_t>(high)},
                 static_cast<std::uint32_t>(high >> 32)};
+}
+
+// What arrives with a packet, by itself.
+__device__ __forceinline__ std::uint32_t load_epoch(const Packet* from) {
+  std::uint32_t epoch;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];"
+               : "=r"(epoch)
+               : "l"(__cvta_generic_to_global(&from->epoch))
+               : "memory");
+  return epoch;
 }
 
 // --- flags ---------------------------------------------------------------------------------------
@@ -157,20 +169,18 @@ class Patience {
   std::int64_t deadline_ = kNotYet;
 };
 
-// --- the exchange's number -----------------------------------------------------------------------
+// --- the exchange's end --------------------------------------------------------------------------
 
 // By all threads of all blocks of the kernel that ends an exchange, when each has done its part.
 //
-// Numbers alternate between odd and even and are never 0, which memory holds at first. What another
-// rank has sent since it gave up is worthless, though nobody may have had to wait for it, so the
-// host is told here at the latest.
+// What another rank has sent since it gave up is worthless, though nobody may have had to wait for
+// it, so the host is told here at the latest.
 __device__ __forceinline__ void end_exchange(const ExchangeState& state) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (atomicAdd(&state.counters[1], 1u) == gridDim.x - 1) {
     state.counters[1] = 0;
-    const std::uint32_t epoch = state.counters[0];
-    state.counters[0] = epoch == 0xFFFFFFFF ? 2 : epoch + 1;
+    state.counters[0] = next_epoch(state.counters[0]);
     const AbortRecord seen = load_abort(abort_of(state, state.rank));
     if (seen.phase != AbortRecord::kNone) store_abort(state.abort_report, seen);
   }

@@ -38,10 +38,11 @@ __device__ __forceinline__ std::uint32_t* flag(const ExchangeState& state, std::
 // False if the exchange was given up. A flag may be of the next exchange already, of no later one.
 __device__ __forceinline__ bool wait_for_flag(const std::uint32_t* from, std::uint32_t epoch,
                                               Patience& patience, int source) {
-  while (load_flag(from) - epoch > 1) {  // as they go round, and are 0 at first
+  while (true) {
+    const std::uint32_t seen = load_flag(from);
+    if (seen == epoch || seen == next_epoch(epoch)) return true;
     if (patience.gives_up(source)) return false;
   }
-  return true;
 }
 
 }  // namespace moe_engine

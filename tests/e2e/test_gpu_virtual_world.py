@@ -44,6 +44,7 @@ def test_tokens_in_float32_are_those_of_one_rank(tmp_path: Path, cuda_graphs: bo
 def test_logits_in_bfloat16_are_as_good_as_those_of_one_rank(tmp_path: Path) -> None:
     """Of Qwen3-30B-A3B's dimensions, with few layers and a small vocabulary."""
     model = json.loads(DIMENSIONS.read_text()) | {"num_hidden_layers": 3, "vocab_size": 2048}
+    model |= {"bos_token_id": None, "eos_token_id": None}
     limits = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "block_size": 16}
     limits |= {"num_blocks": 200, "max_model_len": 400}
     scored = SamplingParams(temperature=0.0, max_tokens=8, prompt_logprobs=0, ignore_eos=True)

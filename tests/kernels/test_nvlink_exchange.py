@@ -288,6 +288,15 @@ def test_a_rank_that_stalls_is_named_and_all_go_on_after_a_reset(
     check(world, ranks, step_tokens)
 
 
+def test_numbers_of_exchanges_go_round() -> None:
+    world = VirtualRanks(shape_of(4))
+    for domain in world.domains:
+        domain._counters[0] = 0x7FFFFFFD
+    for step_tokens in (3, 100, 100, 100, 3, 3, 100):
+        check(world, random_ranks(world.shape, "uniform", step_tokens), step_tokens)
+    assert [int(domain._counters[0]) for domain in world.domains] == [6] * 4
+
+
 def test_steps_larger_than_the_buffers_are_refused() -> None:
     world = VirtualRanks(shape_of(2))
     with pytest.raises(ValueError, match="step_tokens is 302; it is from 1 to 301"):

@@ -47,7 +47,7 @@ def test_sections_do_not_overlap(
     assert layout.num_chunks == -(-max_tokens // CHUNK_TOKENS)
     # A packet brings 3 words of 4 bytes.
     row_packets = layout.dispatch_packets - layout.header_packets
-    assert 3 * layout.header_packets >= 1 + 2 * top_k > 3 * (layout.header_packets - 1)
+    assert 3 * layout.header_packets >= 2 * top_k > 3 * (layout.header_packets - 1)
     assert 3 * row_packets >= wire_bytes // 4 > 3 * (row_packets - 1)
     assert 3 * layout.combine_packets >= row_bytes // 4 > 3 * (layout.combine_packets - 1)
     flags = 4 * num_ranks * (layout.num_chunks + 1)

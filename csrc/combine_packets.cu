@@ -10,6 +10,8 @@
 namespace moe_engine {
 namespace {
 
+constexpr int kAtOnce = 4;  // rows of which a lane's packets are on their way together
+
 // Pieces of a row, of a packet of each lane.
 __device__ __host__ __forceinline__ int pieces_of(int num_packets) {
   return (num_packets + 31) / 32;
@@ -44,28 +46,40 @@ __device__ __forceinline__ void send_results(const ExchangeState& state, const C
     const float weight = lane < top_k ? args.weights[first_choice + lane] : 0;
     unsigned choices = __ballot_sync(0xFFFFFFFF, local >= 0);
     if (choices == 0) continue;
-    Packet out{{0, 0, 0}, epoch};
-    float sums[Packet::kWords * kPerWord] = {};
-    while (choices != 0) {
-      const int choice = __ffs(choices) - 1;
-      choices &= choices - 1;
-      const float factor = __shfl_sync(0xFFFFFFFF, weight, choice);
-      const std::int64_t row = args.is_summed ? slot : first_choice + choice;
+    const auto load = [&](std::int64_t row, std::uint32_t* words) {
 #pragma unroll
       for (int w = 0; w < Packet::kWords; ++w) {
         const int word = packet * Packet::kWords + w;
-        if (word < num_words) {
-          const std::uint32_t bits = y[row * num_words + word];
-          if (args.is_summed) {
-            out.words[w] = bits;
-          } else {
-            add_scaled<T>(&sums[w * kPerWord], bits, factor);
+        words[w] = word < num_words ? y[row * num_words + word] : 0;
+      }
+    };
+    Packet out{{0, 0, 0}, epoch};
+    if (args.is_summed) {
+      load(slot, out.words);
+    } else {
+      float sums[Packet::kWords * kPerWord] = {};
+      while (choices != 0) {
+        std::uint32_t words[kAtOnce][Packet::kWords];
+        float factors[kAtOnce];
+        int num_rows = 0;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          if (choices == 0) break;
+          const int choice = __ffs(choices) - 1;
+          choices &= choices - 1;
+          factors[n] = __shfl_sync(0xFFFFFFFF, weight, choice);
+          load(first_choice + choice, words[n]);
+          ++num_rows;
+        }
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          if (n >= num_rows) break;
+#pragma unroll
+          for (int w = 0; w < Packet::kWords; ++w) {
+            add_scaled<T>(&sums[w * kPerWord], words[n][w], factors[n]);
           }
         }
       }
-      if (args.is_summed) break;
-    }
-    if (!args.is_summed) {
 #pragma unroll
       for (int w = 0; w < Packet::kWords; ++w) out.words[w] = pack<T>(&sums[w * kPerWord]);
     }
@@ -96,17 +110,31 @@ __device__ __forceinline__ void receive_results(const ExchangeState& state, cons
                                           layout.top_k, state.num_local, lane);
     float sums[Packet::kWords * kPerWord] = {};
     bool is_given_up = false;
-    for (int from = 0; from < layout.num_ranks; ++from) {
-      if (!__any_sync(0xFFFFFFFF, comes_from == from) || !has_packet) continue;
-      const Packet* const row = result_row(state, state.rank, from, token);
-      Packet part = load_packet(row + packet);
-      while (part.epoch != epoch && !is_given_up) {
-        is_given_up = patience.gives_up(from);
-        part = load_packet(row + packet);
+    int last = -1;
+    while (last < layout.num_ranks) {
+      int sources[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) sources[n] = last = next_rank(comes_from, last);
+      Packet parts[kAtOnce];
+      bool all_here = !has_packet;
+      while (!all_here && !is_given_up) {
+        int missing = -1;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          if (sources[n] >= layout.num_ranks) continue;
+          parts[n] = load_packet(result_row(state, state.rank, sources[n], token) + packet);
+          if (parts[n].epoch != epoch) missing = sources[n];
+        }
+        all_here = missing < 0;
+        if (!all_here) is_given_up = patience.gives_up(missing);
       }
 #pragma unroll
-      for (int w = 0; w < Packet::kWords; ++w) {
-        add<T>(&sums[w * kPerWord], part.words[w]);
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (sources[n] >= layout.num_ranks) continue;
+#pragma unroll
+        for (int w = 0; w < Packet::kWords; ++w) {
+          add<T>(&sums[w * kPerWord], parts[n].words[w]);
+        }
       }
     }
     if (__any_sync(0xFFFFFFFF, is_given_up)) return;

@@ -17,24 +17,21 @@ __device__ __forceinline__ std::uint32_t* done_flag(const ExchangeState& state, 
   return flag(state, state.layout.combine_flags_at(), at_rank, source, state.layout.num_chunks());
 }
 
+// Warps share a token's row.
+constexpr int kWarpsPerToken = 4;
+constexpr int kThreads = 32 * kWarpsPerToken * kChunkTokens;
+
 // The sums of 16 bytes' elements.
 template <typename T>
 struct Sums {
   static constexpr int kPerWord = 4 / sizeof(T);
   float values[4 * kPerWord] = {};
 
-  __device__ __forceinline__ void add(const uint4& piece) {
-    moe_engine::add<T>(&values[0], piece.x);
-    moe_engine::add<T>(&values[kPerWord], piece.y);
-    moe_engine::add<T>(&values[2 * kPerWord], piece.z);
-    moe_engine::add<T>(&values[3 * kPerWord], piece.w);
-  }
-
-  __device__ __forceinline__ void add_scaled(const uint4& piece, float factor) {
-    moe_engine::add_scaled<T>(&values[0], piece.x, factor);
-    moe_engine::add_scaled<T>(&values[kPerWord], piece.y, factor);
-    moe_engine::add_scaled<T>(&values[2 * kPerWord], piece.z, factor);
-    moe_engine::add_scaled<T>(&values[3 * kPerWord], piece.w, factor);
+  __device__ __forceinline__ void add(const uint4& piece, float factor) {
+    add_scaled<T>(&values[0], piece.x, factor);
+    add_scaled<T>(&values[kPerWord], piece.y, factor);
+    add_scaled<T>(&values[2 * kPerWord], piece.z, factor);
+    add_scaled<T>(&values[3 * kPerWord], piece.w, factor);
   }
 
   __device__ __forceinline__ uint4 packed() const {
@@ -43,12 +40,98 @@ struct Sums {
   }
 };
 
-// One slot's weighted sum, to its row at home; a warp.
+// The choices of a slot that are of this rank, one after the other.
+struct Choices {
+  unsigned rest;
+  float weight;  // of this lane's choice
+
+  // The next one's row, counted from the slot's first, or -1; by a warp.
+  __device__ __forceinline__ int next(float& factor) {
+    if (rest == 0) return -1;
+    const int choice = __ffs(rest) - 1;
+    rest &= rest - 1;
+    factor = __shfl_sync(0xFFFFFFFF, weight, choice);
+    return choice;
+  }
+};
+
+// The ranks that have experts of a token, one after the other.
+struct Sources {
+  int comes_from;  // of this lane's choice, or -1
+  int step_tokens;
+  int last = -1;
+
+  // The row of the next one's result, counted from that of rank 0, or -1; by a warp.
+  __device__ __forceinline__ int next(float& factor) {
+    last = next_rank(comes_from, last);
+    factor = 1;
+    return last < kMaxExchangeRanks ? last * step_tokens : -1;
+  }
+};
+
+// Adds up rows of `from`, scaled, in float32; a warp, pieces [first, end) of 16 bytes.
+template <typename T, typename Rows>
+__device__ __forceinline__ void sum_rows(const uint4* from, int num_pieces, const Rows& rows,
+                                         int first, int end, uint4* to) {
+  // What is on its way together.
+  constexpr int kRows = 2;
+  constexpr int kPieces = 2;
+  for (; first < end; first += 32 * kPieces) {
+    const int piece = first + threadIdx.x % 32;
+    Sums<T> sums[kPieces];
+    Rows rest = rows;
+    bool more = true;
+    while (more) {
+      float factors[kRows];
+      uint4 pieces[kRows][kPieces];
+      int num_rows = 0;
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) {
+        const int row = rest.next(factors[n]);
+        more = row >= 0;
+        num_rows += more;
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+          if (more && piece + 32 * p < end) {
+            pieces[n][p] = from[std::int64_t{row} * num_pieces + piece + 32 * p];
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) {
+        if (n >= num_rows) break;
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) sums[p].add(pieces[n][p], factors[n]);
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      if (piece + 32 * p < end) to[piece + 32 * p] = sums[p].packed();
+    }
+  }
+}
+
+// This warp's token of a chunk, and which pieces of its row.
+struct Share {
+  int token;
+  int first;
+  int end;
+
+  __device__ __forceinline__ Share(int chunk, int num_pieces) {
+    const int warp = threadIdx.x / 32;
+    const int most = (num_pieces + 32 * kWarpsPerToken - 1) / (32 * kWarpsPerToken) * 32;
+    token = chunk * kChunkTokens + warp / kWarpsPerToken;
+    first = warp % kWarpsPerToken * most;
+    end = min(first + most, num_pieces);
+  }
+};
+
+// A warp's share of a slot's weighted sum, to its row at home.
 template <typename T>
 __device__ __forceinline__ void send_result(const ExchangeState& state, const CombineArgs& args,
-                                            std::int64_t slot, uint4* to, int lane) {
-  constexpr int kAtOnce = 4;  // choices whose rows are on their way together
+                                            std::int64_t slot, const Share& share, uint4* to) {
   const ExchangeLayout& layout = state.layout;
+  const int lane = threadIdx.x % 32;
   const int num_pieces = layout.row_bytes / 16;
   const auto* const y = static_cast<const uint4*>(args.y);
   const std::int64_t first_choice = slot * layout.top_k;
@@ -58,33 +141,12 @@ __device__ __forceinline__ void send_result(const ExchangeState& state, const Co
   const unsigned choices = __ballot_sync(0xFFFFFFFF, local >= 0);
   if (choices == 0) return;
   if (args.is_summed) {
-    for (int i = lane; i < num_pieces; i += 32) to[i] = y[slot * num_pieces + i];
+    const uint4* const row = y + slot * num_pieces;
+    for (int i = share.first + lane; i < share.end; i += 32) to[i] = row[i];
     return;
   }
-  for (int first = 0; first < num_pieces; first += 32) {
-    const int i = first + lane;
-    Sums<T> sums;
-    unsigned rest = choices;
-    while (rest != 0) {
-      uint4 pieces[kAtOnce];
-      float factors[kAtOnce];
-      int num = 0;
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const bool more = rest != 0;
-        const int choice = more ? __ffs(rest) - 1 : 0;
-        rest &= rest - 1;
-        factors[n] = __shfl_sync(0xFFFFFFFF, weight, choice);
-        num += more;
-        if (more && i < num_pieces) pieces[n] = y[(first_choice + choice) * num_pieces + i];
-      }
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        if (n < num && i < num_pieces) sums.add_scaled(pieces[n], factors[n]);
-      }
-    }
-    if (i < num_pieces) to[i] = sums.packed();
-  }
+  sum_rows<T>(y + first_choice * num_pieces, num_pieces, Choices{choices, weight}, share.first,
+              share.end, to);
 }
 
 // Sums what this rank's experts have made of each token and writes it to the token's rank.
@@ -95,26 +157,25 @@ __device__ __forceinline__ void send_result(const ExchangeState& state, const Co
 // Example, as for send_rows_kernel: rank 0 writes what expert 0 has made of c to row 0 of the
 // results at rank 1, from where on the rows are those of rank 0.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     send_results_kernel(const __grid_constant__ ExchangeState state,
                         const __grid_constant__ CombineArgs args) {
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
   const ExchangeLayout& layout = state.layout;
   const std::uint32_t epoch = state.counters[0];
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
+  const int num_pieces = layout.row_bytes / 16;
   const int num_chunks = num_step_chunks(args.step_tokens);
   for (int item = blockIdx.x; item < layout.num_ranks * num_chunks; item += gridDim.x) {
     const int home = state.order[item / num_chunks];
     const int chunk = item % num_chunks;
-    char* const results = state.peers.buffers[home] + layout.results_at();
-    for (int i = 0; i < kTokensPerWarp; ++i) {
-      const int token = chunk * kChunkTokens + warp * kTokensPerWarp + i;
-      if (token >= args.step_tokens) break;
-      const std::int64_t made_here = std::int64_t{state.rank} * args.step_tokens + token;
-      send_result<T>(state, args, std::int64_t{home} * args.step_tokens + token,
-                     reinterpret_cast<uint4*>(results + made_here * layout.row_bytes), lane);
+    const Share share(chunk, num_pieces);
+    if (share.token < args.step_tokens) {
+      auto* const results =
+          reinterpret_cast<uint4*>(state.peers.buffers[home] + layout.results_at());
+      const std::int64_t made_here = std::int64_t{state.rank} * args.step_tokens + share.token;
+      send_result<T>(state, args, std::int64_t{home} * args.step_tokens + share.token, share,
+                     results + made_here * num_pieces);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -132,51 +193,42 @@ __global__ void __launch_bounds__(kRowThreads)
 // Example: of a token with experts at ranks 0 and 2, whose results are 1 and 3, out is 4; that of
 // one without an expert is 0.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     receive_results_kernel(const __grid_constant__ ExchangeState state,
                            const __grid_constant__ CombineArgs args) {
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
   const ExchangeLayout& layout = state.layout;
   const std::uint32_t epoch = state.counters[0];
-  const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int num_pieces = layout.row_bytes / 16;
-  const char* const results = state.peers.buffers[state.rank] + layout.results_at();
+  const auto* const results =
+      reinterpret_cast<const uint4*>(state.peers.buffers[state.rank] + layout.results_at());
   Patience patience(state, epoch, AbortRecord::kCombine);
   if (blockIdx.x == 0) {  // the kernel before this one has sent all results
-    for (int to = threadIdx.x; to < layout.num_ranks; to += kRowThreads) {
+    for (int to = threadIdx.x; to < layout.num_ranks; to += kThreads) {
       fence_for_peers();
       store_flag(done_flag(state, to, state.rank), epoch);
     }
   }
   for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {
     bool is_here = true;
-    for (int from = threadIdx.x; from < layout.num_ranks && is_here; from += kRowThreads) {
+    for (int from = threadIdx.x; from < layout.num_ranks && is_here; from += kThreads) {
       is_here = wait_for_flag(flag(state, layout.combine_flags_at(), state.rank, from, chunk),
                               epoch, patience, from);
     }
     if (!__syncthreads_and(is_here)) break;
-    for (int t = 0; t < kTokensPerWarp; ++t) {
-      const int token = chunk * kChunkTokens + warp * kTokensPerWarp + t;
-      if (token >= args.num_tokens) break;
-      const int id = lane < layout.top_k ? args.ids[std::int64_t{token} * layout.top_k + lane] : -1;
-      const int comes_from = id >= 0 ? id / state.num_local : -1;
-      auto* const out = static_cast<uint4*>(args.out) + std::int64_t{token} * num_pieces;
-      for (int first = 0; first < num_pieces; first += 32) {
-        const int i = first + lane;
-        Sums<T> sums;
-        for (int from = 0; from < layout.num_ranks; ++from) {
-          if (!__any_sync(0xFFFFFFFF, comes_from == from) || i >= num_pieces) continue;
-          const std::int64_t row = std::int64_t{from} * args.step_tokens + token;
-          sums.add(reinterpret_cast<const uint4*>(results + row * layout.row_bytes)[i]);
-        }
-        if (i < num_pieces) out[i] = sums.packed();
-      }
-    }
+    const Share share(chunk, num_pieces);
+    if (share.token >= args.num_tokens) continue;
+    const std::int64_t first_choice = std::int64_t{share.token} * layout.top_k;
+    const int comes_from =
+        rank_of_choice(args.ids + first_choice, layout.top_k, state.num_local, lane);
+    const std::int64_t at = std::int64_t{share.token} * num_pieces;
+    sum_rows<T>(results + at, num_pieces, Sources{comes_from, args.step_tokens}, share.first,
+                share.end, static_cast<uint4*>(args.out) + at);
   }
   if (blockIdx.x == 0) {
-    for (int from = threadIdx.x; from < layout.num_ranks; from += kRowThreads) {
+    for (int from = threadIdx.x; from < layout.num_ranks; from += kThreads) {
       if (!wait_for_flag(done_flag(state, state.rank, from), epoch, patience, from)) break;
     }
   }
@@ -185,11 +237,12 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <typename T>
 void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
+  const int num_chunks = num_step_chunks(args.step_tokens);
   launch_dependent("send_results_kernel", send_results_kernel<T>,
-                   dim3(chunk_blocks(state, args.step_tokens, state.layout.num_ranks)), kRowThreads,
-                   0, stream, 1, state, args);
+                   dim3(sending_blocks(state.layout.num_ranks * num_chunks, 2)), kThreads, 0,
+                   stream, 1, state, args);
   launch_dependent("receive_results_kernel", receive_results_kernel<T>,
-                   dim3(chunk_blocks(state, args.step_tokens, 1)), kRowThreads, 0, stream, 1, state,
+                   dim3(std::min(num_chunks, state.num_blocks)), kThreads, 0, stream, 1, state,
                    args);
 }
 

@@ -11,6 +11,8 @@
 namespace moe_engine {
 namespace {
 
+constexpr int kRowWarps = kChunkTokens;  // a token each
+constexpr int kRowThreads = 32 * kRowWarps;
 constexpr int kPieceBytes = 4096;  // of a row, that is on its way through shared memory at once
 constexpr int kStages = 3;         // pieces of a warp
 
@@ -34,6 +36,7 @@ struct Fp8Wire {
   // A warp.
   static __device__ __forceinline__ void quantize(const char* piece, int piece_bytes, char* out) {
     const int lane = threadIdx.x % 32;
+#pragma unroll 4
     for (int group = 0; group < piece_bytes / (2 * kGroup); ++group) {
       const float4 four =
           unpack_four<T>(reinterpret_cast<const uint2*>(piece + group * 2 * kGroup)[lane]);
@@ -76,57 +79,42 @@ __device__ __forceinline__ void send_choices(const ExchangeState& state, const D
   }
 }
 
-// A warp's tokens of a chunk, piece by piece: memory to shared memory, and from there to each rank
-// that has an expert of the token. `turn` counts the warp's pieces since the kernel began.
+// A warp's token, piece by piece: memory to shared memory, and from there to each rank that has an
+// expert of it. `turn` counts the warp's pieces since the kernel began.
 template <typename W>
-__device__ __forceinline__ void send_rows(const ExchangeState& state, const DispatchArgs& args,
-                                          SendShared<W>& shared, int first_token, int& turn) {
+__device__ __forceinline__ void send_row(const ExchangeState& state, const DispatchArgs& args,
+                                         SendShared<W>& shared, int token, int& turn) {
   const ExchangeLayout& layout = state.layout;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  // Of the two tokens those that go somewhere, one after the other.
-  static_assert(kTokensPerWarp == 2);
-  const auto rank_of_choice = [&](int token) {
-    const bool is_real = token < args.num_tokens && lane < layout.top_k;
-    const int id = is_real ? args.ids[std::int64_t{token} * layout.top_k + lane] : -1;
-    return id >= 0 ? id / state.num_local : -1;
-  };
-  int goes_to = rank_of_choice(first_token);
-  int next_goes_to = rank_of_choice(first_token + 1);
-  const bool has_first = __any_sync(0xFFFFFFFF, goes_to >= 0);
-  const bool has_second = __any_sync(0xFFFFFFFF, next_goes_to >= 0);
-  if (!has_first) {
-    ++first_token;
-    goes_to = next_goes_to;
-  }
-  const int per_row = (layout.row_bytes + kPieceBytes - 1) / kPieceBytes;
-  const int num_pieces = (has_first + has_second) * per_row;
+  if (token >= args.num_tokens) return;
+  const int goes_to = rank_of_choice(args.ids + std::int64_t{token} * layout.top_k, layout.top_k,
+                                     state.num_local, lane);
+  if (!__any_sync(0xFFFFFFFF, goes_to >= 0)) return;
+  const int num_pieces = (layout.row_bytes + kPieceBytes - 1) / kPieceBytes;
   const auto piece_bytes = [&](int piece) {
-    return min(kPieceBytes, layout.row_bytes - piece % per_row * kPieceBytes);
+    return min(kPieceBytes, layout.row_bytes - piece * kPieceBytes);
   };
+  const char* const row = static_cast<const char*>(args.x) + std::int64_t{token} * layout.row_bytes;
+  const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
   const auto load = [&](int piece) {
     if (lane != 0 || piece >= num_pieces) return;
     const int stage = (turn + piece) % kStages;
     std::uint64_t* const barrier = &shared.loaded[warp][stage];
-    const char* const row = static_cast<const char*>(args.x) +
-                            std::int64_t{first_token + piece / per_row} * layout.row_bytes;
     barrier_arrive_expecting(barrier, piece_bytes(piece));
-    copy_row(shared_address(shared.pieces[warp][stage]), row + piece % per_row * kPieceBytes,
+    copy_row(shared_address(shared.pieces[warp][stage]), row + piece * kPieceBytes,
              piece_bytes(piece), barrier);
   };
   for (int piece = 0; piece < kStages - 1; ++piece) load(piece);
   for (int piece = 0; piece < num_pieces; ++piece) {
     const int stage = (turn + piece) % kStages;
     barrier_wait(&shared.loaded[warp][stage], (turn + piece) / kStages % 2);
-    if (piece == per_row) goes_to = next_goes_to;
-    const int token = first_token + piece / per_row;
-    const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
     const char* out = shared.pieces[warp][stage];
     if constexpr (W::kWirePieceBytes > 0) {
       W::quantize(out, piece_bytes(piece), shared.wire[warp][stage]);
       out = shared.wire[warp][stage];
     }
-    const std::int64_t at = slot * layout.wire_bytes + piece % per_row * W::wire_bytes(kPieceBytes);
+    const std::int64_t at = slot * layout.wire_bytes + piece * W::wire_bytes(kPieceBytes);
     for (int i = 0; i < layout.num_ranks; ++i) {
       const int to = state.order[i];
       if (__any_sync(0xFFFFFFFF, goes_to == to) && lane == 0) {
@@ -173,11 +161,9 @@ __global__ void __launch_bounds__(kRowThreads)
   const std::uint32_t epoch = state.counters[0];
   int turn = 0;
   for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {
-    const int first_token = chunk * kChunkTokens + warp * kTokensPerWarp;
-    for (int i = 0; i < kTokensPerWarp; ++i) {
-      if (first_token + i < args.step_tokens) send_choices(state, args, first_token + i, lane);
-    }
-    send_rows(state, args, shared, first_token, turn);
+    const int token = chunk * kChunkTokens + warp;
+    if (token < args.step_tokens) send_choices(state, args, token, lane);
+    send_row(state, args, shared, token, turn);
     __syncthreads();
     for (int to = threadIdx.x; to < state.layout.num_ranks; to += kRowThreads) {
       fence_for_peers();
@@ -190,7 +176,7 @@ constexpr int kWaitThreads = 1024;
 
 // Ends when every rank's tokens of the step are here. One block.
 //
-// Example, 2 ranks and a step of 20 tokens, 16 to a flag: 4 flags, of chunks 0 and 1 of each rank.
+// Example, 2 ranks and a step of 6 tokens, 4 to a flag: 4 flags, of chunks 0 and 1 of each rank.
 __global__ void __launch_bounds__(kWaitThreads)
     wait_for_rows_kernel(const __grid_constant__ ExchangeState state, int step_tokens) {
   wait_for_previous_kernels();
@@ -230,6 +216,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const auto* const words =
         reinterpret_cast<const std::uint32_t*>(buffer + layout.rows_at() + row * layout.wire_bytes);
     auto* const out = static_cast<char*>(args.received_x) + row * layout.row_bytes;
+#pragma unroll 4
     for (int group = 0; group < layout.row_bytes / (2 * kGroup); ++group) {
       const std::uint32_t* const of_group = words + group * kGroupWords;
       const float scale = __uint_as_float(of_group[kGroupWords - 1]);
@@ -244,8 +231,8 @@ void launch_send(const ExchangeState& state, const DispatchArgs& args, cudaStrea
   CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   kSharedBytes));
   launch_dependent("send_rows_kernel", send_rows_kernel<W>,
-                   dim3(chunk_blocks(state, args.step_tokens, 1)), kRowThreads, kSharedBytes,
-                   stream, 1, state, args);
+                   dim3(sending_blocks(num_step_chunks(args.step_tokens), 4)), kRowThreads,
+                   kSharedBytes, stream, 1, state, args);
 }
 
 template <typename T>

@@ -18,10 +18,11 @@ namespace moe_engine {
 constexpr int kMaxExchangeRanks = 128;
 constexpr int kMaxExchangeTopK = 32;
 // Tokens that share a flag: those that one block moves.
-constexpr int kChunkTokens = 16;
+constexpr int kChunkTokens = 4;
 
-// The number of an exchange, from 1 to kLastEpoch and then again from 2 on: numbers alternate between
-// odd and even and are never 0, which memory holds at first. The highest bit is free for a packet.
+// The number of an exchange, from 1 to kLastEpoch and then again from 2 on: numbers alternate
+// between odd and even and are never 0, which memory holds at first. The highest bit is free for a
+// packet.
 constexpr std::uint32_t kLastEpoch = 0x7FFFFFFF;
 constexpr EXCHANGE_BOTH std::uint32_t next_epoch(std::uint32_t epoch) {
   return epoch == kLastEpoch ? 2 : epoch + 1;

@@ -169,6 +169,20 @@ class Patience {
   std::int64_t deadline_ = kNotYet;
 };
 
+// --- the ranks of a token ------------------------------------------------------------------------
+
+// The rank of this lane's choice, or -1; the lanes from top_k on have none.
+__device__ __forceinline__ int rank_of_choice(const std::int32_t* ids_of_token, int top_k,
+                                              int num_local, int lane) {
+  const int id = lane < top_k ? ids_of_token[lane] : -1;
+  return id >= 0 ? id / num_local : -1;
+}
+
+// The first rank behind `last` that any of a warp's lanes names, or kMaxExchangeRanks.
+__device__ __forceinline__ int next_rank(int rank_of_lane, int last) {
+  return __reduce_min_sync(0xFFFFFFFF, rank_of_lane > last ? rank_of_lane : kMaxExchangeRanks);
+}
+
 // --- the exchange's end --------------------------------------------------------------------------
 
 // By all threads of all blocks of the kernel that ends an exchange, when each has done its part.

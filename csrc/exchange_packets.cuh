@@ -16,13 +16,6 @@ namespace moe_engine {
 constexpr int kPacketThreads = 256;
 constexpr int kPacketWarps = kPacketThreads / 32;
 
-// The rank of this lane's choice, or -1; the lanes from top_k on have none.
-__device__ __forceinline__ int rank_of_choice(const std::int32_t* ids_of_token, int top_k,
-                                              int num_local, int lane) {
-  const int id = lane < top_k ? ids_of_token[lane] : -1;
-  return id >= 0 ? id / num_local : -1;
-}
-
 // Blocks for so many pieces, a warp each; no more than may wait at once.
 inline int packet_blocks(const ExchangeState& state, std::int64_t num_pieces) {
   const std::int64_t wanted = (num_pieces + kPacketWarps - 1) / kPacketWarps;

@@ -12,20 +12,17 @@
 #include <cstdint>
 
 #include "exchange_memory.cuh"
+#include "launch.cuh"
 
 namespace moe_engine {
-
-constexpr int kRowThreads = 256;
-constexpr int kRowWarps = kRowThreads / 32;
-constexpr int kTokensPerWarp = kChunkTokens / kRowWarps;
 
 inline __device__ __host__ int num_step_chunks(int step_tokens) {
   return (step_tokens + kChunkTokens - 1) / kChunkTokens;
 }
 
-// Blocks for the chunks of a step, of so many parts each; no more than may wait at once.
-inline int chunk_blocks(const ExchangeState& state, int step_tokens, int num_parts) {
-  return std::clamp(num_step_chunks(step_tokens) * num_parts, 1, state.num_blocks);
+// Blocks of a kernel that never waits for another rank, for so many chunks.
+inline int sending_blocks(int num_chunks, int per_multiprocessor) {
+  return std::min(num_chunks, per_multiprocessor * num_multiprocessors());
 }
 
 // The flag that `source` sets at `at_rank` when it has written `chunk`.

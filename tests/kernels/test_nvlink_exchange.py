@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("needs_hopper")
 
 TIMEOUT = 0.5
 NUM_RANKS = [1, 2, 3, 4, 8, 16]
-# Of a step, by packets up to 64 and by rows beyond; chunks of a flag are 16.
+# Of a step, by packets up to 64 and by rows beyond; chunks of a flag are 4.
 STEP_TOKENS = [1, 2, 7, 64, 65, 96, 301]
 ROUTINGS = ["uniform", "zipf", "one expert", "one rank", "nothing"]
 

@@ -159,14 +159,14 @@ __device__ __forceinline__ void receive_results(const ExchangeState& state, cons
 // Example, as for dispatch_packets_kernel, with weights 0.5 and experts that double: rank 0 sends
 // b and c back to ranks 0 and 1, rank 1 sends a to rank 0, whose out is [a, b].
 template <typename T>
-__global__ void __launch_bounds__(kPacketThreads)
+__global__ void __launch_bounds__(kPacketThreads, 2)
     combine_packets_kernel(const __grid_constant__ ExchangeState state,
                            const __grid_constant__ CombineArgs args) {
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
   const std::uint32_t epoch = state.counters[0];
   const int warp = warp_of_grid();
-  const int num_warps = kPacketWarps * gridDim.x;
+  const int num_warps = warps_of_grid();
   send_results<T>(state, args, epoch, warp, num_warps);
   receive_results<T>(state, args, epoch, warp, num_warps);
   end_exchange(state);
@@ -175,9 +175,9 @@ __global__ void __launch_bounds__(kPacketThreads)
 template <typename T>
 void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
   const std::int64_t pieces = pieces_of(state.layout.combine_packets());
-  const int blocks = packet_blocks(state, pieces * state.layout.num_ranks * args.step_tokens);
-  launch_dependent("combine_packets_kernel", combine_packets_kernel<T>, dim3(blocks),
-                   kPacketThreads, 0, stream, 1, state, args);
+  const PacketGrid grid = packet_grid(state, pieces * state.layout.num_ranks * args.step_tokens);
+  launch_dependent("combine_packets_kernel", combine_packets_kernel<T>, dim3(grid.blocks),
+                   grid.threads, 0, stream, 1, state, args);
 }
 
 }  // namespace

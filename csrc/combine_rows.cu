@@ -20,6 +20,8 @@ __device__ __forceinline__ std::uint32_t* done_flag(const ExchangeState& state, 
 // Warps share a token's row.
 constexpr int kWarpsPerToken = 4;
 constexpr int kThreads = 32 * kWarpsPerToken * kChunkTokens;
+// Chunks that a block waits for at once, where there are more than blocks.
+constexpr int kChunksAtOnce = 4;
 
 // The sums of 16 bytes' elements.
 template <typename T>
@@ -211,21 +213,36 @@ __global__ void __launch_bounds__(kThreads, 2)
       store_flag(done_flag(state, to, state.rank), epoch);
     }
   }
-  for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {
+  const int num_chunks = num_step_chunks(args.step_tokens);
+  const int at_once = min(kChunksAtOnce, (num_chunks + gridDim.x - 1) / gridDim.x);
+  for (int first = blockIdx.x * at_once; first < num_chunks; first += gridDim.x * at_once) {
+    const int num = min(at_once, num_chunks - first);
+    int comes_from[kChunksAtOnce];
+#pragma unroll
+    for (int i = 0; i < kChunksAtOnce; ++i) {
+      const Share share(first + i, num_pieces);
+      comes_from[i] = -1;
+      if (i < num && share.token < args.num_tokens) {
+        comes_from[i] = rank_of_choice(args.ids + std::int64_t{share.token} * layout.top_k,
+                                       layout.top_k, state.num_local, lane);
+      }
+    }
     bool is_here = true;
-    for (int from = threadIdx.x; from < layout.num_ranks && is_here; from += kThreads) {
-      is_here = wait_for_flag(flag(state, layout.combine_flags_at(), state.rank, from, chunk),
-                              epoch, patience, from);
+    for (int i = threadIdx.x; i < layout.num_ranks * num && is_here; i += kThreads) {
+      const int from = i / num;
+      is_here =
+          wait_for_flag(flag(state, layout.combine_flags_at(), state.rank, from, first + i % num),
+                        epoch, patience, from);
     }
     if (!__syncthreads_and(is_here)) break;
-    const Share share(chunk, num_pieces);
-    if (share.token >= args.num_tokens) continue;
-    const std::int64_t first_choice = std::int64_t{share.token} * layout.top_k;
-    const int comes_from =
-        rank_of_choice(args.ids + first_choice, layout.top_k, state.num_local, lane);
-    const std::int64_t at = std::int64_t{share.token} * num_pieces;
-    sum_rows<T>(results + at, num_pieces, Sources{comes_from, args.step_tokens}, share.first,
-                share.end, static_cast<uint4*>(args.out) + at);
+#pragma unroll
+    for (int i = 0; i < kChunksAtOnce; ++i) {
+      const Share share(first + i, num_pieces);
+      if (i >= num || share.token >= args.num_tokens) break;
+      const std::int64_t at = std::int64_t{share.token} * num_pieces;
+      sum_rows<T>(results + at, num_pieces, Sources{comes_from[i], args.step_tokens}, share.first,
+                  share.end, static_cast<uint4*>(args.out) + at);
+    }
   }
   if (blockIdx.x == 0) {
     for (int from = threadIdx.x; from < layout.num_ranks; from += kThreads) {

@@ -274,13 +274,13 @@ __device__ __forceinline__ void receive_tokens(const ExchangeState& state, const
 // and 0, rank 1 brings c for expert 1. Rank 0 receives slots [-1, 0, 1, -1], with b and c in rows 1
 // and 2 of x; rank 1 receives [1, -1, -1, -1], with a in row 0.
 template <typename Piece>
-__global__ void __launch_bounds__(kPacketThreads)
+__global__ void __launch_bounds__(kPacketThreads, 2)
     dispatch_packets_kernel(const __grid_constant__ ExchangeState state,
                             const __grid_constant__ DispatchArgs args) {
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
   const std::uint32_t epoch = state.counters[0];
-  const int num_warps = kPacketWarps * gridDim.x;
+  const int num_warps = warps_of_grid();
   send_tokens<Piece>(state, args, epoch, warp_of_grid(), num_warps);
   receive_tokens<Piece>(state, args, epoch, warp_of_grid(), num_warps);
 }
@@ -293,9 +293,9 @@ std::int64_t num_items(const ExchangeState& state, const DispatchArgs& args) {
 
 template <typename Piece>
 void launch(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
-  launch_dependent("dispatch_packets_kernel", dispatch_packets_kernel<Piece>,
-                   dim3(packet_blocks(state, num_items<Piece>(state, args))), kPacketThreads, 0,
-                   stream, 1, state, args);
+  const PacketGrid grid = packet_grid(state, num_items<Piece>(state, args));
+  launch_dependent("dispatch_packets_kernel", dispatch_packets_kernel<Piece>, dim3(grid.blocks),
+                   grid.threads, 0, stream, 1, state, args);
 }
 
 }  // namespace
@@ -307,7 +307,8 @@ void dispatch_packets(const ExchangeState& state, const DispatchArgs& args, cuda
                : launch<Fp8Piece<__half>>(state, args, stream);
   }
   // Few packets a lane as long as there are warps for all.
-  if (num_items<PlainPiece<1>>(state, args) <= std::int64_t{2} * state.num_blocks * kPacketWarps) {
+  const std::int64_t num_warps = std::int64_t{state.num_blocks} * kPacketThreads / 32;
+  if (num_items<PlainPiece<1>>(state, args) <= num_warps) {
     launch<PlainPiece<1>>(state, args, stream);
   } else {
     launch<PlainPiece<4>>(state, args, stream);

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
   __syncthreads();
   wait_for_previous_kernels();
-  if (state.next_may_start) let_next_kernel_start();
+  let_next_kernel_start();  // the block that waits
   const std::uint32_t epoch = state.counters[0];
   int turn = 0;
   for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {

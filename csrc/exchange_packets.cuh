@@ -13,17 +13,27 @@
 
 namespace moe_engine {
 
-constexpr int kPacketThreads = 256;
-constexpr int kPacketWarps = kPacketThreads / 32;
+// Of a block; the larger one where there are pieces for all warps of as many blocks as may wait at
+// once. Two of these fit on a multiprocessor.
+constexpr int kFewPacketThreads = 256;
+constexpr int kPacketThreads = 512;
 
-// Blocks for so many pieces, a warp each; no more than may wait at once.
-inline int packet_blocks(const ExchangeState& state, std::int64_t num_pieces) {
-  const std::int64_t wanted = (num_pieces + kPacketWarps - 1) / kPacketWarps;
-  return static_cast<int>(std::clamp<std::int64_t>(wanted, 1, state.num_blocks));
+struct PacketGrid {
+  int blocks;
+  int threads;
+};
+
+// For so many pieces, a warp each.
+inline PacketGrid packet_grid(const ExchangeState& state, std::int64_t num_pieces) {
+  constexpr int kWarps = kFewPacketThreads / 32;
+  const std::int64_t blocks = std::max<std::int64_t>(1, (num_pieces + kWarps - 1) / kWarps);
+  if (blocks > state.num_blocks) return {state.num_blocks, kPacketThreads};
+  return {static_cast<int>(blocks), kFewPacketThreads};
 }
 
 // This warp's number among the grid's. Those of a row's pieces are in different blocks, so that one
 // token is moved by many multiprocessors.
 __device__ __forceinline__ int warp_of_grid() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
+__device__ __forceinline__ int warps_of_grid() { return blockDim.x / 32 * gridDim.x; }
 
 }  // namespace moe_engine

@@ -15,7 +15,7 @@ if importlib.util.find_spec("moe_engine._C") is None:
 
 from moe_engine import _C
 
-CHUNK_TOKENS = 16
+CHUNK_TOKENS = 4
 
 
 @settings(max_examples=100, deadline=None)

@@ -30,7 +30,6 @@ from benchmarks.options import int_list
 from benchmarks.report import save_result
 from moe_engine.dist.exchange.base import Received
 from moe_engine.dist.exchange.nvlink import (
-    ONE_LAUNCH_TOKENS,
     ExchangeShape,
     NvlinkDomain,
     NvlinkExchange,
@@ -77,7 +76,6 @@ def main() -> None:
                     dtype=DTYPES[dtype],
                     max_tokens=num_tokens,
                     packet_tokens=arguments.packet_tokens,
-                    one_launch_tokens=arguments.one_launch_tokens,
                     fp8=dtype == "fp8",
                 )
                 result = {"dtype": dtype, "routing": routing} | measure(shape, routing, found)
@@ -110,9 +108,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", type=_names(DTYPES), default=["bf16"])
     parser.add_argument("--routing", type=_names(ROUTINGS), default=["uniform"])
     parser.add_argument("--packet-tokens", type=int, default=64, help="by packets up to so many")
-    parser.add_argument(
-        "--one-launch-tokens", type=int, default=ONE_LAUNCH_TOKENS, help="by rows, up to so many"
-    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
 

@@ -151,11 +151,21 @@ __device__ __forceinline__ void send_result(const ExchangeState& state, const Co
               share.end, to);
 }
 
-// All slots' results, a chunk of one rank's tokens after the other.
+// Sums what this rank's experts have made of each token and writes it to the token's rank.
+//
+// Shapes as in combine_packets_kernel; results at every rank [N * m, H], by the rank whose experts
+// made them. A block takes chunks of one source's tokens.
+//
+// Example, as for send_rows_kernel: rank 0 writes what expert 0 has made of c to row 0 of the
+// results at rank 1, from where on the rows are those of rank 0.
 template <typename T>
-__device__ __forceinline__ void send_chunks(const ExchangeState& state, const CombineArgs& args,
-                                            std::uint32_t epoch) {
+__global__ void __launch_bounds__(kThreads, 2)
+    send_results_kernel(const __grid_constant__ ExchangeState state,
+                        const __grid_constant__ CombineArgs args) {
+  wait_for_previous_kernels();
+  if (state.next_may_start) let_next_kernel_start();
   const ExchangeLayout& layout = state.layout;
+  const std::uint32_t epoch = state.counters[0];
   const int num_pieces = layout.row_bytes / 16;
   const int num_chunks = num_step_chunks(args.step_tokens);
   for (int item = blockIdx.x; item < layout.num_ranks * num_chunks; item += gridDim.x) {
@@ -177,24 +187,32 @@ __device__ __forceinline__ void send_chunks(const ExchangeState& state, const Co
   }
 }
 
-// Tells all ranks that this one has sent all results; a block.
-__device__ __forceinline__ void tell_done(const ExchangeState& state, std::uint32_t epoch) {
-  for (int to = threadIdx.x; to < state.layout.num_ranks; to += kThreads) {
-    fence_for_peers();
-    store_flag(done_flag(state, to, state.rank), epoch);
-  }
-}
-
-// Sums this rank's tokens, chunks by chunks as they come, and waits until all ranks are done.
+// Adds up, for each of this rank's tokens, what the ranks of its experts have made of it.
+//
+// Shapes: ids int32 [num_tokens, K]; out [num_tokens, H], summed over the ranks in their order in
+// float32 and rounded once.
+//
+// Example: of a token with experts at ranks 0 and 2, whose results are 1 and 3, out is 4; that of
+// one without an expert is 0.
 template <typename T>
-__device__ __forceinline__ void receive_chunks(const ExchangeState& state, const CombineArgs& args,
-                                               std::uint32_t epoch) {
+__global__ void __launch_bounds__(kThreads, 2)
+    receive_results_kernel(const __grid_constant__ ExchangeState state,
+                           const __grid_constant__ CombineArgs args) {
+  wait_for_previous_kernels();
+  if (state.next_may_start) let_next_kernel_start();
   const ExchangeLayout& layout = state.layout;
+  const std::uint32_t epoch = state.counters[0];
   const int lane = threadIdx.x % 32;
   const int num_pieces = layout.row_bytes / 16;
   const auto* const results =
       reinterpret_cast<const uint4*>(state.peers.buffers[state.rank] + layout.results_at());
   Patience patience(state, epoch, AbortRecord::kCombine);
+  if (blockIdx.x == 0) {  // the kernel before this one has sent all results
+    for (int to = threadIdx.x; to < layout.num_ranks; to += kThreads) {
+      fence_for_peers();
+      store_flag(done_flag(state, to, state.rank), epoch);
+    }
+  }
   const int num_chunks = num_step_chunks(args.step_tokens);
   const int at_once = min(kChunksAtOnce, (num_chunks + gridDim.x - 1) / gridDim.x);
   for (int first = blockIdx.x * at_once; first < num_chunks; first += gridDim.x * at_once) {
@@ -231,95 +249,30 @@ __device__ __forceinline__ void receive_chunks(const ExchangeState& state, const
       if (!wait_for_flag(done_flag(state, state.rank, from), epoch, patience, from)) break;
     }
   }
-}
-
-// Sums what this rank's experts have made of each token and writes it to the token's rank.
-//
-// Shapes as in combine_packets_kernel; results at every rank [N * m, H], by the rank whose experts
-// made them.
-//
-// Example, as for send_rows_kernel: rank 0 writes what expert 0 has made of c to row 0 of the
-// results at rank 1, from where on the rows are those of rank 0.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    send_results_kernel(const __grid_constant__ ExchangeState state,
-                        const __grid_constant__ CombineArgs args) {
-  wait_for_previous_kernels();
-  if (state.next_may_start) let_next_kernel_start();
-  send_chunks<T>(state, args, state.counters[0]);
-}
-
-// Adds up, for each of this rank's tokens, what the ranks of its experts have made of it.
-//
-// Shapes: ids int32 [num_tokens, K]; out [num_tokens, H], summed over the ranks in their order in
-// float32 and rounded once.
-//
-// Example: of a token with experts at ranks 0 and 2, whose results are 1 and 3, out is 4; that of
-// one without an expert is 0.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    receive_results_kernel(const __grid_constant__ ExchangeState state,
-                           const __grid_constant__ CombineArgs args) {
-  wait_for_previous_kernels();
-  if (state.next_may_start) let_next_kernel_start();
-  const std::uint32_t epoch = state.counters[0];
-  if (blockIdx.x == 0) tell_done(state, epoch);  // the kernel before this one has sent everything
-  receive_chunks<T>(state, args, epoch);
-  end_exchange(state);
-}
-
-// Both in one: the block that is the last to have sent says that all is sent.
-//
-// Shapes and example as in combine_packets_kernel.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    combine_rows_kernel(const __grid_constant__ ExchangeState state,
-                        const __grid_constant__ CombineArgs args) {
-  wait_for_previous_kernels();
-  if (state.next_may_start) let_next_kernel_start();
-  const std::uint32_t epoch = state.counters[0];
-  send_chunks<T>(state, args, epoch);
-  bool is_last = false;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    fence_for_peers();
-    is_last = atomicAdd(&state.counters[2], 1u) == gridDim.x - 1;
-    if (is_last) state.counters[2] = 0;
-  }
-  if (__syncthreads_or(is_last)) tell_done(state, epoch);
-  receive_chunks<T>(state, args, epoch);
   end_exchange(state);
 }
 
 template <typename T>
-void launch_combine(const ExchangeState& state, const CombineArgs& args, bool in_one_launch,
-                    cudaStream_t stream) {
+void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
   const int num_chunks = num_step_chunks(args.step_tokens);
-  const int num_sent = state.layout.num_ranks * num_chunks;
-  const auto launch = [&](const char* name, auto* kernel, int num_blocks) {
-    launch_dependent(name, kernel, dim3(num_blocks), kThreads, 0, stream, 1, state, args);
-  };
-  if (in_one_launch) {
-    launch("combine_rows_kernel", combine_rows_kernel<T>, std::min(num_sent, state.num_blocks));
-    return;
-  }
-  // Those that send do not wait, so they need not all run at once.
-  launch("send_results_kernel", send_results_kernel<T>, std::min(num_sent, 2 * state.num_blocks));
-  launch("receive_results_kernel", receive_results_kernel<T>,
-         std::min(num_chunks, state.num_blocks));
+  launch_dependent("send_results_kernel", send_results_kernel<T>,
+                   dim3(sending_blocks(state.layout.num_ranks * num_chunks, 2)), kThreads, 0,
+                   stream, 1, state, args);
+  launch_dependent("receive_results_kernel", receive_results_kernel<T>,
+                   dim3(std::min(num_chunks, state.num_blocks)), kThreads, 0, stream, 1, state,
+                   args);
 }
 
 }  // namespace
 
-void combine_rows(const ExchangeState& state, const CombineArgs& args, bool in_one_launch,
-                  cudaStream_t stream) {
+void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
   switch (state.type) {
     case ElementType::kBFloat16:
-      return launch_combine<__nv_bfloat16>(state, args, in_one_launch, stream);
+      return launch_combine<__nv_bfloat16>(state, args, stream);
     case ElementType::kFloat16:
-      return launch_combine<__half>(state, args, in_one_launch, stream);
+      return launch_combine<__half>(state, args, stream);
     case ElementType::kFloat32:
-      return launch_combine<float>(state, args, in_one_launch, stream);
+      return launch_combine<float>(state, args, stream);
   }
 }
 

@@ -133,12 +133,32 @@ __device__ __forceinline__ void send_row(const ExchangeState& state, const Dispa
   if (lane == 0) wait_until_written();
 }
 
-// All of this rank's tokens, a chunk after the other.
+// Writes this rank's tokens into the buffers of the ranks that have their experts.
+//
+// Shapes, N ranks, m tokens of a step, K choices: x [num_tokens, H], ids int32 and weights float32
+// [num_tokens, K]; at every rank rows [N * m, H], slots and weights [N * m, K], of which this rank
+// writes m. Rows that none of a rank's experts wants are left as they are.
+//
+// Example, 2 ranks with 2 experts each, m = 2, K = 1; rank 1 brings token c for expert 0. Rank 0
+// gets c in row 2, and slots [0, -1] from row 2 on; rank 1 gets slots [-1, -1] there.
 template <typename W>
-__device__ __forceinline__ void send_chunks(const ExchangeState& state, const DispatchArgs& args,
-                                            SendShared<W>& shared, std::uint32_t epoch) {
+__global__ void __launch_bounds__(kRowThreads)
+    send_rows_kernel(const __grid_constant__ ExchangeState state,
+                     const __grid_constant__ DispatchArgs args) {
+  extern __shared__ __align__(128) char memory[];
+  auto& shared = *reinterpret_cast<SendShared<W>*>(memory);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (auto& of_warp : shared.loaded) {
+      for (std::uint64_t& barrier : of_warp) barrier_init(&barrier, 1);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  wait_for_previous_kernels();
+  let_next_kernel_start();  // the block that waits
+  const std::uint32_t epoch = state.counters[0];
   int turn = 0;
   for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {
     const int token = chunk * kChunkTokens + warp;
@@ -152,52 +172,6 @@ __device__ __forceinline__ void send_chunks(const ExchangeState& state, const Di
   }
 }
 
-// Until every rank's tokens of the step are here; a share of the flags.
-__device__ __forceinline__ void wait_for_chunks(const ExchangeState& state, int step_tokens,
-                                                std::uint32_t epoch, int thread, int num_threads) {
-  Patience patience(state, epoch, AbortRecord::kDispatch);
-  const int num_chunks = num_step_chunks(step_tokens);
-  for (int i = thread; i < state.layout.num_ranks * num_chunks; i += num_threads) {
-    const int source = i / num_chunks;
-    const std::uint32_t* const from =
-        flag(state, state.layout.dispatch_flags_at(), state.rank, source, i % num_chunks);
-    if (!wait_for_flag(from, epoch, patience, source)) return;
-  }
-}
-
-// Writes this rank's tokens into the buffers of the ranks that have their experts; with kWaits,
-// ends when those for its own are here.
-//
-// Shapes, N ranks, m tokens of a step, K choices: x [num_tokens, H], ids int32 and weights float32
-// [num_tokens, K]; at every rank rows [N * m, H], slots and weights [N * m, K], of which this rank
-// writes m. Rows that none of a rank's experts wants are left as they are.
-//
-// Example, 2 ranks with 2 experts each, m = 2, K = 1; rank 1 brings token c for expert 0. Rank 0
-// gets c in row 2, and slots [0, -1] from row 2 on; rank 1 gets slots [-1, -1] there.
-template <typename W, bool kWaits>
-__global__ void __launch_bounds__(kRowThreads)
-    send_rows_kernel(const __grid_constant__ ExchangeState state,
-                     const __grid_constant__ DispatchArgs args) {
-  extern __shared__ __align__(128) char memory[];
-  auto& shared = *reinterpret_cast<SendShared<W>*>(memory);
-  if (threadIdx.x == 0) {
-    for (auto& of_warp : shared.loaded) {
-      for (std::uint64_t& barrier : of_warp) barrier_init(&barrier, 1);
-    }
-    barrier_init_fence();
-  }
-  __syncthreads();
-  wait_for_previous_kernels();
-  // The next kernel is the block that waits, if this one does not.
-  if (!kWaits || state.next_may_start) let_next_kernel_start();
-  const std::uint32_t epoch = state.counters[0];
-  send_chunks(state, args, shared, epoch);
-  if constexpr (kWaits) {
-    wait_for_chunks(state, args.step_tokens, epoch, blockIdx.x * kRowThreads + threadIdx.x,
-                    gridDim.x * kRowThreads);
-  }
-}
-
 constexpr int kWaitThreads = 1024;
 
 // Ends when every rank's tokens of the step are here. One block.
@@ -207,7 +181,15 @@ __global__ void __launch_bounds__(kWaitThreads)
     wait_for_rows_kernel(const __grid_constant__ ExchangeState state, int step_tokens) {
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
-  wait_for_chunks(state, step_tokens, state.counters[0], threadIdx.x, kWaitThreads);
+  const std::uint32_t epoch = state.counters[0];
+  Patience patience(state, epoch, AbortRecord::kDispatch);
+  const int num_chunks = num_step_chunks(step_tokens);
+  for (int i = threadIdx.x; i < state.layout.num_ranks * num_chunks; i += kWaitThreads) {
+    const int source = i / num_chunks;
+    const std::uint32_t* const from =
+        flag(state, state.layout.dispatch_flags_at(), state.rank, source, i % num_chunks);
+    if (!wait_for_flag(from, epoch, patience, source)) return;
+  }
 }
 
 // Rows in 8 bits as rows of T, a warp each; those that no expert here wants are left out.
@@ -234,7 +216,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const auto* const words =
         reinterpret_cast<const std::uint32_t*>(buffer + layout.rows_at() + row * layout.wire_bytes);
     auto* const out = static_cast<char*>(args.received_x) + row * layout.row_bytes;
-#pragma unroll 8
+#pragma unroll 4
     for (int group = 0; group < layout.row_bytes / (2 * kGroup); ++group) {
       const std::uint32_t* const of_group = words + group * kGroupWords;
       const float scale = __uint_as_float(of_group[kGroupWords - 1]);
@@ -243,50 +225,40 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-template <typename W, bool kWaits>
-void launch_send(const ExchangeState& state, const DispatchArgs& args, int num_blocks,
-                 cudaStream_t stream) {
+template <typename W>
+void launch_send(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(SendShared<W>);
-  CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel<W, kWaits>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch_dependent("send_rows_kernel", send_rows_kernel<W, kWaits>, dim3(num_blocks), kRowThreads,
+  CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  kSharedBytes));
+  launch_dependent("send_rows_kernel", send_rows_kernel<W>,
+                   dim3(sending_blocks(num_step_chunks(args.step_tokens), 4)), kRowThreads,
                    kSharedBytes, stream, 1, state, args);
 }
 
-template <typename W>
-void launch_rows(const ExchangeState& state, const DispatchArgs& args, bool in_one_launch,
-                 cudaStream_t stream) {
-  const int num_chunks = num_step_chunks(args.step_tokens);
-  if (in_one_launch) {
-    return launch_send<W, true>(state, args, std::min(num_chunks, state.num_blocks), stream);
-  }
-  // They do not wait, so they need not all run at once.
-  launch_send<W, false>(state, args, std::min(num_chunks, 4 * state.num_blocks), stream);
-  launch_dependent("wait_for_rows_kernel", wait_for_rows_kernel, dim3(1), kWaitThreads, 0, stream,
-                   1, state, args.step_tokens);
-}
-
 template <typename T>
-void launch_fp8_rows(const ExchangeState& state, const DispatchArgs& args, bool in_one_launch,
-                     cudaStream_t stream) {
-  launch_rows<Fp8Wire<T>>(state, args, in_one_launch, stream);
+void launch_restore(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
   const int num_slots = state.layout.num_ranks * args.step_tokens;
-  const int blocks = std::min((num_slots + kRowWarps - 1) / kRowWarps, 16 * num_multiprocessors());
+  const int blocks = std::min((num_slots + kRowWarps - 1) / kRowWarps, 4 * num_multiprocessors());
   launch_dependent("restore_rows_kernel", restore_rows_kernel<T>, dim3(blocks), kRowThreads, 0,
                    stream, 1, state, args);
 }
 
 }  // namespace
 
-void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, bool in_one_launch,
-                   cudaStream_t stream) {
-  if (state.wire == Wire::kPlain) {
-    launch_rows<PlainWire>(state, args, in_one_launch, stream);
-  } else if (state.type == ElementType::kFloat16) {
-    launch_fp8_rows<__half>(state, args, in_one_launch, stream);
+void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
+  const bool is_fp8 = state.wire == Wire::kFp8;
+  const bool is_half = state.type == ElementType::kFloat16;
+  if (!is_fp8) {
+    launch_send<PlainWire>(state, args, stream);
+  } else if (is_half) {
+    launch_send<Fp8Wire<__half>>(state, args, stream);
   } else {
-    launch_fp8_rows<__nv_bfloat16>(state, args, in_one_launch, stream);
+    launch_send<Fp8Wire<__nv_bfloat16>>(state, args, stream);
   }
+  launch_dependent("wait_for_rows_kernel", wait_for_rows_kernel, dim3(1), kWaitThreads, 0, stream,
+                   1, state, args.step_tokens);
+  if (is_fp8)
+    (is_half ? launch_restore<__half> : launch_restore<__nv_bfloat16>)(state, args, stream);
 }
 
 }  // namespace moe_engine

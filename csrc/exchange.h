@@ -31,7 +31,7 @@ struct ExchangeState {
   // All ranks in the order in which this one writes to them; it comes last itself.
   std::uint8_t order[kMaxExchangeRanks];
   // Of this rank alone: [0] the number of the present exchange, from 1 on, [1] blocks that have
-  // ended it, [2] blocks that have sent all results.
+  // ended it.
   std::uint32_t* counters;
   AbortRecord* abort_report;  // of this rank, in memory that the host can read
   std::int64_t timeout_ns;    // after which a wait is given up
@@ -40,9 +40,6 @@ struct ExchangeState {
   // ranks share a GPU, as they might take what the rank that is awaited needs.
   bool next_may_start;
 };
-
-// How a step's tokens travel.
-enum class Method { kPackets, kRowsInOneLaunch, kRows };
 
 // What travels to the experts. A step's ranks all bring up to `step_tokens` tokens.
 struct DispatchArgs {
@@ -73,13 +70,11 @@ struct CombineArgs {
 // Each enqueues on `stream` and returns, can be captured in a CUDA graph, and leaves no count to
 // the host. All ranks enqueue the same ones in the same order, with the same step_tokens.
 //
-// With packets: for step_tokens up to the layout's packet_tokens.
+// With packets: one launch each way, for step_tokens up to the layout's packet_tokens.
 void dispatch_packets(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);
 void combine_packets(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream);
-// With rows: for any step; in one launch each way, or in two.
-void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, bool in_one_launch,
-                   cudaStream_t stream);
-void combine_rows(const ExchangeState& state, const CombineArgs& args, bool in_one_launch,
-                  cudaStream_t stream);
+// With rows: two launches each way, of which the first sends and never waits.
+void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);
+void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream);
 
 }  // namespace moe_engine

@@ -82,7 +82,7 @@ ExchangeState make_state(const ExchangeLayout& layout, ElementType type, bool is
   return state;
 }
 
-void dispatch(const ExchangeState& state, Method method, std::uintptr_t x, std::uintptr_t ids,
+void dispatch(const ExchangeState& state, bool by_packets, std::uintptr_t x, std::uintptr_t ids,
               std::uintptr_t weights, int num_tokens, int step_tokens, std::uintptr_t received_x,
               std::uintptr_t received_slots, std::uintptr_t received_weights,
               std::uintptr_t stream) {
@@ -95,12 +95,11 @@ void dispatch(const ExchangeState& state, Method method, std::uintptr_t x, std::
   args.received_x = reinterpret_cast<void*>(received_x);
   args.received_slots = reinterpret_cast<std::int32_t*>(received_slots);
   args.received_weights = reinterpret_cast<float*>(received_weights);
-  const auto to_stream = reinterpret_cast<cudaStream_t>(stream);
-  if (method == Method::kPackets) return dispatch_packets(state, args, to_stream);
-  dispatch_rows(state, args, method == Method::kRowsInOneLaunch, to_stream);
+  (by_packets ? dispatch_packets : dispatch_rows)(state, args,
+                                                  reinterpret_cast<cudaStream_t>(stream));
 }
 
-void combine(const ExchangeState& state, Method method, std::uintptr_t y, bool is_summed,
+void combine(const ExchangeState& state, bool by_packets, std::uintptr_t y, bool is_summed,
              std::uintptr_t slots, std::uintptr_t weights, std::uintptr_t ids, std::uintptr_t out,
              int num_tokens, int step_tokens, std::uintptr_t stream) {
   CombineArgs args{};
@@ -112,9 +111,8 @@ void combine(const ExchangeState& state, Method method, std::uintptr_t y, bool i
   args.out = reinterpret_cast<void*>(out);
   args.num_tokens = num_tokens;
   args.step_tokens = step_tokens;
-  const auto to_stream = reinterpret_cast<cudaStream_t>(stream);
-  if (method == Method::kPackets) return combine_packets(state, args, to_stream);
-  combine_rows(state, args, method == Method::kRowsInOneLaunch, to_stream);
+  (by_packets ? combine_packets : combine_rows)(state, args,
+                                                reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -125,11 +123,6 @@ void bind_exchange(py::module_& module) {
       .value("BFLOAT16", ElementType::kBFloat16)
       .value("FLOAT16", ElementType::kFloat16)
       .value("FLOAT32", ElementType::kFloat32);
-
-  py::enum_<Method>(module, "ExchangeMethod", py::module_local())
-      .value("PACKETS", Method::kPackets)
-      .value("ROWS_IN_ONE_LAUNCH", Method::kRowsInOneLaunch)
-      .value("ROWS", Method::kRows);
 
   py::class_<ExchangeLayout>(module, "ExchangeLayout", py::module_local())
       .def(py::init(&make_layout), py::kw_only(), "num_ranks"_a, "max_tokens"_a, "packet_tokens"_a,
@@ -154,10 +147,10 @@ void bind_exchange(py::module_& module) {
            "num_local"_a, "buffers"_a, "order"_a, "counters"_a, "abort_report"_a, "timeout_ns"_a,
            "num_blocks"_a, "next_may_start"_a);
 
-  module.def("exchange_dispatch", &dispatch, "state"_a, py::kw_only(), "method"_a, "x"_a, "ids"_a,
-             "weights"_a, "num_tokens"_a, "step_tokens"_a, "received_x"_a, "received_slots"_a,
-             "received_weights"_a, "stream"_a);
-  module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "method"_a, "y"_a,
+  module.def("exchange_dispatch", &dispatch, "state"_a, py::kw_only(), "by_packets"_a, "x"_a,
+             "ids"_a, "weights"_a, "num_tokens"_a, "step_tokens"_a, "received_x"_a,
+             "received_slots"_a, "received_weights"_a, "stream"_a);
+  module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "y"_a,
              "is_summed"_a, "slots"_a, "weights"_a, "ids"_a, "out"_a, "num_tokens"_a,
              "step_tokens"_a, "stream"_a);
 }

@@ -1,8 +1,8 @@
 // What both halves of the exchange by rows share (dispatch_rows.cu, combine_rows.cu).
 //
 // Whole rows go straight to their slots in the buffers of other ranks, and a flag says when a chunk
-// of a source's tokens is complete. Two launches each way: the first sends and never waits, so that
-// it can have as many blocks as it needs. Or both in one, where that takes longer than the rows.
+// of a source's tokens is complete. Two launches each way: the first sends and never waits, the
+// second waits and takes little of the GPU.
 //
 // A rank writes into its peers' buffers for the next exchange only when all have given back what
 // they received in this one: its combine waits for a flag from each that it has sent all results.
@@ -12,11 +12,17 @@
 #include <cstdint>
 
 #include "exchange_memory.cuh"
+#include "launch.cuh"
 
 namespace moe_engine {
 
 inline __device__ __host__ int num_step_chunks(int step_tokens) {
   return (step_tokens + kChunkTokens - 1) / kChunkTokens;
+}
+
+// Blocks of a kernel that never waits for another rank, for so many chunks.
+inline int sending_blocks(int num_chunks, int per_multiprocessor) {
+  return std::min(num_chunks, per_multiprocessor * num_multiprocessors());
 }
 
 // The flag that `source` sets at `at_rank` when it has written `chunk`.

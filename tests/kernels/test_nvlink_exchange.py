@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("needs_hopper")
 
 TIMEOUT = 0.5
 NUM_RANKS = [1, 2, 3, 4, 8, 16]
-# Of a step: by packets up to 64, by rows in one launch up to 100, in two beyond. Flags are of 4.
+# Of a step, by packets up to 64 and by rows beyond; chunks of a flag are 4.
 STEP_TOKENS = [1, 2, 7, 64, 65, 96, 301]
 ROUTINGS = ["uniform", "zipf", "one expert", "one rank", "nothing"]
 
@@ -39,7 +39,6 @@ def shape_of(num_ranks: int, dtype: torch.dtype = torch.bfloat16, **sizes: Any) 
             "hidden": 256,
             "dtype": dtype,
             "max_tokens": 301,
-            "one_launch_tokens": 100,
         }
         | sizes
     )

@@ -26,9 +26,7 @@ FP8_GROUP, FP8_GROUP_BYTES = 128, 132
 FP8_HIDDEN = 4 * FP8_GROUP
 """Rows in FP8 are multiples of so many elements, which take a multiple of 16 bytes."""
 PACKET_TOKENS = 64
-"""Tokens of a rank up to which packets are faster than rows."""
-ONE_LAUNCH_TOKENS = 512
-"""Up to which rows are faster in one launch each way than in two."""
+"""Tokens of a rank up to which packets are faster than rows, until that is measured."""
 _PHASES = {1: "dispatch", 2: "combine"}
 _ELEMENT_TYPES = {
     torch.bfloat16: "BFLOAT16",
@@ -44,7 +42,6 @@ class ExchangeShape:
     Attributes:
         max_tokens: that a rank may bring in a step.
         packet_tokens: up to which steps go by packets; 0: none.
-        one_launch_tokens: up to which steps by rows take one launch each way.
         fp8: whether rows go to the experts in 8 bits, by groups of 128 elements with a scale.
     """
 
@@ -55,7 +52,6 @@ class ExchangeShape:
     dtype: torch.dtype
     max_tokens: int
     packet_tokens: int = PACKET_TOKENS
-    one_launch_tokens: int = ONE_LAUNCH_TOKENS
     fp8: bool = False
 
     def __post_init__(self) -> None:
@@ -129,7 +125,7 @@ class NvlinkDomain:
         self.layout = shape.layout(library)
         assert buffer.own.numel() >= self.layout.total_bytes, buffer.own.shape
         self._buffer = buffer
-        self._counters = torch.tensor([1, 0, 0], dtype=torch.int32, device=device)
+        self._counters = torch.tensor([1, 0], dtype=torch.int32, device=device)
         # The GPU writes it while the host reads.
         self._report = torch.zeros(1, dtype=torch.int64).pin_memory()
         self.state = library.ExchangeState(
@@ -170,7 +166,7 @@ class NvlinkDomain:
         No rank may have an exchange under way before all have done so.
         """
         self._buffer.own.zero_()
-        self._counters.copy_(torch.tensor([1, 0, 0], dtype=torch.int32))
+        self._counters.copy_(torch.tensor([1, 0], dtype=torch.int32))
         torch.cuda.synchronize(self._buffer.own.device)
         self._report.zero_()
 
@@ -268,13 +264,6 @@ class NvlinkExchange:
         self._domain = domain
         self._step_tokens = step_tokens
         self._by_packets = step_tokens <= domain.shape.packet_tokens
-        methods = domain.library.ExchangeMethod
-        if self._by_packets:
-            self._method = methods.PACKETS
-        elif step_tokens <= domain.shape.one_launch_tokens:
-            self._method = methods.ROWS_IN_ONE_LAUNCH
-        else:
-            self._method = methods.ROWS
 
     def dispatch(
         self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -296,7 +285,7 @@ class NvlinkExchange:
         with torch.cuda.device(x_TH.device):
             domain.library.exchange_dispatch(
                 domain.state,
-                method=self._method,
+                by_packets=self._by_packets,
                 x=x_TH.data_ptr(),
                 ids=ids_TK.data_ptr(),
                 weights=weights_TK.contiguous().data_ptr(),
@@ -326,7 +315,7 @@ class NvlinkExchange:
         with torch.cuda.device(y_rows.device):
             domain.library.exchange_combine(
                 domain.state,
-                method=self._method,
+                by_packets=self._by_packets,
                 y=y_rows.data_ptr(),
                 is_summed=isinstance(y, torch.Tensor),
                 slots=received.slot_ids_RK.data_ptr(),

@@ -1,6 +1,7 @@
 """Whether tests of the CUDA kernels for Hopper can run: they skip elsewhere, but not for a build.
 
-The fixture `needs_hopper` calls `need_hopper` for whole modules.
+The fixture `needs_hopper` calls `need_hopper` for whole modules; `need_hoppers` is for tests of
+several GPUs.
 """
 
 from __future__ import annotations
@@ -25,3 +26,10 @@ def need_hopper() -> None:
             "this GPU has compute capability 9.0, but moe_engine._C cannot be imported or was not "
             "built for it; to see why: MOE_ENGINE_REQUIRE_CUDA=1 pip install -v ."
         )
+
+
+def need_hoppers(number: int) -> None:
+    """The same of tests that need so many GPUs."""
+    if (found := torch.cuda.device_count()) < number:
+        pytest.skip(f"needs {number} GPUs of compute capability 9.0, not {found}")
+    need_hopper()

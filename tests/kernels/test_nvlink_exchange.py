@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkDomain, NvlinkExchange
+from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkExchange
 from moe_engine.errors import ExchangeTimeout
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Tokens
-from tests.kernels.virtual_ranks import (
-    VirtualRanks,
+from tests.kernels.exchange_work import (
+    ROUTINGS,
+    Soaking,
+    assert_received,
+    choose,
     expected_outputs,
     random_tokens,
     scaling_experts,
+    shape_of,
+    tokens_of_ranks,
 )
+from tests.kernels.virtual_ranks import VirtualRanks
 
 pytestmark = pytest.mark.usefixtures("needs_hopper")
 
@@ -27,49 +31,12 @@ TIMEOUT = 0.5
 NUM_RANKS = [1, 2, 3, 4, 8, 16]
 # Of a step, by packets up to 64 and by rows beyond; chunks of a flag are 4.
 STEP_TOKENS = [1, 2, 7, 64, 65, 96, 301]
-ROUTINGS = ["uniform", "zipf", "one expert", "one rank", "nothing"]
-
-
-def shape_of(num_ranks: int, dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> ExchangeShape:
-    return ExchangeShape(
-        **{
-            "num_ranks": num_ranks,
-            "num_experts": 48 // num_ranks * num_ranks,
-            "top_k": 8,
-            "hidden": 256,
-            "dtype": dtype,
-            "max_tokens": 301,
-        }
-        | sizes
-    )
-
-
-def choose(shape: ExchangeShape, routing: str, num_tokens: int) -> torch.Tensor:
-    """Ids [T, K], some of them no expert's."""
-    num_experts, top_k = shape.num_experts, shape.top_k
-    scores = torch.rand(num_tokens, num_experts)
-    if routing == "zipf":
-        scores *= 1 / torch.arange(1, num_experts + 1)
-    ids_TK = scores.topk(min(top_k, num_experts)).indices
-    if routing == "one expert":
-        ids_TK = torch.full_like(ids_TK, -1)
-        ids_TK[:, 0] = num_experts - 1
-    if routing == "one rank":
-        ids_TK %= num_experts // shape.num_ranks
-    if routing == "nothing":
-        return torch.full_like(ids_TK, -1)
-    ids_TK[torch.rand(ids_TK.shape) < 0.1] = -1
-    ids_TK[torch.rand(num_tokens) < 0.1] = -1
-    return ids_TK
 
 
 def random_ranks(shape: ExchangeShape, routing: str, step_tokens: int) -> list[Tokens]:
     """One rank brings all that it may, one nothing, the others anything."""
     counts = [step_tokens, 0, *torch.randint(0, step_tokens + 1, (shape.num_ranks,)).tolist()]
-    return [
-        random_tokens(shape, count, lambda number: choose(shape, routing, number))
-        for count in counts[: shape.num_ranks]
-    ]
+    return tokens_of_ranks(shape, routing, counts[: shape.num_ranks])
 
 
 def check(world: VirtualRanks, ranks: list[Tokens], step_tokens: int) -> None:
@@ -81,11 +48,7 @@ def check(world: VirtualRanks, ranks: list[Tokens], step_tokens: int) -> None:
     world.finish()
     arrivals, expected = expected_outputs(shape, ranks, step_tokens, experts)
     for found, right in zip(received, arrivals, strict=True):
-        assert torch.equal(found.slot_ids_RK, right.slots_RK)
-        is_here_R = (right.slots_RK >= 0).any(dim=1)
-        is_here_RK = right.slots_RK >= 0
-        assert torch.equal(found.weights_RK[is_here_RK], right.weights_RK[is_here_RK])
-        assert torch.equal(found.x_RH[is_here_R], right.x_RH[is_here_R])
+        assert_received(found, right)
     for found, right in zip(outputs, expected, strict=True):
         assert torch.equal(found, right), (found - right).abs().max()
 
@@ -172,38 +135,6 @@ def test_graphs_take_any_routing(num_ranks: int, step_tokens: int) -> None:
         _, expected = expected_outputs(shape, full, step_tokens, experts)
         for found, right in zip(outputs, expected, strict=True):
             assert torch.equal(found, right)
-
-
-@dataclass(frozen=True)
-class Soaking:
-    """A rank that exchanges random tokens again and again, and counts what came back wrong."""
-
-    domain: NvlinkDomain
-    stream: torch.cuda.Stream
-    factors_E: torch.Tensor
-    num_wrong: torch.Tensor
-    kept: list[object] = field(default_factory=list)
-
-    def graph(self, step_tokens: int) -> torch.cuda.CUDAGraph:
-        """One exchange of whole numbers, whose sums are exact and the right ones cheap."""
-        shape = self.domain.shape
-        experts = scaling_experts(shape, self.domain.shard.rank, self.factors_E)
-        exchange = NvlinkExchange(self.domain, step_tokens)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            scores = torch.rand(step_tokens, shape.num_experts, device="cuda")
-            ids_TK = scores.topk(shape.top_k).indices.int()
-            ids_TK = torch.where(scores[:, : shape.top_k] < 0.2, -1, ids_TK)
-            weights_TK = torch.randint(0, 4, (step_tokens, shape.top_k), device="cuda").float()
-            x_TH = torch.randint(-8, 9, (step_tokens, shape.hidden), device="cuda").float()
-            arrived = exchange.dispatch(x_TH, ids_TK, weights_TK)
-            made = ExpertOutputs(experts(arrived), arrived.slot_ids_RK, arrived.weights_RK)
-            out_TH = exchange.combine(made, arrived)
-            factors_TK = torch.where(ids_TK >= 0, self.factors_E[ids_TK.clamp(min=0)], 0)
-            right_TH = x_TH * (weights_TK * factors_TK).sum(dim=1, keepdim=True)
-            self.num_wrong.add_((out_TH != right_TH).sum())
-        self.kept.append((experts, made, out_TH))
-        return graph
 
 
 @pytest.mark.parametrize(("num_ranks", "rounds"), [(2, 10_000), (4, 4000), (8, 2000)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -14,11 +14,8 @@ from moe_engine.dist.exchange.nvlink import (
     virtual_domains,
 )
 from moe_engine.ops.moe import ExpertOutputs
-from moe_engine.ops.reference import exchange as reference
-from moe_engine.ops.reference.exchange import Arrivals, Tokens
-
-Experts = Callable[[Received], torch.Tensor]
-"""What the experts of a rank make of each of its choices, [R * K, H]."""
+from moe_engine.ops.reference.exchange import Tokens
+from tests.kernels.exchange_work import Experts
 
 
 class VirtualRanks:
@@ -90,39 +87,3 @@ class VirtualRanks:
         torch.cuda.synchronize()
         for domain in self.domains:
             domain.check()
-
-
-def random_tokens(
-    shape: ExchangeShape, num_tokens: int, choose: Callable[[int], torch.Tensor]
-) -> Tokens:
-    """Tokens with random rows and weights and the ids that ``choose(num_tokens)`` says."""
-    x_TH = torch.randn(num_tokens, shape.hidden, device="cuda").to(shape.dtype)
-    weights_TK = torch.rand(num_tokens, shape.top_k, device="cuda")
-    ids_TK = choose(num_tokens).to(device="cuda", dtype=torch.int32).view(-1, shape.top_k)
-    return Tokens(x_TH, ids_TK, weights_TK)
-
-
-def scaling_experts(shape: ExchangeShape, rank: int, factors_E: torch.Tensor) -> Experts:
-    """Experts that multiply by a factor each; NaN for choices that are not of the rank."""
-    num_local = shape.num_experts // shape.num_ranks
-    local_E = factors_E[rank * num_local : (rank + 1) * num_local]
-
-    def work(received: Received) -> torch.Tensor:
-        factors_RK = local_E[received.slot_ids_RK.clamp(min=0)]
-        factors_RK = torch.where(received.slot_ids_RK >= 0, factors_RK, torch.nan)
-        y_RKH = received.x_RH[:, None] * factors_RK[..., None].to(shape.dtype)
-        return y_RKH.flatten(0, 1)
-
-    return work
-
-
-def expected_outputs(
-    shape: ExchangeShape, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]
-) -> tuple[list[Arrivals], list[torch.Tensor]]:
-    """What the reference says that each rank receives and gets back."""
-    arrivals = reference.dispatch(ranks, shape.num_experts, step_tokens, fp8=shape.fp8)
-    sums = [
-        reference.presum(work(Received(a.x_RH, a.slots_RK, a.weights_RK)), a)
-        for work, a in zip(experts, arrivals, strict=True)
-    ]
-    return arrivals, reference.combine(sums, ranks, shape.num_experts, step_tokens)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_engine.ops import hopper
-from tests.hopper_device import need_hopper
+from tests.hopper_device import need_hopper, need_hoppers
 
 Machine = Callable[[tuple[int, int] | None, ModuleType | None], None]
 
@@ -46,3 +46,21 @@ def test_hopper_fails_without_a_build(machine: Machine) -> None:
 def test_hopper_with_a_build_runs(machine: Machine) -> None:
     machine((9, 0), ModuleType("build"))
     need_hopper()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_tests_of_several_gpus_skip_with_fewer(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, number: int
+) -> None:
+    machine((9, 0), ModuleType("build"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    with pytest.raises(pytest.skip.Exception, match=rf"needs 2 GPUs .*, not {number}"):
+        need_hoppers(2)
+
+
+def test_tests_of_several_gpus_run_where_there_are_enough(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    machine((9, 0), ModuleType("build"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    need_hoppers(2)

@@ -1,12 +1,12 @@
-// Combine of many tokens, by rows (exchange_rows.cuh): one kernel sends, another one waits and
-// sums.
+// Combine of many tokens, by rows (exchange_rows.cuh): one kernel sums what the experts made and
+// sends it, another one waits and sums what comes back.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "element.cuh"
 #include "exchange_rows.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "row_sums.cuh"
 
 namespace moe_engine {
 namespace {
@@ -18,38 +18,36 @@ __device__ __forceinline__ std::uint32_t* done_flag(const ExchangeState& state, 
 }
 
 // Warps share a token's row.
-constexpr int kWarpsPerToken = 4;
-constexpr int kThreads = 32 * kWarpsPerToken * kChunkTokens;
-// Chunks that a block waits for at once, where there are more than blocks.
-constexpr int kChunksAtOnce = 4;
+constexpr int kWarpsPerToken = 2;
+constexpr int kWarps = kWarpsPerToken * kChunkTokens;
+constexpr int kThreads = 32 * kWarps;
 
-// The sums of 16 bytes' elements.
-template <typename T>
-struct Sums {
-  static constexpr int kPerWord = 4 / sizeof(T);
-  float values[4 * kPerWord] = {};
-
-  __device__ __forceinline__ void add(const uint4& piece, float factor) {
-    add_scaled<T>(&values[0], piece.x, factor);
-    add_scaled<T>(&values[kPerWord], piece.y, factor);
-    add_scaled<T>(&values[2 * kPerWord], piece.z, factor);
-    add_scaled<T>(&values[3 * kPerWord], piece.w, factor);
-  }
-
-  __device__ __forceinline__ uint4 packed() const {
-    return make_uint4(pack<T>(&values[0]), pack<T>(&values[kPerWord]),
-                      pack<T>(&values[2 * kPerWord]), pack<T>(&values[3 * kPerWord]));
-  }
+struct SharedRows {
+  RowStages of_warp[kWarps];
 };
 
-// The choices of a slot that are of this rank, one after the other.
+__device__ __forceinline__ SharedRows& init_rows() {
+  extern __shared__ __align__(128) char memory[];
+  auto& shared = *reinterpret_cast<SharedRows*>(memory);
+  if (threadIdx.x == 0) {
+    for (RowStages& stages : shared.of_warp) {
+      for (std::uint64_t& barrier : stages.loaded) barrier_init(&barrier, 1);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  return shared;
+}
+
+// The choices of a slot that are of this rank, one after the other (see RowAdder).
 struct Choices {
   unsigned rest;
   float weight;  // of this lane's choice
 
-  // The next one's row, counted from the slot's first, or -1; by a warp.
+  __device__ __forceinline__ bool more() const { return rest != 0; }
+
+  // Its row, counted from the slot's first.
   __device__ __forceinline__ int next(float& factor) {
-    if (rest == 0) return -1;
     const int choice = __ffs(rest) - 1;
     rest &= rest - 1;
     factor = __shfl_sync(0xFFFFFFFF, weight, choice);
@@ -57,104 +55,71 @@ struct Choices {
   }
 };
 
-// The ranks that have experts of a token, one after the other.
+// The ranks that have experts of a token, one after the other (see RowAdder).
 struct Sources {
   int comes_from;  // of this lane's choice, or -1
   int step_tokens;
-  int last = -1;
+  int upcoming;
 
-  // The row of the next one's result, counted from that of rank 0, or -1; by a warp.
+  __device__ __forceinline__ Sources(int comes_from, int step_tokens)
+      : comes_from(comes_from), step_tokens(step_tokens), upcoming(next_rank(comes_from, -1)) {}
+
+  __device__ __forceinline__ bool more() const { return upcoming < kMaxExchangeRanks; }
+
+  // The row of its result, counted from that of rank 0.
   __device__ __forceinline__ int next(float& factor) {
-    last = next_rank(comes_from, last);
+    const int rank = upcoming;
+    upcoming = next_rank(comes_from, rank);
     factor = 1;
-    return last < kMaxExchangeRanks ? last * step_tokens : -1;
+    return rank * step_tokens;
   }
 };
 
-// Adds up rows of `from`, scaled, in float32; a warp, pieces [first, end) of 16 bytes.
-template <typename T, typename Rows>
-__device__ __forceinline__ void sum_rows(const uint4* from, int num_pieces, const Rows& rows,
-                                         int first, int end, uint4* to) {
-  // What is on its way together.
-  constexpr int kRows = 2;
-  constexpr int kPieces = 2;
-  for (; first < end; first += 32 * kPieces) {
-    const int piece = first + threadIdx.x % 32;
-    Sums<T> sums[kPieces];
-    Rows rest = rows;
-    bool more = true;
-    while (more) {
-      float factors[kRows];
-      uint4 pieces[kRows][kPieces];
-      int num_rows = 0;
-#pragma unroll
-      for (int n = 0; n < kRows; ++n) {
-        const int row = rest.next(factors[n]);
-        more = row >= 0;
-        num_rows += more;
-#pragma unroll
-        for (int p = 0; p < kPieces; ++p) {
-          if (more && piece + 32 * p < end) {
-            pieces[n][p] = from[std::int64_t{row} * num_pieces + piece + 32 * p];
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kRows; ++n) {
-        if (n >= num_rows) break;
-#pragma unroll
-        for (int p = 0; p < kPieces; ++p) sums[p].add(pieces[n][p], factors[n]);
-      }
-    }
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
-      if (piece + 32 * p < end) to[piece + 32 * p] = sums[p].packed();
-    }
-  }
-}
-
-// This warp's token of a chunk, and which pieces of its row.
+// This warp's token of a chunk, and which bytes of its row.
 struct Share {
   int token;
   int first;
   int end;
 
-  __device__ __forceinline__ Share(int chunk, int num_pieces) {
+  __device__ __forceinline__ Share(int chunk, int row_bytes) {
+    constexpr int kUnit = RowStages::kPieceBytes;
     const int warp = threadIdx.x / 32;
-    const int most = (num_pieces + 32 * kWarpsPerToken - 1) / (32 * kWarpsPerToken) * 32;
+    const int most = (row_bytes + kUnit * kWarpsPerToken - 1) / (kUnit * kWarpsPerToken) * kUnit;
     token = chunk * kChunkTokens + warp / kWarpsPerToken;
     first = warp % kWarpsPerToken * most;
-    end = min(first + most, num_pieces);
+    end = min(first + most, row_bytes);
   }
 };
 
 // A warp's share of a slot's weighted sum, to its row at home.
 template <typename T>
 __device__ __forceinline__ void send_result(const ExchangeState& state, const CombineArgs& args,
-                                            std::int64_t slot, const Share& share, uint4* to) {
+                                            RowAdder& adder, std::int64_t slot, const Share& share,
+                                            char* to) {
   const ExchangeLayout& layout = state.layout;
   const int lane = threadIdx.x % 32;
-  const int num_pieces = layout.row_bytes / 16;
-  const auto* const y = static_cast<const uint4*>(args.y);
   const std::int64_t first_choice = slot * layout.top_k;
   const bool is_choice = lane < layout.top_k;
   const int local = is_choice ? args.slots[first_choice + lane] : -1;
   const float weight = is_choice ? args.weights[first_choice + lane] : 0;
   const unsigned choices = __ballot_sync(0xFFFFFFFF, local >= 0);
   if (choices == 0) return;
+  const auto* const y = static_cast<const char*>(args.y);
   if (args.is_summed) {
-    const uint4* const row = y + slot * num_pieces;
-    for (int i = share.first + lane; i < share.end; i += 32) to[i] = row[i];
+    const char* const row = y + slot * layout.row_bytes;
+    for (int at = share.first + 16 * lane; at < share.end; at += 16 * 32) {
+      *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(row + at);
+    }
     return;
   }
-  sum_rows<T>(y + first_choice * num_pieces, num_pieces, Choices{choices, weight}, share.first,
-              share.end, to);
+  adder.add_up<T>(y + first_choice * layout.row_bytes, layout.row_bytes, Choices{choices, weight},
+                  share.first, share.end, to);
 }
 
 // Sums what this rank's experts have made of each token and writes it to the token's rank.
 //
 // Shapes as in combine_packets_kernel; results at every rank [N * m, H], by the rank whose experts
-// made them. A block takes chunks of one source's tokens.
+// made them. A block takes chunks of one rank's tokens after the other.
 //
 // Example, as for send_rows_kernel: rank 0 writes what expert 0 has made of c to row 0 of the
 // results at rank 1, from where on the rows are those of rank 0.
@@ -162,27 +127,33 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     send_results_kernel(const __grid_constant__ ExchangeState state,
                         const __grid_constant__ CombineArgs args) {
+  SharedRows& shared = init_rows();
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
   const ExchangeLayout& layout = state.layout;
   const std::uint32_t epoch = state.counters[0];
-  const int num_pieces = layout.row_bytes / 16;
+  RowAdder adder(shared.of_warp[threadIdx.x / 32]);
   const int num_chunks = num_step_chunks(args.step_tokens);
-  for (int item = blockIdx.x; item < layout.num_ranks * num_chunks; item += gridDim.x) {
-    const int home = state.order[item / num_chunks];
-    const int chunk = item % num_chunks;
-    const Share share(chunk, num_pieces);
-    if (share.token < args.step_tokens) {
-      auto* const results =
-          reinterpret_cast<uint4*>(state.peers.buffers[home] + layout.results_at());
+  const int num_items = layout.num_ranks * num_chunks;
+  const int at_once = chunks_at_once(num_items);
+  for (int first = blockIdx.x * at_once; first < num_items; first += gridDim.x * at_once) {
+    const int num = min(at_once, num_items - first);
+    for (int item = first; item < first + num; ++item) {
+      const int home = state.order[item / num_chunks];
+      const Share share(item % num_chunks, layout.row_bytes);
+      if (share.token >= args.step_tokens) continue;
       const std::int64_t made_here = std::int64_t{state.rank} * args.step_tokens + share.token;
-      send_result<T>(state, args, std::int64_t{home} * args.step_tokens + share.token, share,
-                     results + made_here * num_pieces);
+      send_result<T>(
+          state, args, adder, std::int64_t{home} * args.step_tokens + share.token, share,
+          state.peers.buffers[home] + layout.results_at() + made_here * layout.row_bytes);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < num) {
+      const int item = first + threadIdx.x;
+      const int home = state.order[item / num_chunks];
       fence_for_peers();
-      store_flag(flag(state, layout.combine_flags_at(), home, state.rank, chunk), epoch);
+      store_flag(flag(state, layout.combine_flags_at(), home, state.rank, item % num_chunks),
+                 epoch);
     }
   }
 }
@@ -198,14 +169,12 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     receive_results_kernel(const __grid_constant__ ExchangeState state,
                            const __grid_constant__ CombineArgs args) {
+  SharedRows& shared = init_rows();
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
   const ExchangeLayout& layout = state.layout;
   const std::uint32_t epoch = state.counters[0];
-  const int lane = threadIdx.x % 32;
-  const int num_pieces = layout.row_bytes / 16;
-  const auto* const results =
-      reinterpret_cast<const uint4*>(state.peers.buffers[state.rank] + layout.results_at());
+  RowAdder adder(shared.of_warp[threadIdx.x / 32]);
   Patience patience(state, epoch, AbortRecord::kCombine);
   if (blockIdx.x == 0) {  // the kernel before this one has sent all results
     for (int to = threadIdx.x; to < layout.num_ranks; to += kThreads) {
@@ -214,19 +183,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   const int num_chunks = num_step_chunks(args.step_tokens);
-  const int at_once = min(kChunksAtOnce, (num_chunks + gridDim.x - 1) / gridDim.x);
+  const int at_once = chunks_at_once(num_chunks);
   for (int first = blockIdx.x * at_once; first < num_chunks; first += gridDim.x * at_once) {
     const int num = min(at_once, num_chunks - first);
-    int comes_from[kChunksAtOnce];
-#pragma unroll
-    for (int i = 0; i < kChunksAtOnce; ++i) {
-      const Share share(first + i, num_pieces);
-      comes_from[i] = -1;
-      if (i < num && share.token < args.num_tokens) {
-        comes_from[i] = rank_of_choice(args.ids + std::int64_t{share.token} * layout.top_k,
-                                       layout.top_k, state.num_local, lane);
-      }
-    }
     bool is_here = true;
     for (int i = threadIdx.x; i < layout.num_ranks * num && is_here; i += kThreads) {
       const int from = i / num;
@@ -235,13 +194,17 @@ __global__ void __launch_bounds__(kThreads, 2)
                         epoch, patience, from);
     }
     if (!__syncthreads_and(is_here)) break;
-#pragma unroll
-    for (int i = 0; i < kChunksAtOnce; ++i) {
-      const Share share(first + i, num_pieces);
-      if (i >= num || share.token >= args.num_tokens) break;
-      const std::int64_t at = std::int64_t{share.token} * num_pieces;
-      sum_rows<T>(results + at, num_pieces, Sources{comes_from[i], args.step_tokens}, share.first,
-                  share.end, static_cast<uint4*>(args.out) + at);
+    async_proxy_fence_global();
+    for (int chunk = first; chunk < first + num; ++chunk) {
+      const Share share(chunk, layout.row_bytes);
+      if (share.token >= args.num_tokens) break;
+      const std::int64_t token = share.token;
+      const Sources sources(rank_of_choice(args.ids + token * layout.top_k, layout.top_k,
+                                           state.num_local, threadIdx.x % 32),
+                            args.step_tokens);
+      const std::int64_t at = token * layout.row_bytes;
+      adder.add_up<T>(state.peers.buffers[state.rank] + layout.results_at() + at, layout.row_bytes,
+                      sources, share.first, share.end, static_cast<char*>(args.out) + at);
     }
   }
   if (blockIdx.x == 0) {
@@ -254,13 +217,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename T>
 void launch_combine(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream) {
+  const auto launch = [&](const char* name, auto* kernel, int num_blocks) {
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    sizeof(SharedRows)));
+    launch_dependent(name, kernel, dim3(num_blocks), kThreads, sizeof(SharedRows), stream, 1, state,
+                     args);
+  };
   const int num_chunks = num_step_chunks(args.step_tokens);
-  launch_dependent("send_results_kernel", send_results_kernel<T>,
-                   dim3(sending_blocks(state.layout.num_ranks * num_chunks, 2)), kThreads, 0,
-                   stream, 1, state, args);
-  launch_dependent("receive_results_kernel", receive_results_kernel<T>,
-                   dim3(std::min(num_chunks, state.num_blocks)), kThreads, 0, stream, 1, state,
-                   args);
+  launch("send_results_kernel", send_results_kernel<T>,
+         sending_blocks(state.layout.num_ranks * num_chunks, 2));
+  launch("receive_results_kernel", receive_results_kernel<T>,
+         std::min(num_chunks, state.num_blocks));
 }
 
 }  // namespace

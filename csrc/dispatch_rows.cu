@@ -33,17 +33,31 @@ struct Fp8Wire {
     return piece_bytes / (2 * kGroup) * kGroupBytes;
   }
 
-  // A warp.
+  // A warp; several groups at once, as each takes a chain of shuffles.
   static __device__ __forceinline__ void quantize(const char* piece, int piece_bytes, char* out) {
+    constexpr int kAtOnce = 4;
     const int lane = threadIdx.x % 32;
-#pragma unroll 4
-    for (int group = 0; group < piece_bytes / (2 * kGroup); ++group) {
-      const float4 four =
-          unpack_four<T>(reinterpret_cast<const uint2*>(piece + group * 2 * kGroup)[lane]);
-      const float scale = group_scale(four);
-      auto* const words = reinterpret_cast<std::uint32_t*>(out + group * kGroupBytes);
-      words[lane] = quantized(four, scale);
-      if (lane == 0) words[kGroupWords - 1] = __float_as_uint(scale);
+    const int num_groups = piece_bytes / (2 * kGroup);
+    for (int first = 0; first < num_groups; first += kAtOnce) {
+      float4 fours[kAtOnce];
+      std::uint32_t words[kAtOnce];
+      float scales[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int group = min(first + i, num_groups - 1);
+        fours[i] = unpack_four<T>(reinterpret_cast<const uint2*>(piece + group * 2 * kGroup)[lane]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) scales[i] = group_scale(fours[i]);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) words[i] = quantized(fours[i], scales[i]);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= num_groups) break;
+        auto* const to = reinterpret_cast<std::uint32_t*>(out + (first + i) * kGroupBytes);
+        to[lane] = words[i];
+        if (lane == 0) to[kGroupWords - 1] = __float_as_uint(scales[i]);
+      }
     }
     async_proxy_fence();  // the copy engine reads it next
     __syncwarp();
@@ -55,6 +69,12 @@ struct SendShared {
   alignas(128) char pieces[kRowWarps][kStages][kPieceBytes];
   alignas(128) char wire[kRowWarps][kStages][W::kWirePieceBytes > 0 ? W::kWirePieceBytes : 16];
   std::uint64_t loaded[kRowWarps][kStages];  // barriers
+};
+
+// Where a warp loads and sends its next piece.
+struct SendRing {
+  RingPosition<kStages> load_at;
+  RingPosition<kStages> send_at;
 };
 
 // Expert slots and weights of slot `me * step_tokens + token` at all ranks; -1 and 0 where a choice
@@ -80,10 +100,10 @@ __device__ __forceinline__ void send_choices(const ExchangeState& state, const D
 }
 
 // A warp's token, piece by piece: memory to shared memory, and from there to each rank that has an
-// expert of it. `turn` counts the warp's pieces since the kernel began.
+// expert of it. Its copies are still on their way at the end.
 template <typename W>
 __device__ __forceinline__ void send_row(const ExchangeState& state, const DispatchArgs& args,
-                                         SendShared<W>& shared, int token, int& turn) {
+                                         SendShared<W>& shared, int token, SendRing& ring) {
   const ExchangeLayout& layout = state.layout;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -97,18 +117,23 @@ __device__ __forceinline__ void send_row(const ExchangeState& state, const Dispa
   };
   const char* const row = static_cast<const char*>(args.x) + std::int64_t{token} * layout.row_bytes;
   const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
-  const auto load = [&](int piece) {
-    if (lane != 0 || piece >= num_pieces) return;
-    const int stage = (turn + piece) % kStages;
-    std::uint64_t* const barrier = &shared.loaded[warp][stage];
-    barrier_arrive_expecting(barrier, piece_bytes(piece));
-    copy_row(shared_address(shared.pieces[warp][stage]), row + piece * kPieceBytes,
-             piece_bytes(piece), barrier);
+  int num_loaded = 0;
+  const auto load = [&] {
+    if (num_loaded == num_pieces) return;
+    if (lane == 0) {
+      std::uint64_t* const barrier = &shared.loaded[warp][ring.load_at.stage];
+      barrier_arrive_expecting(barrier, piece_bytes(num_loaded));
+      copy_row(shared_address(shared.pieces[warp][ring.load_at.stage]),
+               row + num_loaded * kPieceBytes, piece_bytes(num_loaded), barrier);
+    }
+    ring.load_at.advance();
+    ++num_loaded;
   };
-  for (int piece = 0; piece < kStages - 1; ++piece) load(piece);
+  for (int i = 0; i < kStages - 1; ++i) load();
   for (int piece = 0; piece < num_pieces; ++piece) {
-    const int stage = (turn + piece) % kStages;
-    barrier_wait(&shared.loaded[warp][stage], (turn + piece) / kStages % 2);
+    const int stage = ring.send_at.stage;
+    barrier_wait(&shared.loaded[warp][stage], ring.send_at.parity);
+    ring.send_at.advance();
     const char* out = shared.pieces[warp][stage];
     if constexpr (W::kWirePieceBytes > 0) {
       W::quantize(out, piece_bytes(piece), shared.wire[warp][stage]);
@@ -127,10 +152,8 @@ __device__ __forceinline__ void send_row(const ExchangeState& state, const Dispa
       wait_until_read<1>();  // the piece before this one: the next load takes its place
     }
     __syncwarp();
-    load(piece + kStages - 1);
+    load();
   }
-  turn += num_pieces;
-  if (lane == 0) wait_until_written();
 }
 
 // Writes this rank's tokens into the buffers of the ranks that have their experts.
@@ -159,15 +182,23 @@ __global__ void __launch_bounds__(kRowThreads)
   wait_for_previous_kernels();
   let_next_kernel_start();  // the block that waits
   const std::uint32_t epoch = state.counters[0];
-  int turn = 0;
-  for (int chunk = blockIdx.x; chunk < num_step_chunks(args.step_tokens); chunk += gridDim.x) {
-    const int token = chunk * kChunkTokens + warp;
-    if (token < args.step_tokens) send_choices(state, args, token, lane);
-    send_row(state, args, shared, token, turn);
+  SendRing ring;
+  const int num_chunks = num_step_chunks(args.step_tokens);
+  const int at_once = chunks_at_once(num_chunks);
+  for (int first = blockIdx.x * at_once; first < num_chunks; first += gridDim.x * at_once) {
+    const int num = min(at_once, num_chunks - first);
+    for (int chunk = first; chunk < first + num; ++chunk) {
+      const int token = chunk * kChunkTokens + warp;
+      if (token < args.step_tokens) send_choices(state, args, token, lane);
+      send_row(state, args, shared, token, ring);
+    }
+    if (lane == 0) wait_until_written();
     __syncthreads();
-    for (int to = threadIdx.x; to < state.layout.num_ranks; to += kRowThreads) {
+    for (int i = threadIdx.x; i < state.layout.num_ranks * num; i += kRowThreads) {
       fence_for_peers();
-      store_flag(flag(state, state.layout.dispatch_flags_at(), to, state.rank, chunk), epoch);
+      store_flag(
+          flag(state, state.layout.dispatch_flags_at(), i / num, state.rank, first + i % num),
+          epoch);
     }
   }
 }
@@ -206,6 +237,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const ExchangeLayout& layout = state.layout;
   const char* const buffer = state.peers.buffers[state.rank];
   const auto* const slots = reinterpret_cast<const std::int32_t*>(buffer + layout.slots_at());
+  constexpr int kAtOnce = 8;  // groups whose words are on their way together
   const int lane = threadIdx.x % 32;
   const int num_slots = layout.num_ranks * args.step_tokens;
   const int num_warps = kRowWarps * gridDim.x;
@@ -216,11 +248,22 @@ __global__ void __launch_bounds__(kRowThreads)
     const auto* const words =
         reinterpret_cast<const std::uint32_t*>(buffer + layout.rows_at() + row * layout.wire_bytes);
     auto* const out = static_cast<char*>(args.received_x) + row * layout.row_bytes;
-#pragma unroll 4
-    for (int group = 0; group < layout.row_bytes / (2 * kGroup); ++group) {
-      const std::uint32_t* const of_group = words + group * kGroupWords;
-      const float scale = __uint_as_float(of_group[kGroupWords - 1]);
-      reinterpret_cast<uint2*>(out + group * 2 * kGroup)[lane] = restored<T>(of_group[lane], scale);
+    const int num_groups = layout.row_bytes / (2 * kGroup);
+    for (int first = 0; first < num_groups; first += kAtOnce) {
+      std::uint32_t of_lane[kAtOnce];
+      float scales[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const std::uint32_t* const group = words + min(first + i, num_groups - 1) * kGroupWords;
+        of_lane[i] = group[lane];
+        scales[i] = __uint_as_float(group[kGroupWords - 1]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= num_groups) break;
+        reinterpret_cast<uint2*>(out + (first + i) * 2 * kGroup)[lane] =
+            restored<T>(of_lane[i], scales[i]);
+      }
     }
   }
 }
@@ -238,7 +281,7 @@ void launch_send(const ExchangeState& state, const DispatchArgs& args, cudaStrea
 template <typename T>
 void launch_restore(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
   const int num_slots = state.layout.num_ranks * args.step_tokens;
-  const int blocks = std::min((num_slots + kRowWarps - 1) / kRowWarps, 4 * num_multiprocessors());
+  const int blocks = std::min((num_slots + kRowWarps - 1) / kRowWarps, 16 * num_multiprocessors());
   launch_dependent("restore_rows_kernel", restore_rows_kernel<T>, dim3(blocks), kRowThreads, 0,
                    stream, 1, state, args);
 }

@@ -25,6 +25,13 @@ inline int sending_blocks(int num_chunks, int per_multiprocessor) {
   return std::min(num_chunks, per_multiprocessor * num_multiprocessors());
 }
 
+// Chunks that a block handles between two fences or waits, which take as long as a chunk: several,
+// where there are more of them than blocks.
+constexpr int kMostAtOnce = 4;
+__device__ __forceinline__ int chunks_at_once(int num_chunks) {
+  return min(kMostAtOnce, (num_chunks + gridDim.x - 1) / gridDim.x);
+}
+
 // The flag that `source` sets at `at_rank` when it has written `chunk`.
 __device__ __forceinline__ std::uint32_t* flag(const ExchangeState& state, std::int64_t flags_at,
                                                int at_rank, int source, int chunk) {

@@ -78,6 +78,20 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, int parity)
       : "memory");
 }
 
+// Which stage of a ring comes next, and the parity of its barrier's phase.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  int parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // Arrives at the barrier that lies at the same place in the shared memory of the cluster's block.
 __device__ __forceinline__ void barrier_arrive_in_block(std::uint64_t* barrier, int block) {
   asm volatile(
@@ -264,6 +278,11 @@ __device__ __forceinline__ void multicast_box_5d(std::uint32_t to_shared, const 
 // asynchronous units.
 __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// What this thread has seen in global memory comes before what it hands to the copy engine.
+__device__ __forceinline__ void async_proxy_fence_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // --- accesses to shared memory by its address ----------------------------------------------------

@@ -32,20 +32,6 @@ struct RingShape {
   static constexpr int kAccumulators = kBlocks * kTokens / 2;  // registers of a thread
 };
 
-// Where a stage of the ring is, and how often it has been used.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  int parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <int kStages>
 struct RingBarriers {
   std::uint64_t full[kStages];   // loaders tell consumers

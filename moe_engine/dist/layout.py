@@ -58,18 +58,17 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"attention_tp {tp} neither divides the {model.num_key_value_heads} KV heads "
             "nor is a multiple of them"
         )
-    if any(model.is_moe_layer(i) for i in range(model.num_hidden_layers)):
-        if model.num_experts % world:
-            problems.append(
-                f"the world of {world} ranks (attention_tp {tp} x attention_dp "
-                f"{parallel.attention_dp}) does not divide the {model.num_experts} experts"
-            )
-    if not all(model.is_moe_layer(i) for i in range(model.num_hidden_layers)):
-        if model.intermediate_size % tp:
-            problems.append(
-                f"attention_tp {tp} does not divide the dense intermediate size "
-                f"{model.intermediate_size}"
-            )
+    is_moe = [model.is_moe_layer(i) for i in range(model.num_hidden_layers)]
+    if any(is_moe) and model.num_experts % world:
+        problems.append(
+            f"the world of {world} ranks (attention_tp {tp} x attention_dp "
+            f"{parallel.attention_dp}) does not divide the {model.num_experts} experts"
+        )
+    if not all(is_moe) and model.intermediate_size % tp:
+        problems.append(
+            f"attention_tp {tp} does not divide the dense intermediate size "
+            f"{model.intermediate_size}"
+        )
     if parallel.replicas > 1:
         problems.append(
             f"replicas is {parallel.replicas}; one process group serves one replica: start "

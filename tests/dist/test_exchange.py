@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_engine.config import ExchangeConfig
 from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange import ExchangeSelector, ExpertShard
+from moe_engine.dist.exchange.collective import CollectiveExchange
+from moe_engine.dist.exchange.hierarchical import HierarchicalExchange
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import RankLayout, split_evenly
 from moe_engine.ops.moe import expert_ffn, summed
@@ -35,10 +38,14 @@ def weights_and_tokens(seed, num_tokens, routing):
 
 
 def check_against_one_rank(groups, backend, num_tokens_by_group, routing, dtype):
-    """Dispatch, run the local experts, combine; compare with all experts in one place."""
-    layout = groups.layout
     selector = ExchangeSelector(ExchangeConfig(exchange=backend), groups, EXPERTS)
     exchange = selector.select(max(num_tokens_by_group))
+    check_exchange(groups, exchange, num_tokens_by_group, routing, dtype)
+
+
+def check_exchange(groups, exchange, num_tokens_by_group, routing, dtype):
+    """Dispatch, run the local experts, combine; compare with all experts in one place."""
+    layout = groups.layout
     num_tokens = num_tokens_by_group[layout.dp_rank]
     seed = 100 + layout.dp_rank + num_tokens
     gate_up, down, _, _, _ = weights_and_tokens(7, 0, routing)
@@ -76,6 +83,56 @@ def mixed_cases(groups):
             check_against_one_rank(groups, "auto", counts, routing, torch.float32)
 
 
+def hierarchical_cases(groups):
+    """Four ranks in two domains."""
+    rank = groups.layout.rank
+    domain, place = divmod(rank, 2)
+    rails = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    domains = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    sent = []
+    across = CollectiveExchange(
+        ExpertShard(EXPERTS, 2, domain), Counting(2, domain, rails[place], sent)
+    )
+    inside = CollectiveExchange(
+        ExpertShard(EXPERTS // 2, 2, place), Communicator(2, place, domains[domain])
+    )
+    exchange = HierarchicalExchange(across, inside)
+    assert exchange.shards_tokens
+    assert not exchange.is_capturable
+    for counts in ([0] * 4, [1] * 4, [5, 0, 3, 1], [9, 0, 17, 40]):
+        for routing in ROUTINGS:
+            for dtype in (torch.float32, torch.bfloat16):
+                sent.clear()
+                check_exchange(groups, exchange, counts, routing, dtype)
+                # The counts, the tokens, and the sums that go home.
+                _, there, back = sent
+                _, _, _, ids, _ = weights_and_tokens(
+                    100 + rank + counts[rank], counts[rank], routing
+                )
+                domains_of = [{i // 4 for i in row if i >= 0} for row in ids.tolist()]
+                assert there == [sum(d in of for of in domains_of) for d in range(2)]
+                assert sum(back) == sum(sent_to_me(groups, counts, routing, domain, place))
+
+
+def sent_to_me(groups, counts, routing, domain, place):
+    """Tokens that the ranks of a number have for a domain's experts."""
+    for rank in (place, place + 2):
+        _, _, _, ids, _ = weights_and_tokens(100 + rank + counts[rank], counts[rank], routing)
+        yield sum(any(i // 4 == domain for i in row if i >= 0) for row in ids.tolist())
+
+
+class Counting(Communicator):
+    """Notes how many rows each all-to-all sends to each rank."""
+
+    def __init__(self, size, rank, group, sent):
+        super().__init__(size, rank, group)
+        self._sent = sent
+
+    def all_to_all_rows(self, x_TH, send_counts, recv_counts):
+        self._sent.append(send_counts)
+        return super().all_to_all_rows(x_TH, send_counts, recv_counts)
+
+
 def reference_cases(groups):
     """Rows, slots, weights and sums are the reference's, in its order."""
     world, rank = groups.layout.world_size, groups.layout.rank
@@ -94,9 +151,7 @@ def reference_cases(groups):
             assert torch.equal(received.x_RH, mine.x_RH[come_R])
             assert torch.equal(received.slot_ids_RK, mine.slots_RK[come_R])
             is_here_RK = received.slot_ids_RK >= 0
-            assert torch.equal(
-                received.weights_RK[is_here_RK], mine.weights_RK[come_R][is_here_RK]
-            )
+            assert torch.equal(received.weights_RK[is_here_RK], mine.weights_RK[come_R][is_here_RK])
             random = torch.Generator().manual_seed(1)
             sums = [torch.randn(arrived.x_RH.shape, generator=random) for arrived in arrivals]
             out = exchange.combine(sums[rank][come_R], received)
@@ -105,7 +160,13 @@ def reference_cases(groups):
 
 
 @pytest.mark.parametrize(
-    ("cases", "tp", "dp"), [(pure_tp_cases, 2, 1), (mixed_cases, 2, 2), (reference_cases, 4, 1)]
+    ("cases", "tp", "dp"),
+    [
+        (pure_tp_cases, 2, 1),
+        (mixed_cases, 2, 2),
+        (reference_cases, 4, 1),
+        (hierarchical_cases, 1, 4),
+    ],
 )
 def test_exchange_matches_all_experts_in_one_place(cases, tp, dp):
     run_on_ranks(cases, tp, dp)
@@ -139,7 +200,5 @@ def test_reference_sends_one_copy_per_rank_and_sums_all_experts():
     ]
     outputs = reference.combine(sums, ranks, EXPERTS, max(counts))
     for tokens, out in zip(ranks, outputs, strict=True):
-        expected = summed(
-            expert_ffn(tokens.x_TH, tokens.ids_TK, tokens.weights_TK, gate_up, down)
-        )
+        expected = summed(expert_ffn(tokens.x_TH, tokens.ids_TK, tokens.weights_TK, gate_up, down))
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)

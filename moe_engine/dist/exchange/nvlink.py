@@ -1,7 +1,8 @@
 """Exchange by our own kernels, which write into the memory of other ranks (`csrc/exchange.h`).
 
 Shape legend: T tokens that this rank brings, m tokens that a rank may bring in a step, N ranks,
-R = N * m slots, of which slot s * m + t is for token t of rank s, H hidden size, K experts per token.
+R = N * m slots, of which slot s * m + t is for token t of rank s, H hidden size, K experts per
+token.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ class ExchangeSelector:
         if "local" in self._backends:
             return self._backends["local"]
         few = num_tokens <= self._config.replicated_max_tokens
-        return self._backends["replicated" if few and "replicated" in self._backends else "collective"]
+        return self._backends[
+            "replicated" if few and "replicated" in self._backends else "collective"
+        ]
 
     @property
     def num_bytes(self) -> int:

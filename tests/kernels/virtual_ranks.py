@@ -18,6 +18,17 @@ from moe_engine.ops.reference.exchange import Tokens
 from tests.kernels.exchange_work import Experts
 
 
+def make_room(shape: ExchangeShape, streams: Sequence[torch.cuda.Stream]) -> None:
+    """Memory for each stream before any kernel waits: taking more may wait for that kernel."""
+    most = shape.num_ranks * shape.max_tokens * shape.top_k * shape.row_bytes
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            sizes = (most, most, most, most // 8, 1 << 19, 1 << 19)
+            kept = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
+            del kept
+    torch.cuda.synchronize()
+
+
 class VirtualRanks:
     """All ranks of an exchange of a shape."""
 
@@ -26,18 +37,7 @@ class VirtualRanks:
         self.shape = shape
         self.domains: list[NvlinkDomain] = virtual_domains(shape, device, timeout)
         self.streams = [torch.cuda.Stream(device) for _ in self.domains]
-        self._make_room()
-        torch.cuda.synchronize()
-
-    def _make_room(self) -> None:
-        """Memory for each stream before any kernel waits: taking more may wait for that kernel."""
-        shape = self.shape
-        most = shape.num_ranks * shape.max_tokens * shape.top_k * shape.row_bytes
-        for stream in self.streams:
-            with torch.cuda.stream(stream):
-                sizes = (most, most, most, most // 8, 1 << 19, 1 << 19)
-                kept = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-                del kept
+        make_room(shape, self.streams)
 
     def exchange(
         self, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]

@@ -100,6 +100,30 @@ def test_rank_that_raises_is_named_with_its_traceback(monkeypatch):
     assert "sitecustomize.py" in caught.value.details
 
 
+def test_rank_that_sends_nothing_is_named_to_all_clients(monkeypatch):
+    """What a rank tells whose kernels have given another one up, in the middle of a step."""
+    monkeypatch.setenv("PYTHONPATH", f"{FAULTS}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("RANK_THAT_WAITS_IN_VAIN", "0")
+    with running_server("--attention-dp", "2") as server:
+        outcomes = []
+        threads = [
+            threading.Thread(
+                target=ask_until_it_ends, args=(server, outcomes), kwargs={"stream": stream}
+            )
+            for stream in (True, False)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert server.process.wait(10) != 0
+        assert len(outcomes) == 2
+        said = "rank 1 has sent nothing to rank 0 in the combine of exchange 376"
+        for lines in outcomes:
+            assert said in "".join(lines[-3:])
+        assert said in server.process.stdout.read()
+
+
 def test_hang_of_one_rank_among_four_is_not_blamed_on_a_dead_one():
     layout = {"attention_tp": 2, "attention_dp": 2}
     with MoEEngine(**layout, device="cpu", step_timeout=2.0) as engine:

@@ -11,12 +11,6 @@
 namespace moe_engine {
 namespace {
 
-// The last flag of a source for combine says that it has sent all results, to everybody.
-__device__ __forceinline__ std::uint32_t* done_flag(const ExchangeState& state, int at_rank,
-                                                    int source) {
-  return flag(state, state.layout.combine_flags_at(), at_rank, source, state.layout.num_chunks());
-}
-
 // Warps share a token's row.
 constexpr int kWarpsPerToken = 2;
 constexpr int kWarps = kWarpsPerToken * kChunkTokens;
@@ -174,18 +168,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (state.next_may_start) let_next_kernel_start();
   const ExchangeLayout& layout = state.layout;
   const std::uint32_t epoch = state.counters[0];
+  const int lane = threadIdx.x % 32;
   RowAdder adder(shared.of_warp[threadIdx.x / 32]);
   Patience patience(state, epoch, AbortRecord::kCombine);
-  if (blockIdx.x == 0) {  // the kernel before this one has sent all results
-    for (int to = threadIdx.x; to < layout.num_ranks; to += kThreads) {
-      fence_for_peers();
-      store_flag(done_flag(state, to, state.rank), epoch);
-    }
-  }
   const int num_chunks = num_step_chunks(args.step_tokens);
   const int at_once = chunks_at_once(num_chunks);
   for (int first = blockIdx.x * at_once; first < num_chunks; first += gridDim.x * at_once) {
     const int num = min(at_once, num_chunks - first);
+    // Of each chunk's token; they are on their way while others are waited for.
+    int comes_from[kMostAtOnce];
+#pragma unroll
+    for (int i = 0; i < kMostAtOnce; ++i) {
+      const Share share(first + i, layout.row_bytes);
+      const bool is_real = i < num && share.token < args.num_tokens;
+      const std::int32_t* const ids = args.ids + std::int64_t{share.token} * layout.top_k;
+      comes_from[i] = is_real ? rank_of_choice(ids, layout.top_k, state.num_local, lane) : -1;
+    }
     bool is_here = true;
     for (int i = threadIdx.x; i < layout.num_ranks * num && is_here; i += kThreads) {
       const int from = i / num;
@@ -195,21 +193,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if (!__syncthreads_and(is_here)) break;
     async_proxy_fence_global();
-    for (int chunk = first; chunk < first + num; ++chunk) {
-      const Share share(chunk, layout.row_bytes);
-      if (share.token >= args.num_tokens) break;
-      const std::int64_t token = share.token;
-      const Sources sources(rank_of_choice(args.ids + token * layout.top_k, layout.top_k,
-                                           state.num_local, threadIdx.x % 32),
-                            args.step_tokens);
-      const std::int64_t at = token * layout.row_bytes;
+#pragma unroll
+    for (int i = 0; i < kMostAtOnce; ++i) {
+      const Share share(first + i, layout.row_bytes);
+      if (i >= num || share.token >= args.num_tokens) break;
+      const std::int64_t at = std::int64_t{share.token} * layout.row_bytes;
       adder.add_up<T>(state.peers.buffers[state.rank] + layout.results_at() + at, layout.row_bytes,
-                      sources, share.first, share.end, static_cast<char*>(args.out) + at);
-    }
-  }
-  if (blockIdx.x == 0) {
-    for (int from = threadIdx.x; from < layout.num_ranks; from += kThreads) {
-      if (!wait_for_flag(done_flag(state, state.rank, from), epoch, patience, from)) break;
+                      Sources(comes_from[i], args.step_tokens), share.first, share.end,
+                      static_cast<char*>(args.out) + at);
     }
   }
   end_exchange(state);

@@ -79,9 +79,7 @@ struct ExchangeLayout {
   // AbortRecord, of this rank for itself.
   constexpr EXCHANGE_BOTH std::int64_t abort_at() const { return 0; }
 
-  // uint32 [N, chunks + 1] each: the last exchange of which source s has written chunk c. One more
-  // says that it has sent all that it has to send.
-  constexpr EXCHANGE_BOTH int flags_of_rank() const { return num_chunks() + 1; }
+  // uint32 [N, chunks] each: the last exchange of which source s has written chunk c.
   constexpr EXCHANGE_BOTH std::int64_t dispatch_flags_at() const { return 256; }
   constexpr EXCHANGE_BOTH std::int64_t combine_flags_at() const {
     return dispatch_flags_at() + flags_bytes();
@@ -125,7 +123,7 @@ struct ExchangeLayout {
     return (words + Packet::kWords - 1) / Packet::kWords;
   }
   constexpr EXCHANGE_BOTH std::int64_t flags_bytes() const {
-    return aligned(std::int64_t{4} * num_ranks * flags_of_rank());
+    return aligned(std::int64_t{4} * num_ranks * num_chunks());
   }
   constexpr EXCHANGE_BOTH std::int64_t choices_bytes() const {
     return aligned(std::int64_t{4} * num_ranks * max_tokens * top_k);

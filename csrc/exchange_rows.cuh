@@ -4,8 +4,8 @@
 // of a source's tokens is complete. Two launches each way: the first sends and never waits, the
 // second waits and takes little of the GPU.
 //
-// A rank writes into its peers' buffers for the next exchange only when all have given back what
-// they received in this one: its combine waits for a flag from each that it has sent all results.
+// A rank's combine waits for all chunks of all ranks, also for those without a result. So at its
+// end all ranks have done with what they received of it, and it may send the next.
 #pragma once
 
 #include <algorithm>
@@ -36,17 +36,16 @@ __device__ __forceinline__ int chunks_at_once(int num_chunks) {
 __device__ __forceinline__ std::uint32_t* flag(const ExchangeState& state, std::int64_t flags_at,
                                                int at_rank, int source, int chunk) {
   auto* const flags = reinterpret_cast<std::uint32_t*>(state.peers.buffers[at_rank] + flags_at);
-  return flags + source * state.layout.flags_of_rank() + chunk;
+  return flags + source * state.layout.num_chunks() + chunk;
 }
 
-// False if the exchange was given up. A flag may be of the next exchange already, of no later one.
+// False if the exchange was given up. No rank sets a flag for the next exchange before it is seen.
 __device__ __forceinline__ bool wait_for_flag(const std::uint32_t* from, std::uint32_t epoch,
                                               Patience& patience, int source) {
-  while (true) {
-    const std::uint32_t seen = load_flag(from);
-    if (seen == epoch || seen == next_epoch(epoch)) return true;
+  while (load_flag(from) != epoch) {
     if (patience.gives_up(source)) return false;
   }
+  return true;
 }
 
 }  // namespace moe_engine

@@ -27,7 +27,7 @@ from tests.kernels.virtual_ranks import VirtualRanks
 
 pytestmark = pytest.mark.usefixtures("needs_hopper")
 
-TIMEOUT = 0.5
+TIMEOUT = 0.2
 NUM_RANKS = [1, 2, 3, 4, 8, 16]
 # Of a step, by packets up to 64 and by rows beyond; chunks of a flag are 4.
 STEP_TOKENS = [1, 2, 7, 64, 65, 96, 301]

@@ -8,7 +8,8 @@ Virtual ranks are side by side on one GPU, each in a stream and a graph of its o
 each rank is a process with a GPU. Before a case is timed its bits are compared with the
 reference's. A time is the slowest rank's, of one exchange of a graph of several; dispatch by
 itself, and combine as what a whole exchange takes more. `eager` is the same launched one by one.
-The tokens of neighbouring exchanges are different ones.
+The tokens of neighbouring exchanges are different ones, the experts' outputs the same; the L2 cache
+is flushed before each trial.
 
 Bytes are those that must be read and written in the GPUs' memory by all ranks together, that which
 stays at its rank included; ``wire`` are those that leave a rank, what a real link would carry.

@@ -42,6 +42,7 @@ REAL_GATE_CYCLES = 2_000_000
 EXCHANGE_TIMEOUT = 10.0  # seconds
 COLLECTIVE_TIMEOUT = 120.0
 ALONE_KEY = "bench_exchange/alone"
+FLUSH_BYTES = 256 << 20  # several times an L2 cache
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,10 @@ class Ranks(Protocol):
         ...
 
     def start_together(self, ranks: list[Rank]) -> None:
-        """Whatever is enqueued on the ranks' streams next begins on all of them at a time."""
+        """Whatever is enqueued on the ranks' streams next begins on all of them at a time.
+
+        The L2 cache holds nothing of theirs then.
+        """
         ...
 
     def all_values(self, own: list[T]) -> list[T]:
@@ -88,6 +92,10 @@ class Ranks(Protocol):
     def all_tensors(self, own: list[torch.Tensor]) -> list[torch.Tensor]:
         """The same of tensors, of one shape and type (a collective)."""
         ...
+
+
+def _flush_cache() -> None:
+    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
 
 
 class VirtualRanks:
@@ -109,6 +117,7 @@ class VirtualRanks:
         """See `Ranks.start_together`."""
         opened = torch.cuda.Event()
         with torch.cuda.stream(self._gate):
+            _flush_cache()
             torch.cuda._sleep(VIRTUAL_GATE_CYCLES * len(ranks))
             opened.record()
         for rank in ranks:
@@ -184,6 +193,7 @@ class RealRanks:
         one = Tokens(tokens.x_TH[:1], tokens.ids_TK[:1], tokens.weights_TK[:1])
         self.meet()
         with torch.cuda.stream(rank.stream):
+            _flush_cache()
             torch.cuda._sleep(REAL_GATE_CYCLES)
             exchange(rank, NvlinkExchange(rank.domain, 1), one)
 

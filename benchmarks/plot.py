@@ -12,6 +12,8 @@ from typing import Any
 
 from benchmarks.peer import read_peer
 from benchmarks.plot_timeline import draw_timeline
+from benchmarks.readme_exchange import SECTION as EXCHANGE_SECTION
+from benchmarks.readme_exchange import draw_exchange, render_exchange
 from benchmarks.readme_gpu import PROMPT_STEPS_SECTION, render_gpu, render_prompt_steps
 from benchmarks.readme_gpu import SECTION as GPU_SECTION
 from benchmarks.readme_table import COLUMNS, SECTION, render_results, replace_section
@@ -23,6 +25,8 @@ GPU_RESULTS = SAVED / "engine_h200.json"
 GPU_SERVING = SAVED / "serving_h200.json"
 GPU_PROMPT_STEPS = SAVED / "prompt_steps_h200.json"
 GPU_PEERS = "peer_*_h200.json"
+EXCHANGE = SAVED / "exchange_virtual_h200.json"
+EXCHANGE_PLOT = ROOT / "docs" / "images" / "exchange.svg"
 PLOT = ROOT / "docs" / "images" / "engine_cpu.svg"
 TIMELINE = SAVED / "step_timeline.json"
 TIMELINE_PLOT = ROOT / "docs" / "images" / "step_timeline.svg"
@@ -45,6 +49,9 @@ def main() -> None:
     if TIMELINE.exists():  # as above
         draw_timeline(json.loads(TIMELINE.read_text()), TIMELINE_PLOT)
         written.append(TIMELINE_PLOT)
+    if EXCHANGE.exists():
+        draw_exchange(json.loads(EXCHANGE.read_text()), EXCHANGE_PLOT)
+        written.append(EXCHANGE_PLOT)
     print(f"written: {', '.join(str(path.relative_to(ROOT)) for path in written)}")
 
 
@@ -59,6 +66,9 @@ def renewed_readme(readme: str) -> str:
     if GPU_PROMPT_STEPS.exists():  # likewise
         steps = render_prompt_steps(json.loads(GPU_PROMPT_STEPS.read_text()))
         readme = replace_section(readme, PROMPT_STEPS_SECTION, steps)
+    if EXCHANGE.exists():
+        exchange = render_exchange(json.loads(EXCHANGE.read_text()))
+        readme = replace_section(readme, EXCHANGE_SECTION, exchange)
     return readme
 
 

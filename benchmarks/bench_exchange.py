@@ -47,7 +47,8 @@ from benchmarks.exchange_timing import eager_us, times_us
 from benchmarks.gpu_state import gpu_state, require_gpu
 from benchmarks.options import int_list
 from benchmarks.report import save_result
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkExchange
+from moe_engine.dist.exchange.domain import ExchangeShape
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Tokens
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_engine.dist.exchange.nvlink import ExchangeShape
+from moe_engine.dist.exchange.domain import ExchangeShape
 from moe_engine.ops.reference.exchange import Tokens
 
 # Rows in fp8 come from bfloat16, become it again, and go back as bfloat16.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from benchmarks.exchange_cases import EXCHANGES
 from benchmarks.exchange_ranks import Rank, RealRanks, capture_calls
 from benchmarks.exchange_timing import Interval, times_us
-from moe_engine.dist.exchange.nvlink import ExchangeShape
+from moe_engine.dist.exchange.domain import ExchangeShape
 
 NCCL_NOTE = "numbers of rows known beforehand; rows packed before, and summed after, not timed"
 LINK_BYTES = 1 << 30

@@ -20,13 +20,13 @@ from benchmarks.exchange_cases import EXCHANGES, random_inputs
 from moe_engine import env
 from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange.base import Received
-from moe_engine.dist.exchange.nvlink import (
+from moe_engine.dist.exchange.domain import (
     ExchangeShape,
     NvlinkDomain,
-    NvlinkExchange,
     join_domain,
     virtual_domains,
 )
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.dist.groups import create_groups
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import open_store

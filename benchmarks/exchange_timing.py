@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.exchange_cases import EXCHANGES
 from benchmarks.exchange_ranks import Rank, Ranks, outputs_of
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkExchange
+from moe_engine.dist.exchange.domain import ExchangeShape
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
 
 TRIALS = 200
 WARM_UP_TRIALS = 5

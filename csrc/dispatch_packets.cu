@@ -6,6 +6,7 @@
 #include "exchange_packets.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "replicas.cuh"
 
 namespace moe_engine {
 namespace {
@@ -21,15 +22,16 @@ __device__ __forceinline__ Packet* inbox_row(const ExchangeState& state, int at_
 
 // --- what a warp sends at once: the header, or a piece of the row --------------------------------
 
-// Words of a packet of the header.
+// Words of this lane's packet of the header; `id` is that of this lane's choice.
 __device__ __forceinline__ void fill_header(const ExchangeLayout& layout, const DispatchArgs& args,
-                                            int token, int packet, Packet& out) {
+                                            int token, int id, int lane, Packet& out) {
   const std::int64_t first_choice = std::int64_t{token} * layout.top_k;
 #pragma unroll
   for (int w = 0; w < Packet::kWords; ++w) {
-    const int choice = packet * Packet::kWords + w;
+    const int choice = lane * Packet::kWords + w;
+    const int id_of_choice = __shfl_sync(0xFFFFFFFF, id, choice % 32);
     if (choice < layout.top_k) {
-      out.words[w] = static_cast<std::uint32_t>(args.ids[first_choice + choice]);
+      out.words[w] = static_cast<std::uint32_t>(id_of_choice);
     } else if (choice < 2 * layout.top_k) {
       out.words[w] = __float_as_uint(args.weights[first_choice + choice - layout.top_k]);
     } else {
@@ -164,7 +166,8 @@ __device__ __forceinline__ int pieces_of_row(const ExchangeLayout& layout) {
 // Items are (token, 0) for its header, and (token, 1 + p) for piece p of its row.
 template <typename Piece>
 __device__ __forceinline__ void send_tokens(const ExchangeState& state, const DispatchArgs& args,
-                                            std::uint32_t epoch, int warp, int num_warps) {
+                                            const std::int32_t* replicas, std::uint32_t epoch,
+                                            int warp, int num_warps) {
   const ExchangeLayout& layout = state.layout;
   const int lane = threadIdx.x % 32;
   const int num_items = 1 + pieces_of_row<Piece>(layout);
@@ -172,14 +175,13 @@ __device__ __forceinline__ void send_tokens(const ExchangeState& state, const Di
     const int token = item / num_items;
     const int piece = item % num_items - 1;
     const bool is_header = piece < 0;
-    const bool is_real = token < args.num_tokens;
-    const int goes_to = is_real ? rank_of_choice(args.ids + std::int64_t{token} * layout.top_k,
-                                                 layout.top_k, state.num_local, lane)
-                                : -1;
+    const int id = physical_choice(args, replicas, layout.top_k, token, lane);
+    const int goes_to = id >= 0 ? id / state.num_local : -1;
     Packet packets[Piece::kPerLane] = {};
-    if (is_real) {  // before it is known where the token goes, which takes as long
+    if (token < args.num_tokens) {  // before it is known where it goes, which takes as long
       if (is_header) {
-        fill_header(layout, args, token, lane, packets[0]);
+        fill_header(layout, args, token, id, lane, packets[0]);
+        note_choices(args, layout.top_k, token, lane, id);
       } else {
         Piece::fill(layout, args, token, piece, lane, packets);
       }
@@ -277,11 +279,13 @@ template <typename Piece>
 __global__ void __launch_bounds__(kPacketThreads, 2)
     dispatch_packets_kernel(const __grid_constant__ ExchangeState state,
                             const __grid_constant__ DispatchArgs args) {
+  extern __shared__ std::int32_t table[];
+  const std::int32_t* const replicas = stage_replicas(args.replicas, table);
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
   const std::uint32_t epoch = state.counters[0];
   const int num_warps = warps_of_grid();
-  send_tokens<Piece>(state, args, epoch, warp_of_grid(), num_warps);
+  send_tokens<Piece>(state, args, replicas, epoch, warp_of_grid(), num_warps);
   receive_tokens<Piece>(state, args, epoch, warp_of_grid(), num_warps);
 }
 
@@ -295,7 +299,7 @@ template <typename Piece>
 void launch(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
   const PacketGrid grid = packet_grid(state, num_items<Piece>(state, args));
   launch_dependent("dispatch_packets_kernel", dispatch_packets_kernel<Piece>, dim3(grid.blocks),
-                   grid.threads, 0, stream, 1, state, args);
+                   grid.threads, replica_bytes(args.replicas), stream, 1, state, args);
 }
 
 }  // namespace

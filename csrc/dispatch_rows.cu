@@ -7,6 +7,7 @@
 #include "exchange_rows.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "replicas.cuh"
 
 namespace moe_engine {
 namespace {
@@ -78,15 +79,14 @@ struct SendRing {
 };
 
 // Expert slots and weights of slot `me * step_tokens + token` at all ranks; -1 and 0 where a choice
-// is not of the rank.
+// is not of the rank. `id` is that of this lane's choice.
 __device__ __forceinline__ void send_choices(const ExchangeState& state, const DispatchArgs& args,
-                                             int token, int lane) {
+                                             int token, int id, int lane) {
   const ExchangeLayout& layout = state.layout;
+  note_choices(args, layout.top_k, token, lane, id);
   if (lane >= layout.top_k) return;
   const std::int64_t source = std::int64_t{token} * layout.top_k + lane;
-  const bool is_real = token < args.num_tokens;
-  const int id = is_real ? args.ids[source] : -1;
-  const float weight = is_real ? args.weights[source] : 0;
+  const float weight = token < args.num_tokens ? args.weights[source] : 0;
   const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
   for (int i = 0; i < layout.num_ranks; ++i) {
     const int to = state.order[i];
@@ -103,13 +103,11 @@ __device__ __forceinline__ void send_choices(const ExchangeState& state, const D
 // expert of it. Its copies are still on their way at the end.
 template <typename W>
 __device__ __forceinline__ void send_row(const ExchangeState& state, const DispatchArgs& args,
-                                         SendShared<W>& shared, int token, SendRing& ring) {
+                                         SendShared<W>& shared, int token, int id, SendRing& ring) {
   const ExchangeLayout& layout = state.layout;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  if (token >= args.num_tokens) return;
-  const int goes_to = rank_of_choice(args.ids + std::int64_t{token} * layout.top_k, layout.top_k,
-                                     state.num_local, lane);
+  const int goes_to = id >= 0 ? id / state.num_local : -1;
   if (!__any_sync(0xFFFFFFFF, goes_to >= 0)) return;
   const int num_pieces = (layout.row_bytes + kPieceBytes - 1) / kPieceBytes;
   const auto piece_bytes = [&](int piece) {
@@ -178,6 +176,8 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     barrier_init_fence();
   }
+  const std::int32_t* const replicas = stage_replicas(
+      args.replicas, reinterpret_cast<std::int32_t*>(memory + sizeof(SendShared<W>)));
   __syncthreads();
   wait_for_previous_kernels();
   let_next_kernel_start();  // the block that waits
@@ -189,8 +189,9 @@ __global__ void __launch_bounds__(kRowThreads)
     const int num = min(at_once, num_chunks - first);
     for (int chunk = first; chunk < first + num; ++chunk) {
       const int token = chunk * kChunkTokens + warp;
-      if (token < args.step_tokens) send_choices(state, args, token, lane);
-      send_row(state, args, shared, token, ring);
+      const int id = physical_choice(args, replicas, state.layout.top_k, token, lane);
+      if (token < args.step_tokens) send_choices(state, args, token, id, lane);
+      send_row(state, args, shared, token, id, ring);
     }
     if (lane == 0) wait_until_written();
     __syncthreads();
@@ -270,12 +271,12 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <typename W>
 void launch_send(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(SendShared<W>);
+  const int shared_bytes = sizeof(SendShared<W>) + replica_bytes(args.replicas);
   CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kSharedBytes));
+                                  shared_bytes));
   launch_dependent("send_rows_kernel", send_rows_kernel<W>,
                    dim3(sending_blocks(num_step_chunks(args.step_tokens), 4)), kRowThreads,
-                   kSharedBytes, stream, 1, state, args);
+                   shared_bytes, stream, 1, state, args);
 }
 
 template <typename T>

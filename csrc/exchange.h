@@ -41,6 +41,19 @@ struct ExchangeState {
   bool next_may_start;
 };
 
+// Where each expert's replicas are, and which share of the tokens each takes: those whose hash
+// (replicas.cuh) is up to its bound and above that of the replica before it. Bounds ascend; the
+// last is 2^31 - 1.
+//
+// Example, R = 2: expert 0 half at 0 and half at 5, expert 1 at 1 alone: slots [[0, 5], [1, 1]],
+// bounds [[2^30 - 1, 2^31 - 1], [2^31 - 1, 2^31 - 1]].
+struct ReplicaTable {
+  int num_experts;             // E; 0: no table, each expert is where its number says
+  int num_replicas;            // R, at most
+  const std::int32_t* slots;   // [E, R], of the experts of all ranks, one rank's after the other's
+  const std::int32_t* bounds;  // [E, R]
+};
+
 // What travels to the experts. A step's ranks all bring up to `step_tokens` tokens.
 struct DispatchArgs {
   const void* x;            // [num_tokens, H], rows side by side
@@ -53,6 +66,12 @@ struct DispatchArgs {
   void* received_x;              // [R, H]; rows of which no choice is here stay as they are
   std::int32_t* received_slots;  // [R, K], local expert slots, or -1
   float* received_weights;       // [R, K], anything where there is no slot
+  // For load balancing; each may be absent.
+  ReplicaTable replicas;
+  const std::uint32_t* tags;  // [num_tokens], twice the sequence's number, plus 1 in prefill
+  std::int32_t* sent_ids;     // [num_tokens, K], ids as the replicas are numbered: for combine
+  std::int32_t* load;         // [2, num_counted], added to: choices in decode, and in prefill
+  int num_counted;            // experts
 };
 
 // What travels back.

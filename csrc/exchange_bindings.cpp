@@ -85,7 +85,9 @@ ExchangeState make_state(const ExchangeLayout& layout, ElementType type, bool is
 void dispatch(const ExchangeState& state, bool by_packets, std::uintptr_t x, std::uintptr_t ids,
               std::uintptr_t weights, int num_tokens, int step_tokens, std::uintptr_t received_x,
               std::uintptr_t received_slots, std::uintptr_t received_weights,
-              std::uintptr_t stream) {
+              std::uintptr_t replica_slots, std::uintptr_t replica_bounds, int num_experts,
+              int num_replicas, std::uintptr_t tags, std::uintptr_t sent_ids, std::uintptr_t load,
+              int num_counted, std::uintptr_t stream) {
   DispatchArgs args{};
   args.x = reinterpret_cast<const void*>(x);
   args.ids = reinterpret_cast<const std::int32_t*>(ids);
@@ -95,6 +97,13 @@ void dispatch(const ExchangeState& state, bool by_packets, std::uintptr_t x, std
   args.received_x = reinterpret_cast<void*>(received_x);
   args.received_slots = reinterpret_cast<std::int32_t*>(received_slots);
   args.received_weights = reinterpret_cast<float*>(received_weights);
+  args.replicas =
+      ReplicaTable{num_experts, num_replicas, reinterpret_cast<const std::int32_t*>(replica_slots),
+                   reinterpret_cast<const std::int32_t*>(replica_bounds)};
+  args.tags = reinterpret_cast<const std::uint32_t*>(tags);
+  args.sent_ids = reinterpret_cast<std::int32_t*>(sent_ids);
+  args.load = reinterpret_cast<std::int32_t*>(load);
+  args.num_counted = num_counted;
   (by_packets ? dispatch_packets : dispatch_rows)(state, args,
                                                   reinterpret_cast<cudaStream_t>(stream));
 }
@@ -149,7 +158,9 @@ void bind_exchange(py::module_& module) {
 
   module.def("exchange_dispatch", &dispatch, "state"_a, py::kw_only(), "by_packets"_a, "x"_a,
              "ids"_a, "weights"_a, "num_tokens"_a, "step_tokens"_a, "received_x"_a,
-             "received_slots"_a, "received_weights"_a, "stream"_a);
+             "received_slots"_a, "received_weights"_a, "replica_slots"_a = 0,
+             "replica_bounds"_a = 0, "num_experts"_a = 0, "num_replicas"_a = 0, "tags"_a = 0,
+             "sent_ids"_a = 0, "load"_a = 0, "num_counted"_a = 0, "stream"_a);
   module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "y"_a,
              "is_summed"_a, "slots"_a, "weights"_a, "ids"_a, "out"_a, "num_tokens"_a,
              "step_tokens"_a, "stream"_a);

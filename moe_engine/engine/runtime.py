@@ -19,7 +19,7 @@ from moe_engine.checkpoint.skew import skew_routers
 from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.hf import load_model_config
 from moe_engine.dist.exchange import ExchangeSelector, tokens_of_a_rank
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkDomain, join_domain
+from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain, join_domain
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.dist.topology import from_file

@@ -9,6 +9,7 @@ from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange import ExchangeSelector, ExpertShard
 from moe_engine.dist.exchange.collective import CollectiveExchange
 from moe_engine.dist.exchange.hierarchical import HierarchicalExchange
+from moe_engine.dist.exchange.replicas import Balancing, ReplicaTable
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import RankLayout, split_evenly
 from moe_engine.ops.moe import expert_ffn, summed
@@ -81,6 +82,44 @@ def mixed_cases(groups):
     for counts in ([0, 0], [5, 0], [0, 1], [7, 33], [2, 1]):
         for routing in ROUTINGS:
             check_against_one_rank(groups, "auto", counts, routing, torch.float32)
+
+
+def replica_cases(groups):
+    """Each rank has a copy of expert 0 besides its own; outputs are those without copies."""
+    world, rank = groups.layout.world_size, groups.layout.rank
+    num_local = EXPERTS // world + 1
+    # Physical experts: a rank's own ones, and then expert 0.
+    places = [[(e // 2 * num_local + e % 2, 1.0)] for e in range(EXPERTS)]
+    places[0] = [(0, 1.0)] + [(r * num_local + num_local - 1, 1.0) for r in range(1, world)]
+    table = ReplicaTable.make(places, world, torch.device("cpu"))
+    exchange = CollectiveExchange(ExpertShard(world * num_local, world, rank), groups.ep)
+    gate_up, down, _, _, _ = weights_and_tokens(7, 0, "random")
+    own = [2 * rank, 2 * rank + 1, 0]
+    total = torch.zeros(2, EXPERTS, dtype=torch.int32)
+    for num_tokens in (0, 1, 40):
+        for routing in ROUTINGS:
+            _, _, x, ids, weights = weights_and_tokens(50 + rank, num_tokens, routing)
+            tags = (2 * torch.arange(num_tokens) + rank % 2).to(torch.int32)
+            load = torch.zeros(2, EXPERTS, dtype=torch.int32)
+            received = exchange.dispatch(x, ids, weights, Balancing(tags, table, load))
+            y = expert_ffn(
+                received.x_RH,
+                received.slot_ids_RK,
+                received.weights_RK,
+                gate_up[own],
+                down[own],
+            )
+            out = exchange.combine(y, received)
+            expected = summed(expert_ffn(x, ids, weights, gate_up, down))
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-3)
+            counted = torch.bincount(ids[ids >= 0], minlength=EXPERTS)
+            assert torch.equal(load[rank % 2].long(), counted)
+            assert not load[1 - rank % 2].any()
+            total += load
+            if routing == "first experts" and num_tokens == 40:
+                # Expert 0, which all tokens want, is everywhere.
+                assert (received.slot_ids_RK[:, 0] == (0 if rank == 0 else 2)).any()
+    assert total.any()
 
 
 def hierarchical_cases(groups):
@@ -166,6 +205,7 @@ def reference_cases(groups):
         (mixed_cases, 2, 2),
         (reference_cases, 4, 1),
         (hierarchical_cases, 1, 4),
+        (replica_cases, 1, 4),
     ],
 )
 def test_exchange_matches_all_experts_in_one_place(cases, tp, dp):

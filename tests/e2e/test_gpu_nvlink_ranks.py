@@ -13,12 +13,8 @@ import torch
 
 from moe_engine import MoEEngine
 from moe_engine.dist.exchange.base import Received
-from moe_engine.dist.exchange.nvlink import (
-    ExchangeShape,
-    NvlinkDomain,
-    NvlinkExchange,
-    join_domain,
-)
+from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain, join_domain
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.errors import ExchangeTimeout
 from moe_engine.ops.moe import ExpertOutputs

@@ -23,7 +23,7 @@ import torch
 
 from moe_engine.config.flat import build_config
 from moe_engine.dist.communicator import Communicator
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkDomain, virtual_domains
+from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain, virtual_domains
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.dist.layout import RankLayout
 from moe_engine.engine.pending import PendingStep

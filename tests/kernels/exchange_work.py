@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from moe_engine.dist.exchange.base import Received
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkDomain, NvlinkExchange
+from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Arrivals, Tokens

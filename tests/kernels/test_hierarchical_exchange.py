@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moe_engine.dist.exchange.base import Received
+from moe_engine.dist.exchange.domain import ExchangeShape, virtual_domains
 from moe_engine.dist.exchange.hierarchical import HierarchicalExchange
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkExchange, virtual_domains
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Tokens

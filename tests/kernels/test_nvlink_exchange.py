@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from moe_engine.dist.exchange.nvlink import ExchangeShape, NvlinkExchange
+from moe_engine.dist.exchange.domain import ExchangeShape
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.errors import ExchangeTimeout
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference import exchange as reference

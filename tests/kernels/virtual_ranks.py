@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from moe_engine.dist.exchange.base import Received
-from moe_engine.dist.exchange.nvlink import (
-    ExchangeShape,
-    NvlinkDomain,
-    NvlinkExchange,
-    virtual_domains,
-)
+from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain, virtual_domains
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
+from moe_engine.dist.exchange.replicas import Balancing
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference.exchange import Tokens
 from tests.kernels.exchange_work import Experts
@@ -40,7 +37,11 @@ class VirtualRanks:
         make_room(shape, self.streams)
 
     def exchange(
-        self, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]
+        self,
+        ranks: Sequence[Tokens],
+        step_tokens: int,
+        experts: Sequence[Experts],
+        balancing: Sequence[Balancing] | None = None,
     ) -> tuple[list[Received], list[torch.Tensor]]:
         """Dispatch, experts, combine; what each rank received and got back, not waited for.
 
@@ -48,9 +49,13 @@ class VirtualRanks:
         """
         exchanges = [NvlinkExchange(domain, step_tokens) for domain in self.domains]
         received, made, outputs = [], [], []
-        for exchange, stream, tokens in zip(exchanges, self.streams, ranks, strict=True):
+        of_ranks = balancing or [None] * len(ranks)
+        for exchange, stream, tokens, of_rank in zip(
+            exchanges, self.streams, ranks, of_ranks, strict=True
+        ):
             with torch.cuda.stream(stream):
-                received.append(exchange.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK))
+                sent = (tokens.x_TH, tokens.ids_TK, tokens.weights_TK, of_rank)
+                received.append(exchange.dispatch(*sent))
         for stream, arrived, work in zip(self.streams, received, experts, strict=True):
             with torch.cuda.stream(stream):
                 made.append(ExpertOutputs(work(arrived), arrived.slot_ids_RK, arrived.weights_RK))

@@ -23,7 +23,7 @@ from benchmarks.exchange_ceilings import EXCHANGES, _calls, splits_of
 from benchmarks.exchange_ranks import Rank, RealRanks
 from benchmarks.exchange_timing import slowest, trials_us
 from moe_engine.dist.exchange.base import ExpertShard, Received
-from moe_engine.dist.exchange.nvlink import ExchangeShape
+from moe_engine.dist.exchange.domain import ExchangeShape
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference import exchange as reference

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_engine.dist.exchange.nvlink import ExchangeShape
+from moe_engine.dist.exchange.domain import ExchangeShape
 
 if importlib.util.find_spec("moe_engine._C") is None:
     pytest.skip("moe_engine._C was not built", allow_module_level=True)

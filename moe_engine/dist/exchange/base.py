@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_engine.dist.exchange.replicas import Balancing
 from moe_engine.ops.moe import ExpertOutputs
 
 
@@ -67,7 +68,11 @@ class Exchange(Protocol):
     is_capturable: bool
 
     def dispatch(
-        self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        x_TH: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        balancing: Balancing | None = None,
     ) -> Received:
         """Send each token to the ranks of its experts; a collective over the EP group.
 
@@ -75,6 +80,7 @@ class Exchange(Protocol):
             x_TH: this rank's tokens; T may be 0 and may differ between ranks.
             expert_ids_TK: int32 in [0, num_experts), or -1 for no expert.
             weights_TK: float32.
+            balancing: which replicas the tokens go to, and where their choices are counted.
         """
         ...
 

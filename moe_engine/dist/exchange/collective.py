@@ -11,6 +11,7 @@ import torch
 
 from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange.base import ExpertShard, Received
+from moe_engine.dist.exchange.replicas import Balancing, physical_ids
 from moe_engine.ops.moe import ExpertOutputs, summed
 
 
@@ -41,9 +42,14 @@ class CollectiveExchange:
         self._ep = ep
 
     def dispatch(
-        self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        x_TH: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        balancing: Balancing | None = None,
     ) -> Received:
         """See `Exchange.dispatch`."""
+        expert_ids_TK = physical_ids(expert_ids_TK, balancing)
         num_tokens, top_k = expert_ids_TK.shape
         rank_of_choice_TK = expert_ids_TK.to(torch.int64) // self._shard.num_local
         # A column more takes the choices that are no expert (id -1).

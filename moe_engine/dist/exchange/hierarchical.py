@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from moe_engine.dist.exchange.base import Exchange, Received
+from moe_engine.dist.exchange.replicas import Balancing
 from moe_engine.ops.moe import ExpertOutputs, summed
 
 
@@ -43,10 +44,14 @@ class HierarchicalExchange:
         self.is_capturable = across.is_capturable and inside.is_capturable
 
     def dispatch(
-        self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        x_TH: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        balancing: Balancing | None = None,
     ) -> Received:
         """See `Exchange.dispatch`."""
-        arrived = self._across.dispatch(x_TH, expert_ids_TK, weights_TK)
+        arrived = self._across.dispatch(x_TH, expert_ids_TK, weights_TK, balancing)
         received = self._inside.dispatch(arrived.x_RH, arrived.slot_ids_RK, arrived.weights_RK)
         # As many pairs as all ranks bring, on average, are here, not as many as they might.
         return replace(received, num_pairs=arrived.num_pairs, route=(arrived, received))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_engine.dist.exchange.base import Received
+from moe_engine.dist.exchange.replicas import Balancing, physical_ids
 from moe_engine.ops.moe import ExpertOutputs
 
 
@@ -15,10 +16,14 @@ class LocalExchange:
     is_capturable = True
 
     def dispatch(
-        self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        x_TH: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        balancing: Balancing | None = None,
     ) -> Received:
         """See `Exchange.dispatch`."""
-        return Received(x_TH, expert_ids_TK, weights_TK)
+        return Received(x_TH, physical_ids(expert_ids_TK, balancing), weights_TK)
 
     def combine(
         self, y: torch.Tensor | ExpertOutputs, received: Received

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange.base import ExpertShard, Received
+from moe_engine.dist.exchange.replicas import Balancing, physical_ids
 from moe_engine.ops.moe import ExpertOutputs, summed
 
 
@@ -20,9 +23,16 @@ class ReplicatedExchange:
         self._ep = ep
 
     def dispatch(
-        self, x_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        x_TH: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        balancing: Balancing | None = None,
     ) -> Received:
-        """See `Exchange.dispatch`; the same tokens on every rank."""
+        """See `Exchange.dispatch`; the same tokens on every rank, which the first one counts."""
+        if balancing is not None and self._shard.rank > 0:
+            balancing = replace(balancing, load_2E=None)
+        expert_ids_TK = physical_ids(expert_ids_TK, balancing)
         num_pairs = -(-expert_ids_TK.numel() // self._shard.num_ranks)
         return Received(x_TH, self._shard.local_slots(expert_ids_TK), weights_TK, num_pairs)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from moe_engine.config import ExchangeConfig
 from moe_engine.dist.exchange.base import Exchange, ExpertShard
 from moe_engine.dist.exchange.collective import CollectiveExchange
+from moe_engine.dist.exchange.domain import NvlinkDomain
 from moe_engine.dist.exchange.local import LocalExchange
-from moe_engine.dist.exchange.nvlink import NvlinkDomain, NvlinkExchange
+from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.dist.exchange.replicated import ReplicatedExchange
 from moe_engine.dist.groups import ParallelGroups
 

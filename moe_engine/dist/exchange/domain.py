@@ -1,0 +1,248 @@
+"""Ranks that reach each other's memory, and what they share for an exchange.
+
+Shape legend: T tokens, K experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from moe_engine.dist.buffer import SharedBuffer, symmetric_buffer, virtual_buffers
+from moe_engine.dist.communicator import Communicator
+from moe_engine.dist.exchange.base import ExpertShard
+from moe_engine.dist.topology import Topology, from_places, gpu_place, one_domain
+from moe_engine.errors import ConfigError, ExchangeTimeout
+from moe_engine.ops import native
+
+MAX_TOP_K = 32
+FP8_GROUP, FP8_GROUP_BYTES = 128, 132
+"""Elements that share a scale on the wire, and what they take with it (`csrc/exchange_fp8.cuh`)."""
+FP8_HIDDEN = 4 * FP8_GROUP
+"""Rows in FP8 are multiples of so many elements, which take a multiple of 16 bytes."""
+PACKET_TOKENS = 64
+"""Tokens of a rank up to which packets are faster than rows, until that is measured."""
+_PHASES = {1: "dispatch", 2: "combine"}
+_ELEMENT_TYPES = {
+    torch.bfloat16: "BFLOAT16",
+    torch.float16: "FLOAT16",
+    torch.float32: "FLOAT32",
+}
+
+
+@dataclass(frozen=True)
+class ExchangeShape:
+    """What the buffers of an exchange are made for.
+
+    Attributes:
+        max_tokens: that a rank may bring in a step.
+        packet_tokens: up to which steps go by packets; 0: none.
+        fp8: whether rows go to the experts in 8 bits, by groups of 128 elements with a scale.
+    """
+
+    num_ranks: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    dtype: torch.dtype
+    max_tokens: int
+    packet_tokens: int = PACKET_TOKENS
+    fp8: bool = False
+
+    def __post_init__(self) -> None:
+        """`ValueError` where the kernels cannot move rows like these."""
+        if self.dtype not in _ELEMENT_TYPES:
+            raise ValueError(f"dtype is {self.dtype}; it is one of {list(_ELEMENT_TYPES)}")
+        if self.row_bytes % 16:
+            raise ValueError(
+                f"hidden is {self.hidden}, {self.row_bytes} bytes a row; rows are multiples of 16"
+            )
+        if self.fp8 and (self.dtype == torch.float32 or self.hidden % FP8_HIDDEN):
+            raise ValueError(
+                f"fp8 of {self.hidden} elements of {self.dtype}; it is for multiples of "
+                f"{FP8_HIDDEN} elements of 16 bits"
+            )
+        if self.num_experts % self.num_ranks:
+            raise ValueError(f"num_experts is {self.num_experts} on {self.num_ranks} ranks")
+        if not 1 <= self.top_k <= MAX_TOP_K:
+            raise ValueError(f"top_k is {self.top_k}; it is from 1 to {MAX_TOP_K}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token."""
+        return self.hidden * self.dtype.itemsize
+
+    @property
+    def wire_bytes(self) -> int:
+        """Of a token on its way to the experts."""
+        return self.hidden // FP8_GROUP * FP8_GROUP_BYTES if self.fp8 else self.row_bytes
+
+    def layout(self, library: ModuleType) -> Any:
+        """The `ExchangeLayout` of ``moe_engine._C``."""
+        return library.ExchangeLayout(
+            num_ranks=self.num_ranks,
+            max_tokens=self.max_tokens,
+            packet_tokens=min(self.packet_tokens, self.max_tokens),
+            row_bytes=self.row_bytes,
+            wire_bytes=self.wire_bytes,
+            top_k=self.top_k,
+        )
+
+
+class NvlinkDomain:
+    """A rank among those whose memory it can write to, and what they share.
+
+    Args:
+        buffer: of `ExchangeShape.layout(...).total_bytes`.
+        topology: of the ranks.
+        timeout: seconds after which a rank that does not send is given up.
+        num_blocks: of a kernel that waits; all of them have to run side by side.
+        shares_gpu: whether other ranks run on the same GPU, so that kernels that follow must not
+            take multiprocessors while one waits.
+    """
+
+    def __init__(
+        self,
+        shape: ExchangeShape,
+        shard: ExpertShard,
+        buffer: SharedBuffer,
+        topology: Topology,
+        timeout: float,
+        num_blocks: int,
+        shares_gpu: bool = False,
+    ) -> None:
+        device = buffer.own.device
+        library = native.cuda_extension(device)
+        assert library is not None
+        self.shape = shape
+        self.shard = shard
+        self.library = library
+        self.layout = shape.layout(library)
+        assert buffer.own.numel() >= self.layout.total_bytes, buffer.own.shape
+        self._buffer = buffer
+        self._counters = torch.tensor([1, 0], dtype=torch.int32, device=device)
+        # The GPU writes it while the host reads.
+        self._report = torch.zeros(1, dtype=torch.int64).pin_memory()
+        self.state = library.ExchangeState(
+            layout=self.layout,
+            type=getattr(library.ElementType, _ELEMENT_TYPES[shape.dtype]),
+            is_fp8=shape.fp8,
+            rank=shard.rank,
+            num_local=shard.num_local,
+            buffers=list(buffer.addresses),
+            order=topology.visiting_order(shard.rank),
+            counters=self._counters.data_ptr(),
+            abort_report=self._report.data_ptr(),
+            timeout_ns=round(timeout * 1e9),
+            num_blocks=num_blocks,
+            next_may_start=not shares_gpu,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank's buffer."""
+        return self._buffer.own.numel()
+
+    def check(self) -> None:
+        """After the device has ended a step: whether its exchanges were complete.
+
+        Raises:
+            ExchangeTimeout: one was given up; everything since then is worthless, until `reset`.
+        """
+        report = int(self._report[0]) & (1 << 64) - 1
+        if report:
+            epoch, phase = report & 0xFFFFFFFF, report >> 32 & 0xFF
+            waiter, missing = report >> 40 & 0xFF, report >> 48 & 0xFF
+            raise ExchangeTimeout(missing, waiter, _PHASES[phase], epoch)
+
+    def reset(self) -> None:
+        """Begin anew after `ExchangeTimeout`.
+
+        No rank may have an exchange under way before all have done so.
+        """
+        self._buffer.own.zero_()
+        self._counters.copy_(torch.tensor([1, 0], dtype=torch.int32))
+        torch.cuda.synchronize(self._buffer.own.device)
+        self._report.zero_()
+
+    def section(self, offset: int, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
+        """A view of this rank's buffer, from a byte on."""
+        num_bytes = dtype.itemsize
+        for size in sizes:
+            num_bytes *= size
+        return self._buffer.own[offset : offset + num_bytes].view(dtype).view(sizes)
+
+
+def join_domain(
+    shape: ExchangeShape,
+    ep: Communicator,
+    device: torch.device,
+    timeout: float,
+    topology: Topology | None = None,
+) -> NvlinkDomain:
+    """This rank's place among ranks with a GPU each, all of which reach each other (a collective).
+
+    Args:
+        topology: None: as the machines say.
+
+    Raises:
+        ConfigError: the CUDA extension is missing, or the GPUs do not reach each other.
+    """
+    library = native.cuda_extension(device) if device.type == "cuda" else None
+    if library is None:
+        raise ConfigError(
+            f"exchange is 'nvlink', which needs GPUs and the CUDA extension moe_engine._C: {device}"
+        )
+    if ep.group is None:
+        raise ConfigError("exchange is 'nvlink', which needs two or more ranks, and there is one")
+    if topology is None:
+        places: list[Any] = [None] * ep.size
+        torch.distributed.all_gather_object(places, gpu_place(device), group=ep.group)
+        topology = from_places(places)
+    if len(domains := topology.domains()) > 1:
+        raise ConfigError(f"exchange is 'nvlink', and ranks are in NVLink domains {domains}")
+    try:
+        buffer = symmetric_buffer(shape.layout(library).total_bytes, ep.group, device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"exchange is 'nvlink', and the GPUs cannot share memory: {error}"
+        ) from error
+    shard = ExpertShard(shape.num_experts, ep.size, ep.rank)
+    num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    return NvlinkDomain(shape, shard, buffer, topology, timeout, num_blocks)
+
+
+def virtual_domains(
+    shape: ExchangeShape,
+    device: torch.device,
+    timeout: float = 10.0,
+    topology: Topology | None = None,
+    num_blocks: int | None = None,
+) -> list[NvlinkDomain]:
+    """All ranks of an exchange, in this process on one GPU; each needs a stream of its own.
+
+    Args:
+        num_blocks: of a rank's kernel that waits; None: its share of one for each multiprocessor.
+    """
+    topology = topology or one_domain(shape.num_ranks)
+    library = native.cuda_extension(device)
+    assert library is not None
+    buffers = virtual_buffers(shape.num_ranks, shape.layout(library).total_bytes, device)
+    if num_blocks is None:
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        num_blocks = max(1, multiprocessors // shape.num_ranks)
+    return [
+        NvlinkDomain(
+            shape,
+            ExpertShard(shape.num_experts, shape.num_ranks, rank),
+            buffer,
+            topology,
+            timeout,
+            num_blocks,
+            shares_gpu=True,
+        )
+        for rank, buffer in enumerate(buffers)
+    ]

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kPacketThreads, 2)
   const int num_warps = warps_of_grid();
   send_results<T>(state, args, epoch, warp, num_warps);
   receive_results<T>(state, args, epoch, warp, num_warps);
-  end_exchange(state);
+  end_exchange(state, state.counters);
 }
 
 template <typename T>

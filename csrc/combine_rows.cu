@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                       static_cast<char*>(args.out) + at);
     }
   }
-  end_exchange(state);
+  end_exchange(state, state.counters);
 }
 
 template <typename T>

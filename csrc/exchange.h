@@ -31,7 +31,7 @@ struct ExchangeState {
   // All ranks in the order in which this one writes to them; it comes last itself.
   std::uint8_t order[kMaxExchangeRanks];
   // Of this rank alone: [0] the number of the present exchange, from 1 on, [1] blocks that have
-  // ended it.
+  // ended it; [2] and [3] the same of all-reduces.
   std::uint32_t* counters;
   AbortRecord* abort_report;  // of this rank, in memory that the host can read
   std::int64_t timeout_ns;    // after which a wait is given up
@@ -86,6 +86,16 @@ struct CombineArgs {
   int step_tokens;
 };
 
+// A sum over the ranks of a group, such as those that share the heads of attention. All sums of a
+// rank are over the same group.
+struct AllReduceArgs {
+  const void* x;  // [num_rows, H], what this rank adds; the same shape on all
+  void* out;      // [num_rows, H], may be x
+  int num_rows;
+  int first_rank;  // of the group, ranks with consecutive numbers
+  int group_size;
+};
+
 // Each enqueues on `stream` and returns, can be captured in a CUDA graph, and leaves no count to
 // the host. All ranks enqueue the same ones in the same order, with the same step_tokens.
 //
@@ -95,5 +105,9 @@ void combine_packets(const ExchangeState& state, const CombineArgs& args, cudaSt
 // With rows: two launches each way, of which the first sends and never waits.
 void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);
 void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream);
+
+// By packets, in one launch, of up to the layout's reduced_rows. Its numbers are its own, so it may
+// come between any two of the above; all ranks of the group enqueue the same ones in their order.
+void all_reduce_packets(const ExchangeState& state, const AllReduceArgs& args, cudaStream_t stream);
 
 }  // namespace moe_engine

@@ -24,11 +24,15 @@ void check_at_most(const char* name, std::int64_t value, std::int64_t limit) {
   }
 }
 
-ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int row_bytes,
-                           int wire_bytes, int top_k) {
+ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int reduced_rows,
+                           int row_bytes, int wire_bytes, int top_k) {
   check_at_most("num_ranks", num_ranks, kMaxExchangeRanks);
   check_at_most("top_k", top_k, kMaxExchangeTopK);
   check_at_most("max_tokens", max_tokens, 1 << 20);
+  if (reduced_rows < 0 || reduced_rows > 1 << 20) {
+    throw std::invalid_argument("reduced_rows is " + std::to_string(reduced_rows) +
+                                "; it is from 0 to " + std::to_string(1 << 20));
+  }
   if (packet_tokens < 0 || packet_tokens > max_tokens) {
     throw std::invalid_argument("packet_tokens is " + std::to_string(packet_tokens) +
                                 "; it is from 0 to " + std::to_string(max_tokens));
@@ -40,7 +44,8 @@ ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int
                                   "; it is a multiple of 16");
     }
   }
-  return ExchangeLayout{num_ranks, max_tokens, packet_tokens, row_bytes, wire_bytes, top_k};
+  return ExchangeLayout{num_ranks, max_tokens, packet_tokens, reduced_rows,
+                        row_bytes, wire_bytes, top_k};
 }
 
 ExchangeState make_state(const ExchangeLayout& layout, ElementType type, bool is_fp8, int rank,
@@ -124,6 +129,17 @@ void combine(const ExchangeState& state, bool by_packets, std::uintptr_t y, bool
                                                 reinterpret_cast<cudaStream_t>(stream));
 }
 
+void all_reduce(const ExchangeState& state, std::uintptr_t x, std::uintptr_t out, int num_rows,
+                int first_rank, int group_size, std::uintptr_t stream) {
+  if (num_rows < 1 || num_rows > state.layout.reduced_rows) {
+    throw std::invalid_argument("num_rows is " + std::to_string(num_rows) + "; it is from 1 to " +
+                                std::to_string(state.layout.reduced_rows));
+  }
+  const AllReduceArgs args{reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out), num_rows,
+                           first_rank, group_size};
+  all_reduce_packets(state, args, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 void bind_exchange(py::module_& module) {
@@ -135,7 +151,7 @@ void bind_exchange(py::module_& module) {
 
   py::class_<ExchangeLayout>(module, "ExchangeLayout", py::module_local())
       .def(py::init(&make_layout), py::kw_only(), "num_ranks"_a, "max_tokens"_a, "packet_tokens"_a,
-           "row_bytes"_a, "wire_bytes"_a, "top_k"_a)
+           "reduced_rows"_a, "row_bytes"_a, "wire_bytes"_a, "top_k"_a)
       .def_property_readonly("num_chunks", &ExchangeLayout::num_chunks)
       .def_property_readonly("header_packets", &ExchangeLayout::header_packets)
       .def_property_readonly("dispatch_packets", &ExchangeLayout::dispatch_packets)
@@ -145,6 +161,7 @@ void bind_exchange(py::module_& module) {
       .def_property_readonly("combine_flags_at", &ExchangeLayout::combine_flags_at)
       .def_property_readonly("dispatch_inbox_at", &ExchangeLayout::dispatch_inbox_at)
       .def_property_readonly("combine_inbox_at", &ExchangeLayout::combine_inbox_at)
+      .def_property_readonly("reduce_inbox_at", &ExchangeLayout::reduce_inbox_at)
       .def_property_readonly("rows_at", &ExchangeLayout::rows_at)
       .def_property_readonly("slots_at", &ExchangeLayout::slots_at)
       .def_property_readonly("weights_at", &ExchangeLayout::weights_at)
@@ -161,6 +178,8 @@ void bind_exchange(py::module_& module) {
              "received_slots"_a, "received_weights"_a, "replica_slots"_a = 0,
              "replica_bounds"_a = 0, "num_experts"_a = 0, "num_replicas"_a = 0, "tags"_a = 0,
              "sent_ids"_a = 0, "load"_a = 0, "num_counted"_a = 0, "stream"_a);
+  module.def("exchange_all_reduce", &all_reduce, "state"_a, py::kw_only(), "x"_a, "out"_a,
+             "num_rows"_a, "first_rank"_a, "group_size"_a, "stream"_a);
   module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "y"_a,
              "is_summed"_a, "slots"_a, "weights"_a, "ids"_a, "out"_a, "num_tokens"_a,
              "step_tokens"_a, "stream"_a);

@@ -40,7 +40,7 @@ struct alignas(16) Packet {
 // Why an exchange was given up; all zeros while it was not. Eight bytes, so that it is read and
 // written at once.
 struct alignas(8) AbortRecord {
-  enum Phase : std::uint8_t { kNone = 0, kDispatch = 1, kCombine = 2 };
+  enum Phase : std::uint8_t { kNone = 0, kDispatch = 1, kCombine = 2, kAllReduce = 3 };
   std::uint32_t epoch;   // of the exchange that did not end
   std::uint8_t phase;    // its half
   std::uint8_t waiter;   // rank that gave up
@@ -53,6 +53,7 @@ struct ExchangeLayout {
   int num_ranks;
   int max_tokens;     // M
   int packet_tokens;  // tokens a rank may bring in packets, at most; <= M
+  int reduced_rows;   // rows of an all-reduce, at most
   int row_bytes;      // of one token, a multiple of 16
   int wire_bytes;     // of one token on its way to the experts: row_bytes, or what FP8 takes
   int top_k;
@@ -101,10 +102,19 @@ struct ExchangeLayout {
     return aligned(std::int64_t{16} * num_ranks * packet_tokens * combine_packets());
   }
 
+  // Packet [2, N, reduced_rows, combine_packets], by the parity of the all-reduce: what each rank
+  // adds.
+  constexpr EXCHANGE_BOTH std::int64_t reduce_inbox_at() const {
+    return combine_inbox_at() + combine_inbox_bytes();
+  }
+  constexpr EXCHANGE_BOTH std::int64_t reduce_inbox_bytes() const {
+    return aligned(std::int64_t{16} * num_ranks * reduced_rows * combine_packets());
+  }
+
   // Of more tokens: rows [N * m, wire_bytes], their local expert slots int32 [N * m, K], or -1, and
   // weights float32 [N * m, K].
   constexpr EXCHANGE_BOTH std::int64_t rows_at() const {
-    return combine_inbox_at() + combine_inbox_bytes();
+    return reduce_inbox_at() + 2 * reduce_inbox_bytes();
   }
   constexpr EXCHANGE_BOTH std::int64_t slots_at() const {
     return rows_at() + aligned(std::int64_t{1} * num_ranks * max_tokens * wire_bytes);

@@ -185,16 +185,17 @@ __device__ __forceinline__ int next_rank(int rank_of_lane, int last) {
 
 // --- the exchange's end --------------------------------------------------------------------------
 
-// By all threads of all blocks of the kernel that ends an exchange, when each has done its part.
+// By all threads of all blocks of the kernel that ends an exchange, or an all-reduce, when each has
+// done its part. `counters`: its number, and blocks that have ended it.
 //
 // What another rank has sent since it gave up is worthless, though nobody may have had to wait for
 // it, so the host is told here at the latest.
-__device__ __forceinline__ void end_exchange(const ExchangeState& state) {
+__device__ __forceinline__ void end_exchange(const ExchangeState& state, std::uint32_t* counters) {
   __syncthreads();
   if (threadIdx.x != 0) return;
-  if (atomicAdd(&state.counters[1], 1u) == gridDim.x - 1) {
-    state.counters[1] = 0;
-    state.counters[0] = next_epoch(state.counters[0]);
+  if (atomicAdd(&counters[1], 1u) == gridDim.x - 1) {
+    counters[1] = 0;
+    counters[0] = next_epoch(counters[0]);
     const AbortRecord seen = load_abort(abort_of(state, state.rank));
     if (seen.phase != AbortRecord::kNone) store_abort(state.abort_report, seen);
   }

@@ -23,6 +23,7 @@ CHUNK_TOKENS = 4
     num_ranks=st.integers(1, 128),
     max_tokens=st.integers(1, 8192),
     packet_tokens=st.integers(0, 8192),
+    reduced_rows=st.integers(0, 8192),
     row_bytes=st.integers(1, 1024).map(lambda n: 16 * n),
     wire_bytes=st.integers(1, 1024).map(lambda n: 16 * n),
     top_k=st.integers(1, 32),
@@ -31,6 +32,7 @@ def test_sections_do_not_overlap(
     num_ranks: int,
     max_tokens: int,
     packet_tokens: int,
+    reduced_rows: int,
     row_bytes: int,
     wire_bytes: int,
     top_k: int,
@@ -40,6 +42,7 @@ def test_sections_do_not_overlap(
         num_ranks=num_ranks,
         max_tokens=max_tokens,
         packet_tokens=packet_tokens,
+        reduced_rows=reduced_rows,
         row_bytes=row_bytes,
         wire_bytes=wire_bytes,
         top_k=top_k,
@@ -57,6 +60,7 @@ def test_sections_do_not_overlap(
         (layout.combine_flags_at, flags),
         (layout.dispatch_inbox_at, 2 * 16 * num_ranks * packet_tokens * layout.dispatch_packets),
         (layout.combine_inbox_at, 16 * num_ranks * packet_tokens * layout.combine_packets),
+        (layout.reduce_inbox_at, 2 * 16 * num_ranks * reduced_rows * layout.combine_packets),
         (layout.rows_at, num_ranks * max_tokens * wire_bytes),
         (layout.slots_at, 4 * num_ranks * max_tokens * top_k),
         (layout.weights_at, 4 * num_ranks * max_tokens * top_k),
@@ -78,11 +82,12 @@ def test_sections_do_not_overlap(
         ({"row_bytes": 24}, "row_bytes is 24; it is a multiple of 16"),
         ({"wire_bytes": 8}, "wire_bytes is 8; it is a multiple of 16"),
         ({"packet_tokens": 9}, "packet_tokens is 9; it is from 0 to 8"),
+        ({"reduced_rows": -1}, "reduced_rows is -1; it is from 0 to 1048576"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: str) -> None:
     sizes = {"num_ranks": 2, "max_tokens": 8, "packet_tokens": 8, "top_k": 2}
-    sizes |= {"row_bytes": 32, "wire_bytes": 32}
+    sizes |= {"row_bytes": 32, "wire_bytes": 32, "reduced_rows": 0}
     with pytest.raises(ValueError, match=message):
         _C.ExchangeLayout(**sizes | changes)
 

@@ -25,7 +25,9 @@ FP8_HIDDEN = 4 * FP8_GROUP
 """Rows in FP8 are multiples of so many elements, which take a multiple of 16 bytes."""
 PACKET_TOKENS = 64
 """Tokens of a rank up to which packets are faster than rows, until that is measured."""
-_PHASES = {1: "dispatch", 2: "combine"}
+_PHASES = {1: "dispatch", 2: "combine", 3: "all-reduce"}
+_FIRST_COUNTERS = (1, 0, 1, 0)
+"""The number of the first exchange, blocks that have ended it, and the same of all-reduces."""
 _ELEMENT_TYPES = {
     torch.bfloat16: "BFLOAT16",
     torch.float16: "FLOAT16",
@@ -40,6 +42,7 @@ class ExchangeShape:
     Attributes:
         max_tokens: that a rank may bring in a step.
         packet_tokens: up to which steps go by packets; 0: none.
+        reduced_rows: that `NvlinkDomain.all_reduce` may sum at once.
         fp8: whether rows go to the experts in 8 bits, by groups of 128 elements with a scale.
     """
 
@@ -50,6 +53,7 @@ class ExchangeShape:
     dtype: torch.dtype
     max_tokens: int
     packet_tokens: int = PACKET_TOKENS
+    reduced_rows: int = 0
     fp8: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +90,7 @@ class ExchangeShape:
             num_ranks=self.num_ranks,
             max_tokens=self.max_tokens,
             packet_tokens=min(self.packet_tokens, self.max_tokens),
+            reduced_rows=self.reduced_rows,
             row_bytes=self.row_bytes,
             wire_bytes=self.wire_bytes,
             top_k=self.top_k,
@@ -123,7 +128,7 @@ class NvlinkDomain:
         self.layout = shape.layout(library)
         assert buffer.own.numel() >= self.layout.total_bytes, buffer.own.shape
         self._buffer = buffer
-        self._counters = torch.tensor([1, 0], dtype=torch.int32, device=device)
+        self._counters = torch.tensor(_FIRST_COUNTERS, dtype=torch.int32, device=device)
         # The GPU writes it while the host reads.
         self._report = torch.zeros(1, dtype=torch.int64).pin_memory()
         self.state = library.ExchangeState(
@@ -164,9 +169,35 @@ class NvlinkDomain:
         No rank may have an exchange under way before all have done so.
         """
         self._buffer.own.zero_()
-        self._counters.copy_(torch.tensor([1, 0], dtype=torch.int32))
+        self._counters.copy_(torch.tensor(_FIRST_COUNTERS, dtype=torch.int32))
         torch.cuda.synchronize(self._buffer.own.device)
         self._report.zero_()
+
+    def all_reduce(self, x_TH: torch.Tensor, ranks: range) -> torch.Tensor:
+        """The sum of what these ranks, of which this is one, bring; [T, H], the same bits on all.
+
+        In float32, in the order of the ranks, rounded once. Always over the same ranks.
+
+        Args:
+            x_TH: up to `ExchangeShape.reduced_rows`, as many on each of them.
+        """
+        shape = self.shape
+        assert self.shard.rank in ranks, (self.shard.rank, ranks)
+        assert x_TH.shape[1:] == (shape.hidden,), x_TH.shape
+        assert x_TH.dtype == shape.dtype, x_TH.dtype
+        assert x_TH.is_contiguous(), x_TH.stride()
+        out_TH = torch.empty_like(x_TH)
+        with torch.cuda.device(x_TH.device):
+            self.library.exchange_all_reduce(
+                self.state,
+                x=x_TH.data_ptr(),
+                out=out_TH.data_ptr(),
+                num_rows=len(x_TH),
+                first_rank=ranks.start,
+                group_size=len(ranks),
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+        return out_TH
 
     def section(self, offset: int, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
         """A view of this rank's buffer, from a byte on."""

@@ -125,7 +125,7 @@ def test_a_rank_that_stalls_is_named() -> None:
             world.domains[rank].all_reduce(parts[rank], range(3))
     torch.cuda.synchronize()
     for rank in (0, 2):
-        with pytest.raises(ExchangeTimeout, match="rank 1 has sent nothing .* all-reduce"):
+        with pytest.raises(ExchangeTimeout, match=r"rank 1 has sent nothing .* all-reduce"):
             world.domains[rank].check()
     for domain in world.domains:
         domain.reset()

@@ -28,6 +28,7 @@ from tests.kernels.decode_cases import (
     CLUSTERS,
     run_decode,
 )
+from tests.kernels.exchange_cases import EXCHANGE_CASES, run_exchange
 from tests.kernels.prefill_cases import PREFILL_CASES, run_prefill
 
 TILES = (16, 32, 64, 128, 256)
@@ -374,6 +375,12 @@ def all_cases() -> dict[str, list[NamedRun]]:
             for contexts, heads, kv_heads, block_size, parts in decodes
         ]
     cases["prefill attention"] = [(str(case), partial(run_prefill, case)) for case in PREFILL_CASES]
+    for way, tokens in (("packets", (1, 7, 64)), ("rows", (65, 100))):
+        cases[f"exchange by {way}"] = [
+            (f"{step_tokens} tokens of {hidden}", partial(run_exchange, step_tokens, hidden, fp8))
+            for step_tokens in tokens
+            for hidden, fp8 in EXCHANGE_CASES
+        ]
     cases["expert counts"] = [
         (
             f"{ids_TK.dtype} {list(ids_TK.shape)}, {num_experts} experts",

@@ -7,24 +7,20 @@ import time
 import pytest
 import torch
 
-from moe_engine.dist.exchange.domain import ExchangeShape
 from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.errors import ExchangeTimeout
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference import exchange as reference
-from moe_engine.ops.reference.exchange import Tokens
 from tests.kernels.exchange_work import (
     ROUTINGS,
     Soaking,
-    assert_received,
     choose,
     expected_outputs,
     random_tokens,
     scaling_experts,
     shape_of,
-    tokens_of_ranks,
 )
-from tests.kernels.virtual_ranks import VirtualRanks
+from tests.kernels.virtual_ranks import VirtualRanks, check, random_ranks
 
 pytestmark = pytest.mark.usefixtures("needs_hopper")
 
@@ -32,26 +28,6 @@ TIMEOUT = 0.2
 NUM_RANKS = [1, 2, 3, 4, 8, 16]
 # Of a step, by packets up to 64 and by rows beyond; chunks of a flag are 4.
 STEP_TOKENS = [1, 2, 7, 64, 65, 96, 301]
-
-
-def random_ranks(shape: ExchangeShape, routing: str, step_tokens: int) -> list[Tokens]:
-    """One rank brings all that it may, one nothing, the others anything."""
-    counts = [step_tokens, 0, *torch.randint(0, step_tokens + 1, (shape.num_ranks,)).tolist()]
-    return tokens_of_ranks(shape, routing, counts[: shape.num_ranks])
-
-
-def check(world: VirtualRanks, ranks: list[Tokens], step_tokens: int) -> None:
-    shape = world.shape
-    factors_E = torch.randn(shape.num_experts, device="cuda")
-    experts = [scaling_experts(shape, rank, factors_E) for rank in range(shape.num_ranks)]
-    torch.cuda.synchronize()
-    received, outputs = world.exchange(ranks, step_tokens, experts)
-    world.finish()
-    arrivals, expected = expected_outputs(shape, ranks, step_tokens, experts)
-    for found, right in zip(received, arrivals, strict=True):
-        assert_received(found, right)
-    for found, right in zip(outputs, expected, strict=True):
-        assert torch.equal(found, right), (found - right).abs().max()
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

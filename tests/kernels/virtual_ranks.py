@@ -12,7 +12,13 @@ from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.dist.exchange.replicas import Balancing
 from moe_engine.ops.moe import ExpertOutputs
 from moe_engine.ops.reference.exchange import Tokens
-from tests.kernels.exchange_work import Experts
+from tests.kernels.exchange_work import (
+    Experts,
+    assert_received,
+    expected_outputs,
+    scaling_experts,
+    tokens_of_ranks,
+)
 
 
 def make_room(shape: ExchangeShape, streams: Sequence[torch.cuda.Stream]) -> None:
@@ -92,3 +98,24 @@ class VirtualRanks:
         torch.cuda.synchronize()
         for domain in self.domains:
             domain.check()
+
+
+def random_ranks(shape: ExchangeShape, routing: str, step_tokens: int) -> list[Tokens]:
+    """One rank brings all that it may, one nothing, the others anything."""
+    counts = [step_tokens, 0, *torch.randint(0, step_tokens + 1, (shape.num_ranks,)).tolist()]
+    return tokens_of_ranks(shape, routing, counts[: shape.num_ranks])
+
+
+def check(world: VirtualRanks, ranks: list[Tokens], step_tokens: int) -> None:
+    """Exchange once; everything has the bits of the reference."""
+    shape = world.shape
+    factors_E = torch.randn(shape.num_experts, device="cuda")
+    experts = [scaling_experts(shape, rank, factors_E) for rank in range(shape.num_ranks)]
+    torch.cuda.synchronize()
+    received, outputs = world.exchange(ranks, step_tokens, experts)
+    world.finish()
+    arrivals, expected = expected_outputs(shape, ranks, step_tokens, experts)
+    for found, right in zip(received, arrivals, strict=True):
+        assert_received(found, right)
+    for found, right in zip(outputs, expected, strict=True):
+        assert torch.equal(found, right), (found - right).abs().max()

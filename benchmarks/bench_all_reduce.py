@@ -1,6 +1,6 @@
 """The all-reduce of few rows by our packets, against NCCL's and PyTorch's one-shot one.
 
-    python -m benchmarks.bench_all_reduce --virtual --ranks 2 --rows 1,8,64 --hidden 4096 --json FILE
+    python -m benchmarks.bench_all_reduce --virtual --ranks 2 --rows 1,8,64 --json FILE
     torchrun --nproc-per-node 2 -m benchmarks.bench_all_reduce --rows 1,8,64 --json FILE
 
 Ranks are virtual or real as in `bench_exchange`, and times are taken in the same way: the slowest
@@ -39,7 +39,7 @@ def main() -> None:
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     require_gpu()
     world = VirtualRanks(arguments.ranks) if arguments.virtual else RealRanks.join()
-    is_first = arguments.virtual or world.number == 0
+    is_first = not isinstance(world, RealRanks) or world.number == 0
     results = []
     for num_rows in arguments.rows:
         shape = ExchangeShape(

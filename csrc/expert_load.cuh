@@ -55,7 +55,7 @@ __device__ void produce_down(const Ring<S>& ring, const CUtensorMap* weights, co
       ahead_step = 0;
       dealer.deal();
       ++num_ahead;
-      more_ahead = ahead.next();
+      more_ahead = ahead.template next<true>();
     }
   }
   wait_for_previous_kernels();
@@ -87,7 +87,7 @@ __device__ void produce_down(const Ring<S>& ring, const CUtensorMap* weights, co
     } else {
       dealer.deal();
     }
-    more = tile.next();
+    more = tile.template next<true>();
   }
 }
 

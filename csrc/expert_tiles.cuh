@@ -129,13 +129,20 @@ struct TileWalk {
     return true;
   }
 
+  // By a whole warp, or with kAlone by one thread. A warp's first lane alone reads the queue: it is
+  // the one that releases stages, behind which the queue is written again.
+  template <bool kAlone = false>
   __device__ __forceinline__ bool next() {
     if (is_foreseen()) expert = 0;  // the other tiles begin there, too
     if constexpr (S::kCluster > 1) {
       number += stride;
     } else {
-      barrier_wait(&queue->dealt[at.stage], at.parity);
-      number = queue->numbers[at.stage];
+      int dealt = 0;
+      if (kAlone || threadIdx.x % 32 == 0) {
+        barrier_wait(&queue->dealt[at.stage], at.parity);
+        dealt = queue->numbers[at.stage];
+      }
+      number = kAlone ? dealt : __shfl_sync(0xFFFFFFFF, dealt, 0);
       at.advance();
     }
     return find();

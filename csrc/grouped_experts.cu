@@ -76,8 +76,6 @@ __device__ __forceinline__ void consume(const GroupedProduct& p, const Ring<S>& 
     Destinations<S> next_destinations;
     const auto look_ahead = [&] {
       more = next.next();
-      // Lane 0 releases stages for all, and then the queue may be written again.
-      if constexpr (S::kCluster == 1) __syncwarp();
       if (more) next_destinations.load(p, next, lane);
     };
     if (S::kGateUp && S::kCluster == 1 && tile.num_pairs == 0) {

@@ -28,10 +28,11 @@ from moe_engine.models.qwen3_moe import Qwen3MoeForCausalLM
 from moe_engine.ops.paged_batch import PagedBatch
 from moe_engine.ops.prefill_attention import PrefillTiles, order_tiles, takes, tile_tokens
 
-MIXED_ROWS = (16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+MIXED_ROWS = (16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 2560, 3072, 4096)
 """Tokens of the steps to capture. Experts and attention leave padding out, linear layers do not:
-2098 tokens in 3072 take a tenth longer than their kernels launched one by one, which keep the host
-for nearly all of it. Larger steps keep the device longer than their launches keep the host."""
+2098 tokens in 3072 took a tenth longer than their kernels launched one by one, which keep the host
+for nearly all of it, and do not in 2560. Larger steps keep the device longer than their launches
+keep the host."""
 
 FEW_DECODES = 16
 """As many of them, or as many as there can be, may be decodes. Their attention is launched for all

@@ -152,6 +152,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+__device__ __forceinline__ std::uint32_t* all_sent_flag(const ExchangeState& state, int at_rank,
+                                                        int source) {
+  return flag(state, state.layout.combine_flags_at(), at_rank, source, state.layout.num_chunks());
+}
+
+// The first block tells all ranks that this one's kernel before has ended, and waits until each has
+// said the same.
+__device__ __forceinline__ void tell_all_sent(const ExchangeState& state, std::uint32_t epoch) {
+  if (blockIdx.x != 0 || threadIdx.x >= state.layout.num_ranks) return;
+  store_flag(all_sent_flag(state, threadIdx.x, state.rank), epoch);
+}
+
+__device__ __forceinline__ void wait_for_all_sent(const ExchangeState& state, std::uint32_t epoch,
+                                                  Patience& patience) {
+  if (blockIdx.x != 0 || threadIdx.x >= state.layout.num_ranks) return;
+  wait_for_flag(all_sent_flag(state, state.rank, threadIdx.x), epoch, patience, threadIdx.x);
+}
+
 // Adds up, for each of this rank's tokens, what the ranks of its experts have made of it.
 //
 // Shapes: ids int32 [num_tokens, K]; out [num_tokens, H], summed over the ranks in their order in
@@ -171,6 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int lane = threadIdx.x % 32;
   RowAdder adder(shared.of_warp[threadIdx.x / 32]);
   Patience patience(state, epoch, AbortRecord::kCombine);
+  tell_all_sent(state, epoch);
   const int num_chunks = num_step_chunks(args.step_tokens);
   const int at_once = chunks_at_once(num_chunks);
   for (int first = blockIdx.x * at_once; first < num_chunks; first += gridDim.x * at_once) {
@@ -203,6 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                       static_cast<char*>(args.out) + at);
     }
   }
+  wait_for_all_sent(state, epoch, patience);
   end_exchange(state, state.counters);
 }
 

@@ -272,8 +272,10 @@ __global__ void __launch_bounds__(kRowThreads)
 template <typename W>
 void launch_send(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream) {
   const int shared_bytes = sizeof(SendShared<W>) + replica_bytes(args.replicas);
+  // Of any launch, so that it stays the same for those that a graph holds.
+  constexpr int kMostBytes = sizeof(SendShared<W>) + kMostReplicaBytes;
   CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  shared_bytes));
+                                  kMostBytes));
   launch_dependent("send_rows_kernel", send_rows_kernel<W>,
                    dim3(sending_blocks(num_step_chunks(args.step_tokens), 4)), kRowThreads,
                    shared_bytes, stream, 1, state, args);

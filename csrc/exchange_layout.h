@@ -80,7 +80,8 @@ struct ExchangeLayout {
   // AbortRecord, of this rank for itself.
   constexpr EXCHANGE_BOTH std::int64_t abort_at() const { return 0; }
 
-  // uint32 [N, chunks] each: the last exchange of which source s has written chunk c.
+  // uint32 [N, chunks + 1] each: the last exchange of which source s has written chunk c; of
+  // combine's, the last one is that which s has sent all results of, and read all that it needs.
   constexpr EXCHANGE_BOTH std::int64_t dispatch_flags_at() const { return 256; }
   constexpr EXCHANGE_BOTH std::int64_t combine_flags_at() const {
     return dispatch_flags_at() + flags_bytes();
@@ -133,7 +134,7 @@ struct ExchangeLayout {
     return (words + Packet::kWords - 1) / Packet::kWords;
   }
   constexpr EXCHANGE_BOTH std::int64_t flags_bytes() const {
-    return aligned(std::int64_t{4} * num_ranks * num_chunks());
+    return aligned(std::int64_t{4} * num_ranks * (num_chunks() + 1));
   }
   constexpr EXCHANGE_BOTH std::int64_t choices_bytes() const {
     return aligned(std::int64_t{4} * num_ranks * max_tokens * top_k);

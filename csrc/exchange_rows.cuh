@@ -4,8 +4,8 @@
 // of a source's tokens is complete. Two launches each way: the first sends and never waits, the
 // second waits and takes little of the GPU.
 //
-// A rank's combine waits for all chunks of all ranks, also for those without a result. So at its
-// end all ranks have done with what they received of it, and it may send the next.
+// A rank's combine ends when all ranks have said that they have sent all results: then nobody reads
+// anything that it has sent to them, and it may send the next.
 #pragma once
 
 #include <algorithm>
@@ -32,11 +32,12 @@ __device__ __forceinline__ int chunks_at_once(int num_chunks) {
   return min(kMostAtOnce, (num_chunks + gridDim.x - 1) / gridDim.x);
 }
 
-// The flag that `source` sets at `at_rank` when it has written `chunk`.
+// The flag that `source` sets at `at_rank` when it has written `chunk`; behind the last chunk's, of
+// combine, when it has sent all results to all ranks.
 __device__ __forceinline__ std::uint32_t* flag(const ExchangeState& state, std::int64_t flags_at,
                                                int at_rank, int source, int chunk) {
   auto* const flags = reinterpret_cast<std::uint32_t*>(state.peers.buffers[at_rank] + flags_at);
-  return flags + source * state.layout.num_chunks() + chunk;
+  return flags + source * (state.layout.num_chunks() + 1) + chunk;
 }
 
 // False if the exchange was given up. A flag may be of the next exchange already where dispatches

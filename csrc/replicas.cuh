@@ -34,6 +34,9 @@ __device__ __forceinline__ const std::int32_t* stage_replicas(const ReplicaTable
   return shared;
 }
 
+// That a table may take; as MOST_BYTES in moe_engine/dist/exchange/replicas.py.
+constexpr int kMostReplicaBytes = 48 << 10;
+
 inline int replica_bytes(const ReplicaTable& table) {
   return 2 * table.num_experts * table.num_replicas * static_cast<int>(sizeof(std::int32_t));
 }

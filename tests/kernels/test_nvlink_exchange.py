@@ -19,6 +19,7 @@ from tests.kernels.exchange_work import (
     random_tokens,
     scaling_experts,
     shape_of,
+    tokens_of_ranks,
 )
 from tests.kernels.virtual_ranks import VirtualRanks, check, random_ranks
 
@@ -112,6 +113,30 @@ def test_graphs_take_any_routing(num_ranks: int, step_tokens: int) -> None:
         _, expected = expected_outputs(shape, full, step_tokens, experts)
         for found, right in zip(outputs, expected, strict=True):
             assert torch.equal(found, right)
+
+
+def test_the_next_step_waits_for_results_that_a_rank_sends_to_itself() -> None:
+    """Rank 0 has all the work, and rank 1 sends the next step's rows over those of this one."""
+    shape = shape_of(2, hidden=4096, max_tokens=2048)
+    world = VirtualRanks(shape)
+    factors_E = torch.randn(shape.num_experts, device="cuda")
+    experts = [scaling_experts(shape, rank, factors_E) for rank in range(2)]
+    steps = []
+    for step_tokens in (2048, 1100, 2047):
+        ranks = tokens_of_ranks(shape, "one rank", [step_tokens, 1])
+        steps.append((ranks, step_tokens, *world.capture(ranks, step_tokens, experts)))
+    for _ in range(5):
+        for _, _, graphs, outputs in steps:
+            for out_TH in outputs:
+                out_TH.zero_()
+        torch.cuda.synchronize()
+        for _, _, graphs, _ in steps:
+            world.replay(graphs)
+        world.finish()
+        for ranks, step_tokens, _, outputs in steps:
+            _, expected = expected_outputs(shape, ranks, step_tokens, experts)
+            for found, right in zip(outputs, expected, strict=True):
+                assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize(("num_ranks", "rounds"), [(2, 10_000), (4, 4000), (8, 2000)])

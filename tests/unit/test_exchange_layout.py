@@ -53,7 +53,7 @@ def test_sections_do_not_overlap(
     assert 3 * layout.header_packets >= 2 * top_k > 3 * (layout.header_packets - 1)
     assert 3 * row_packets >= wire_bytes // 4 > 3 * (row_packets - 1)
     assert 3 * layout.combine_packets >= row_bytes // 4 > 3 * (layout.combine_packets - 1)
-    flags = 4 * num_ranks * layout.num_chunks
+    flags = 4 * num_ranks * (layout.num_chunks + 1)
     needed = [
         (layout.abort_at, 8),
         (layout.dispatch_flags_at, flags),

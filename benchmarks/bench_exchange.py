@@ -43,7 +43,7 @@ from benchmarks.exchange_ranks import (
     exchange,
     outputs_of,
 )
-from benchmarks.exchange_timing import eager_us, times_us
+from benchmarks.exchange_timing import eager_us, median_us, times_us
 from benchmarks.gpu_state import gpu_state, require_gpu
 from benchmarks.options import int_list
 from benchmarks.report import save_result
@@ -78,7 +78,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--dtype", type=_names(DTYPES), default=["bf16"])
     parser.add_argument("--routing", type=_names(ROUTINGS), default=["uniform"])
-    parser.add_argument("--packet-tokens", type=int, default=64, help="by packets up to so many")
+    parser.add_argument(
+        "--packet-tokens", type=int, help="by packets up to so many; else as the GPU's table says"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     if arguments.virtual:
@@ -147,20 +149,26 @@ def cases(
     arguments: argparse.Namespace, num_ranks: int
 ) -> list[tuple[dict[str, str], ExchangeShape]]:
     """Those of the command line: by name, and what their buffers are made for."""
-    return [
-        (
-            {"dtype": dtype, "routing": routing},
-            ExchangeShape(
-                num_ranks=num_ranks,
-                num_experts=arguments.experts,
-                top_k=arguments.topk,
-                hidden=arguments.hidden,
-                dtype=DTYPES[dtype],
-                max_tokens=num_tokens,
-                packet_tokens=arguments.packet_tokens,
-                fp8=dtype == "fp8",
-            ),
+    device = torch.device("cuda", 0)
+    ranks_per_gpu = num_ranks if arguments.virtual else 1
+
+    def shape_of(dtype: str, num_tokens: int) -> ExchangeShape:
+        shape = ExchangeShape(
+            num_ranks=num_ranks,
+            num_experts=arguments.experts,
+            top_k=arguments.topk,
+            hidden=arguments.hidden,
+            dtype=DTYPES[dtype],
+            max_tokens=num_tokens,
+            packet_tokens=arguments.packet_tokens or 0,
+            fp8=dtype == "fp8",
         )
+        if arguments.packet_tokens is None:
+            return shape.with_measured_limits(device, ranks_per_gpu)
+        return shape
+
+    return [
+        ({"dtype": dtype, "routing": routing}, shape_of(dtype, num_tokens))
         for dtype in arguments.dtype
         for routing in arguments.routing
         for num_tokens in arguments.tokens
@@ -175,7 +183,7 @@ def measure(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> dict[str, 
         for run in (exchange, dispatch_only, count_only)
     )
     round_us = times_us(world, ranks, whole)
-    counting = statistics.median(times_us(world, ranks, nothing))
+    counting = median_us(world, ranks, nothing)
     dispatch_us = [us - counting for us in times_us(world, ranks, first)]
     combine_us = statistics.median(round_us) - statistics.median(dispatch_us)
     copies = world.all_values([count_copies(shape, rank.inputs[0].ids_TK) for rank in ranks])

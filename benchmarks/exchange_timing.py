@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,6 +44,11 @@ def times_us(world: Ranks, ranks: list[Rank], runs: Sequence[Callable[[], object
         return intervals
 
     return trials_us(world, ranks, launch, EXCHANGES)
+
+
+def median_us(world: Ranks, ranks: list[Rank], runs: Sequence[Callable[[], object]]) -> float:
+    """Of all trials; see `times_us`."""
+    return statistics.median(times_us(world, ranks, runs))
 
 
 def eager_us(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> list[float]:

@@ -161,6 +161,7 @@ __device__ __forceinline__ std::uint32_t* all_sent_flag(const ExchangeState& sta
 // said the same.
 __device__ __forceinline__ void tell_all_sent(const ExchangeState& state, std::uint32_t epoch) {
   if (blockIdx.x != 0 || threadIdx.x >= state.layout.num_ranks) return;
+  fence_for_peers();
   store_flag(all_sent_flag(state, threadIdx.x, state.rank), epoch);
 }
 

@@ -113,25 +113,22 @@ struct Fp8Piece {
   static __device__ __forceinline__ void fill(const ExchangeLayout& layout,
                                               const DispatchArgs& args, int token, int piece,
                                               int lane, Packet* out) {
-    const int num_groups = layout.row_bytes / (2 * kGroup);
     const auto* const row =
         static_cast<const char*>(args.x) + std::int64_t{token} * layout.row_bytes;
+    const auto mine = quantize_eight<T>(reinterpret_cast<const uint4*>(row)[piece * 32 + lane]);
+    const int half = lane / kGroupPackets;
     const int in_group = lane % kGroupPackets;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int group = 2 * piece + half;
-      if (group >= num_groups) break;
-      const float4 four =
-          unpack_four<T>(reinterpret_cast<const uint2*>(row + group * 2 * kGroup)[lane]);
-      const float scale = group_scale(four);
-      const std::uint32_t mine = quantized(four, scale);
-#pragma unroll
-      for (int w = 0; w < Packet::kWords; ++w) {
-        const int word = in_group * Packet::kWords + w;
-        const std::uint32_t theirs = __shfl_sync(0xFFFFFFFF, mine, word % 32);
-        if (lane / kGroupPackets == half) {
-          out->words[w] = word < kGroupWords - 1 ? theirs : __float_as_uint(scale);
-        }
+    for (int w = 0; w < Packet::kWords; ++w) {
+      const int word = in_group * Packet::kWords + w;
+      const int holder = (16 * half + word / 2 % 16) % 32;
+      const std::uint32_t even = __shfl_sync(0xFFFFFFFF, mine.words.x, holder);
+      const std::uint32_t odd = __shfl_sync(0xFFFFFFFF, mine.words.y, holder);
+      const float scale = __shfl_sync(0xFFFFFFFF, mine.scale, holder);
+      if (word == kGroupWords - 1) {
+        out->words[w] = __float_as_uint(scale);
+      } else {
+        out->words[w] = word % 2 == 0 ? even : odd;
       }
     }
   }

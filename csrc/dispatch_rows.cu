@@ -19,6 +19,7 @@ constexpr int kStages = 3;         // pieces of a warp
 
 // What the pieces of a row become on the wire: what they are.
 struct PlainWire {
+  static constexpr int kBlocks = 4;          // of a multiprocessor, as shared memory allows
   static constexpr int kWirePieceBytes = 0;  // they are sent from where they have been loaded
 
   static __device__ __forceinline__ int wire_bytes(int piece_bytes) { return piece_bytes; }
@@ -27,6 +28,7 @@ struct PlainWire {
 // Groups of T in 8 bits, with their scales.
 template <typename T>
 struct Fp8Wire {
+  static constexpr int kBlocks = 3;
   static constexpr int kGroupBytes = 4 * kGroupWords;
   static constexpr int kWirePieceBytes = kPieceBytes / (2 * kGroup) * kGroupBytes;
 
@@ -34,30 +36,26 @@ struct Fp8Wire {
     return piece_bytes / (2 * kGroup) * kGroupBytes;
   }
 
-  // A warp; several groups at once, as each takes a chain of shuffles.
+  // A warp, two groups at a time; several times at once, as each takes a chain of shuffles.
   static __device__ __forceinline__ void quantize(const char* piece, int piece_bytes, char* out) {
     constexpr int kAtOnce = 4;
     const int lane = threadIdx.x % 32;
-    const int num_groups = piece_bytes / (2 * kGroup);
-    for (int first = 0; first < num_groups; first += kAtOnce) {
-      float4 fours[kAtOnce];
-      std::uint32_t words[kAtOnce];
-      float scales[kAtOnce];
+    const auto* const elements = reinterpret_cast<const uint4*>(piece) + lane;
+    const int num_pairs = piece_bytes / (4 * kGroup);
+    for (int first = 0; first < num_pairs; first += kAtOnce) {
+      QuantizedEight eights[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int group = min(first + i, num_groups - 1);
-        fours[i] = unpack_four<T>(reinterpret_cast<const uint2*>(piece + group * 2 * kGroup)[lane]);
+        eights[i] = quantize_eight<T>(elements[min(first + i, num_pairs - 1) * 32]);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) scales[i] = group_scale(fours[i]);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) words[i] = quantized(fours[i], scales[i]);
-#pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= num_groups) break;
-        auto* const to = reinterpret_cast<std::uint32_t*>(out + (first + i) * kGroupBytes);
-        to[lane] = words[i];
-        if (lane == 0) to[kGroupWords - 1] = __float_as_uint(scales[i]);
+        if (first + i >= num_pairs) break;
+        const int group = 2 * (first + i) + lane / 16;
+        auto* const to = reinterpret_cast<std::uint32_t*>(out + group * kGroupBytes);
+        to[lane % 16 * 2] = eights[i].words.x;
+        to[lane % 16 * 2 + 1] = eights[i].words.y;
+        if (lane % 16 == 0) to[kGroupWords - 1] = __float_as_uint(eights[i].scale);
       }
     }
     async_proxy_fence();  // the copy engine reads it next
@@ -78,79 +76,107 @@ struct SendRing {
   RingPosition<kStages> send_at;
 };
 
+// Of a lane: its choice of a token.
+struct Choice {
+  int id;  // of the expert, or -1
+  float weight;
+};
+
+__device__ __forceinline__ Choice load_choice(const DispatchArgs& args,
+                                              const std::int32_t* replicas, int top_k, int token,
+                                              int lane) {
+  const bool is_choice = token < args.num_tokens && lane < top_k;
+  return {physical_choice(args, replicas, top_k, token, lane),
+          is_choice ? args.weights[std::int64_t{token} * top_k + lane] : 0};
+}
+
 // Expert slots and weights of slot `me * step_tokens + token` at all ranks; -1 and 0 where a choice
-// is not of the rank. `id` is that of this lane's choice.
-__device__ __forceinline__ void send_choices(const ExchangeState& state, const DispatchArgs& args,
-                                             int token, int id, int lane) {
+// is not of the rank.
+__device__ __forceinline__ void send_choice(const ExchangeState& state, const DispatchArgs& args,
+                                            int token, const Choice& choice, int lane) {
   const ExchangeLayout& layout = state.layout;
-  note_choices(args, layout.top_k, token, lane, id);
+  note_choices(args, layout.top_k, token, lane, choice.id);
   if (lane >= layout.top_k) return;
-  const std::int64_t source = std::int64_t{token} * layout.top_k + lane;
-  const float weight = token < args.num_tokens ? args.weights[source] : 0;
   const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
   for (int i = 0; i < layout.num_ranks; ++i) {
     const int to = state.order[i];
     char* const buffer = state.peers.buffers[to];
-    const int local = id - to * state.num_local;
-    const bool is_there = id >= 0 && local >= 0 && local < state.num_local;
+    const int local = choice.id - to * state.num_local;
+    const bool is_there = choice.id >= 0 && local >= 0 && local < state.num_local;
     const std::int64_t at = slot * layout.top_k + lane;
     reinterpret_cast<std::int32_t*>(buffer + layout.slots_at())[at] = is_there ? local : -1;
-    reinterpret_cast<float*>(buffer + layout.weights_at())[at] = is_there ? weight : 0;
+    reinterpret_cast<float*>(buffer + layout.weights_at())[at] = is_there ? choice.weight : 0;
   }
 }
 
-// A warp's token, piece by piece: memory to shared memory, and from there to each rank that has an
-// expert of it. Its copies are still on their way at the end.
+// A warp's tokens, one of each of `num` chunks, piece by piece: memory to shared memory, and from
+// there to each rank that has an expert of it. What comes next is on its way meanwhile: pieces, and
+// choices. The copies to the ranks are still on their way at the end.
 template <typename W>
-__device__ __forceinline__ void send_row(const ExchangeState& state, const DispatchArgs& args,
-                                         SendShared<W>& shared, int token, int id, SendRing& ring) {
+__device__ __forceinline__ void send_tokens(const ExchangeState& state, const DispatchArgs& args,
+                                            const std::int32_t* replicas, SendShared<W>& shared,
+                                            int first_chunk, int num, SendRing& ring) {
   const ExchangeLayout& layout = state.layout;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int goes_to = id >= 0 ? id / state.num_local : -1;
-  if (!__any_sync(0xFFFFFFFF, goes_to >= 0)) return;
   const int num_pieces = (layout.row_bytes + kPieceBytes - 1) / kPieceBytes;
   const auto piece_bytes = [&](int piece) {
     return min(kPieceBytes, layout.row_bytes - piece * kPieceBytes);
   };
-  const char* const row = static_cast<const char*>(args.x) + std::int64_t{token} * layout.row_bytes;
-  const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
-  int num_loaded = 0;
+  const auto token_of = [&](int i) { return (first_chunk + i) * kChunkTokens + warp; };
+  Choice next = load_choice(args, replicas, layout.top_k, token_of(0), lane);
+  int ahead = 0;
+  int piece_ahead = 0;
   const auto load = [&] {
-    if (num_loaded == num_pieces) return;
+    if (ahead == num || token_of(ahead) >= args.num_tokens) return;
     if (lane == 0) {
       std::uint64_t* const barrier = &shared.loaded[warp][ring.load_at.stage];
-      barrier_arrive_expecting(barrier, piece_bytes(num_loaded));
+      const char* const row =
+          static_cast<const char*>(args.x) + std::int64_t{token_of(ahead)} * layout.row_bytes;
+      barrier_arrive_expecting(barrier, piece_bytes(piece_ahead));
       copy_row(shared_address(shared.pieces[warp][ring.load_at.stage]),
-               row + num_loaded * kPieceBytes, piece_bytes(num_loaded), barrier);
+               row + piece_ahead * kPieceBytes, piece_bytes(piece_ahead), barrier);
     }
     ring.load_at.advance();
-    ++num_loaded;
+    if (++piece_ahead == num_pieces) {
+      piece_ahead = 0;
+      ++ahead;
+    }
   };
   for (int i = 0; i < kStages - 1; ++i) load();
-  for (int piece = 0; piece < num_pieces; ++piece) {
-    const int stage = ring.send_at.stage;
-    barrier_wait(&shared.loaded[warp][stage], ring.send_at.parity);
-    ring.send_at.advance();
-    const char* out = shared.pieces[warp][stage];
-    if constexpr (W::kWirePieceBytes > 0) {
-      W::quantize(out, piece_bytes(piece), shared.wire[warp][stage]);
-      out = shared.wire[warp][stage];
-    }
-    const std::int64_t at = slot * layout.wire_bytes + piece * W::wire_bytes(kPieceBytes);
-    for (int i = 0; i < layout.num_ranks; ++i) {
-      const int to = state.order[i];
-      if (__any_sync(0xFFFFFFFF, goes_to == to) && lane == 0) {
-        copy_out(state.peers.buffers[to] + layout.rows_at() + at, shared_address(out),
-                 W::wire_bytes(piece_bytes(piece)));
+  for (int n = 0; n < num; ++n) {
+    const int token = token_of(n);
+    const Choice choice = next;
+    if (n + 1 < num) next = load_choice(args, replicas, layout.top_k, token_of(n + 1), lane);
+    if (token >= args.step_tokens) break;
+    send_choice(state, args, token, choice, lane);
+    if (token >= args.num_tokens) continue;
+    const int goes_to = choice.id >= 0 ? choice.id / state.num_local : -1;
+    const std::int64_t slot = std::int64_t{state.rank} * args.step_tokens + token;
+    for (int piece = 0; piece < num_pieces; ++piece) {
+      const int stage = ring.send_at.stage;
+      barrier_wait(&shared.loaded[warp][stage], ring.send_at.parity);
+      ring.send_at.advance();
+      const char* out = shared.pieces[warp][stage];
+      if constexpr (W::kWirePieceBytes > 0) {
+        W::quantize(out, piece_bytes(piece), shared.wire[warp][stage]);
+        out = shared.wire[warp][stage];
       }
+      const std::int64_t at = slot * layout.wire_bytes + piece * W::wire_bytes(kPieceBytes);
+      for (int i = 0; i < layout.num_ranks; ++i) {
+        const int to = state.order[i];
+        if (__any_sync(0xFFFFFFFF, goes_to == to) && lane == 0) {
+          copy_out(state.peers.buffers[to] + layout.rows_at() + at, shared_address(out),
+                   W::wire_bytes(piece_bytes(piece)));
+        }
+      }
+      if (lane == 0) {
+        commit_copies_out();
+        wait_until_read<1>();  // the piece before this one: the next load takes its place
+      }
+      __syncwarp();
+      load();
     }
-    if (lane == 0) {
-      commit_copies_out();
-      wait_until_read<1>();  // the piece before this one: the next load takes its place
-    }
-    __syncwarp();
-    load();
   }
 }
 
@@ -168,8 +194,6 @@ __global__ void __launch_bounds__(kRowThreads)
                      const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) char memory[];
   auto& shared = *reinterpret_cast<SendShared<W>*>(memory);
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (auto& of_warp : shared.loaded) {
       for (std::uint64_t& barrier : of_warp) barrier_init(&barrier, 1);
@@ -187,13 +211,8 @@ __global__ void __launch_bounds__(kRowThreads)
   const int at_once = chunks_at_once(num_chunks);
   for (int first = blockIdx.x * at_once; first < num_chunks; first += gridDim.x * at_once) {
     const int num = min(at_once, num_chunks - first);
-    for (int chunk = first; chunk < first + num; ++chunk) {
-      const int token = chunk * kChunkTokens + warp;
-      const int id = physical_choice(args, replicas, state.layout.top_k, token, lane);
-      if (token < args.step_tokens) send_choices(state, args, token, id, lane);
-      send_row(state, args, shared, token, id, ring);
-    }
-    if (lane == 0) wait_until_written();
+    send_tokens(state, args, replicas, shared, first, num, ring);
+    if (threadIdx.x % 32 == 0) wait_until_written();
     __syncthreads();
     for (int i = threadIdx.x; i < state.layout.num_ranks * num; i += kRowThreads) {
       fence_for_peers();
@@ -211,17 +230,18 @@ constexpr int kWaitThreads = 1024;
 // Example, 2 ranks and a step of 6 tokens, 4 to a flag: 4 flags, of chunks 0 and 1 of each rank.
 __global__ void __launch_bounds__(kWaitThreads)
     wait_for_rows_kernel(const __grid_constant__ ExchangeState state, int step_tokens) {
-  wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
-  const std::uint32_t epoch = state.counters[0];
+  // Set by a kernel that ended before the one that sends let this one start.
+  const std::uint32_t epoch = load_flag(&state.counters[0]);
   Patience patience(state, epoch, AbortRecord::kDispatch);
   const int num_chunks = num_step_chunks(step_tokens);
   for (int i = threadIdx.x; i < state.layout.num_ranks * num_chunks; i += kWaitThreads) {
     const int source = i / num_chunks;
     const std::uint32_t* const from =
         flag(state, state.layout.dispatch_flags_at(), state.rank, source, i % num_chunks);
-    if (!wait_for_flag(from, epoch, patience, source)) return;
+    if (!wait_for_flag(from, epoch, patience, source)) break;
   }
+  wait_for_previous_kernels();  // as others write what that one reads
 }
 
 // Rows in 8 bits as rows of T, a warp each; those that no expert here wants are left out.
@@ -238,7 +258,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const ExchangeLayout& layout = state.layout;
   const char* const buffer = state.peers.buffers[state.rank];
   const auto* const slots = reinterpret_cast<const std::int32_t*>(buffer + layout.slots_at());
-  constexpr int kAtOnce = 8;  // groups whose words are on their way together
+  constexpr int kAtOnce = 4;  // pairs of groups whose words are on their way together
   const int lane = threadIdx.x % 32;
   const int num_slots = layout.num_ranks * args.step_tokens;
   const int num_warps = kRowWarps * gridDim.x;
@@ -248,22 +268,25 @@ __global__ void __launch_bounds__(kRowThreads)
     if (!__any_sync(0xFFFFFFFF, local >= 0)) continue;
     const auto* const words =
         reinterpret_cast<const std::uint32_t*>(buffer + layout.rows_at() + row * layout.wire_bytes);
-    auto* const out = static_cast<char*>(args.received_x) + row * layout.row_bytes;
-    const int num_groups = layout.row_bytes / (2 * kGroup);
-    for (int first = 0; first < num_groups; first += kAtOnce) {
-      std::uint32_t of_lane[kAtOnce];
+    auto* const out =
+        reinterpret_cast<uint4*>(static_cast<char*>(args.received_x) + row * layout.row_bytes);
+    const int num_pairs = layout.row_bytes / (4 * kGroup);
+    for (int first = 0; first < num_pairs; first += kAtOnce) {
+      uint2 of_lane[kAtOnce];
       float scales[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const std::uint32_t* const group = words + min(first + i, num_groups - 1) * kGroupWords;
-        of_lane[i] = group[lane];
-        scales[i] = __uint_as_float(group[kGroupWords - 1]);
+        const int group = 2 * min(first + i, num_pairs - 1) + lane / 16;
+        const std::uint32_t* const of_group = words + group * kGroupWords;
+        of_lane[i] = make_uint2(of_group[lane % 16 * 2], of_group[lane % 16 * 2 + 1]);
+        scales[i] = __uint_as_float(of_group[kGroupWords - 1]);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= num_groups) break;
-        reinterpret_cast<uint2*>(out + (first + i) * 2 * kGroup)[lane] =
-            restored<T>(of_lane[i], scales[i]);
+        if (first + i >= num_pairs) break;
+        const uint2 low = restored<T>(of_lane[i].x, scales[i]);
+        const uint2 high = restored<T>(of_lane[i].y, scales[i]);
+        out[(first + i) * 32 + lane] = make_uint4(low.x, low.y, high.x, high.y);
       }
     }
   }
@@ -277,7 +300,7 @@ void launch_send(const ExchangeState& state, const DispatchArgs& args, cudaStrea
   CHECK_CUDA(cudaFuncSetAttribute(send_rows_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   kMostBytes));
   launch_dependent("send_rows_kernel", send_rows_kernel<W>,
-                   dim3(sending_blocks(num_step_chunks(args.step_tokens), 4)), kRowThreads,
+                   dim3(sending_blocks(num_step_chunks(args.step_tokens), W::kBlocks)), kRowThreads,
                    shared_bytes, stream, 1, state, args);
 }
 

@@ -22,42 +22,49 @@ constexpr int kGroupPackets = kGroupWords / Packet::kWords;
 constexpr float kLargestE4m3 = 448;
 static_assert(kGroupWords % Packet::kWords == 0);
 
-// Four elements of 16 bits.
-template <typename T>
-__device__ __forceinline__ float4 unpack_four(const uint2& words) {
-  const float2 low = unpack<T>(words.x);
-  const float2 high = unpack<T>(words.y);
-  return make_float4(low.x, low.y, high.x, high.y);
-}
+// Groups of smaller elements lose some of their bits: the inverse of the scale stays finite.
+constexpr float kSmallestLargest = 1e-30f;
 
-// The scale of a group of which each lane of the warp has four elements.
-__device__ __forceinline__ float group_scale(const float4& four) {
-  float largest = fmaxf(fmaxf(fabsf(four.x), fabsf(four.y)), fmaxf(fabsf(four.z), fabsf(four.w)));
+// A lane's part of a group, half a warp's: eight elements, and the scale of all.
+struct QuantizedEight {
+  uint2 words;
+  float scale;
+};
+
+// For two groups at a time, by the halves of a warp. Elements times 448 / largest, rounded; the
+// scale is largest / 448.
+template <typename T>
+__device__ __forceinline__ QuantizedEight quantize_eight(const uint4& elements) {
+  const float2 pairs[4] = {unpack<T>(elements.x), unpack<T>(elements.y), unpack<T>(elements.z),
+                           unpack<T>(elements.w)};
+  float largest = kSmallestLargest;
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
+  for (const float2& pair : pairs) largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+#pragma unroll
+  for (int distance = 8; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, distance));
   }
-  return largest > 0 ? __fdiv_rn(largest, kLargestE4m3) : 1;
-}
-
-__device__ __forceinline__ std::uint32_t quantized(const float4& four, float scale) {
-  const auto byte = [&](float value) {
-    return std::uint32_t{__nv_cvt_float_to_fp8(__fdiv_rn(value, scale), __NV_SATFINITE, __NV_E4M3)};
+  const float inverse = __fdiv_rn(kLargestE4m3, largest);
+  const auto two_bytes = [&](const float2& pair) {
+    const float2 scaled = make_float2(__fmul_rn(pair.x, inverse), __fmul_rn(pair.y, inverse));
+    return std::uint32_t{__nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3)};
   };
-  return byte(four.x) | byte(four.y) << 8 | byte(four.z) << 16 | byte(four.w) << 24;
+  return {make_uint2(two_bytes(pairs[0]) | two_bytes(pairs[1]) << 16,
+                     two_bytes(pairs[2]) | two_bytes(pairs[3]) << 16),
+          __fdiv_rn(largest, kLargestE4m3)};
 }
 
 // The four elements of a word, in 16 bits each.
 template <typename T>
 __device__ __forceinline__ uint2 restored(std::uint32_t word, float scale) {
-  float values[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const auto byte = static_cast<__nv_fp8_storage_t>(word >> 8 * i);
-    const __half half{__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)};
-    values[i] = __fmul_rn(__half2float(half), scale);
-  }
-  return make_uint2(pack<T>(&values[0]), pack<T>(&values[2]));
+  const auto pair = [&](std::uint32_t two_bytes) {
+    const __half2 halves{
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two_bytes), __NV_E4M3)};
+    const float2 of_group = __half22float2(halves);
+    const float values[2] = {__fmul_rn(of_group.x, scale), __fmul_rn(of_group.y, scale)};
+    return pack<T>(values);
+  };
+  return make_uint2(pair(word & 0xFFFF), pair(word >> 16));
 }
 
 }  // namespace moe_engine

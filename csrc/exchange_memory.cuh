@@ -57,10 +57,10 @@ __device__ __forceinline__ std::uint32_t load_epoch(const Packet* from) {
 
 // --- flags ---------------------------------------------------------------------------------------
 
-// After a fence_for_peers() in this thread, or a barrier of the block behind which it was called:
-// what was written before is seen by whoever sees the flag.
+// After a fence_for_peers() in this thread: what it knew to be written before that is seen by
+// whoever sees the flag.
 __device__ __forceinline__ void store_flag(std::uint32_t* to, std::uint32_t epoch) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(epoch)
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(epoch)
                : "memory");
 }
 

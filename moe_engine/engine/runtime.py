@@ -203,7 +203,7 @@ class RankRuntime:
                         most_rows(self.config.scheduler.max_num_batched_tokens),
                         self.layout.attention_tp,
                     ),
-                )
+                ).with_measured_limits(self.device)
             )
         return ExchangeSelector(
             self.config.exchange, self.groups, self.model_config.num_experts, domain

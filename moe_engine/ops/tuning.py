@@ -183,11 +183,40 @@ class DecodeChoices(Choices):
     )
 
 
+@dataclass(frozen=True)
+class ExchangeChoices(Choices):
+    """Of `dist.exchange.nvlink` between ranks of one domain.
+
+    Attributes:
+        kinds: by the tokens that a rank may bring in a step: ``packets`` for few, or ``rows``. Once
+            it is rows it stays so.
+    """
+
+    SHAPE = ("num_ranks", "ranks_per_gpu", "row_bytes", "wire_bytes")
+
+    VALUES: ClassVar = {"kinds": ("packets", "rows")}
+
+    kinds: Steps[str] = ((64, "packets"), (INF, "rows"))
+
+    def __post_init__(self) -> None:
+        """`ValueError` naming the field that cannot be."""
+        super().__post_init__()
+        names = [kind for _, kind in self.kinds]
+        if names not in (["packets", "rows"], ["rows"]):
+            raise ValueError(f"kinds must be packets up to a limit and rows beyond, not {names}")
+
+    @property
+    def packet_tokens(self) -> int:
+        """The limit of packets; 0: there are none."""
+        return int(self.kinds[0][0]) if len(self.kinds) > 1 else 0
+
+
 SECTIONS: dict[str, type[Choices]] = {
     "experts": ExpertChoices,
     "linear": LinearChoices,
     "norm_router": NormRouterChoices,
     "decode_attention": DecodeChoices,
+    "exchange": ExchangeChoices,
 }
 """What the lists of a file are called."""
 

@@ -47,7 +47,7 @@ def test_every_operator_is_measured_with_each_of_its_kernels(monkeypatch, tmp_pa
 
     tried = {}
     for section in tuning.SECTIONS:
-        for entry in document[section]:
+        for entry in document.get(section, []):
             for step in entry["measured"]["steps"]:
                 kernels = tried.setdefault((section, step["batch"], step["input"]), set())
                 kernels.update(step["step_ms"])

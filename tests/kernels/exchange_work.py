@@ -29,6 +29,7 @@ def shape_of(num_ranks: int, dtype: torch.dtype = torch.bfloat16, **sizes: Any) 
             "hidden": 256,
             "dtype": dtype,
             "max_tokens": 301,
+            "packet_tokens": 64,
         }
         | sizes
     )

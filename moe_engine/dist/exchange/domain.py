@@ -5,7 +5,7 @@ Shape legend: T tokens, K experts per token, H hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -16,15 +16,13 @@ from moe_engine.dist.communicator import Communicator
 from moe_engine.dist.exchange.base import ExpertShard
 from moe_engine.dist.topology import Topology, from_places, gpu_place, one_domain
 from moe_engine.errors import ConfigError, ExchangeTimeout
-from moe_engine.ops import native
+from moe_engine.ops import native, tuning
 
 MAX_TOP_K = 32
 FP8_GROUP, FP8_GROUP_BYTES = 128, 132
 """Elements that share a scale on the wire, and what they take with it (`csrc/exchange_fp8.cuh`)."""
 FP8_HIDDEN = 4 * FP8_GROUP
 """Rows in FP8 are multiples of so many elements, which take a multiple of 16 bytes."""
-PACKET_TOKENS = 64
-"""Tokens of a rank up to which packets are faster than rows, until that is measured."""
 _PHASES = {1: "dispatch", 2: "combine", 3: "all-reduce"}
 _FIRST_COUNTERS = (1, 0, 1, 0)
 """The number of the first exchange, blocks that have ended it, and the same of all-reduces."""
@@ -52,7 +50,7 @@ class ExchangeShape:
     hidden: int
     dtype: torch.dtype
     max_tokens: int
-    packet_tokens: int = PACKET_TOKENS
+    packet_tokens: int = 0
     reduced_rows: int = 0
     fp8: bool = False
 
@@ -83,6 +81,16 @@ class ExchangeShape:
     def wire_bytes(self) -> int:
         """Of a token on its way to the experts."""
         return self.hidden // FP8_GROUP * FP8_GROUP_BYTES if self.fp8 else self.row_bytes
+
+    def tuning_sizes(self, ranks_per_gpu: int) -> tuple[int, ...]:
+        """What the choice between packets and rows holds for."""
+        return self.num_ranks, ranks_per_gpu, self.row_bytes, self.wire_bytes
+
+    def with_measured_limits(self, device: torch.device, ranks_per_gpu: int = 1) -> ExchangeShape:
+        """The same with as many tokens in packets as are faster so, by the GPU's table."""
+        sizes = self.tuning_sizes(ranks_per_gpu)
+        chosen = tuning.choices(tuning.ExchangeChoices, device, *sizes)
+        return replace(self, packet_tokens=chosen.packet_tokens)
 
     def layout(self, library: ModuleType) -> Any:
         """The `ExchangeLayout` of ``moe_engine._C``."""

@@ -48,15 +48,14 @@ FP8_GROUP = 128
 def through_fp8(x_TH: torch.Tensor) -> torch.Tensor:
     """What is left of rows that travel in 8 bits: e4m3 by groups, times the group's scale.
 
-    The scale makes a group's largest element 448, e4m3's largest. Example: of 448 and 3.3, whose
-    scale is 1, 448 and 3.25 are left.
+    The scale makes a group's largest element 448, e4m3's largest, or one of 1e-30 if all are below.
+    Example: of 448 and 3.3, whose scale is 1, 448 and 3.25 are left.
     """
     x_TGE = x_TH.float().unflatten(1, (-1, FP8_GROUP))
-    largest_TG1 = x_TGE.abs().amax(dim=2, keepdim=True)
-    # By a tensor: PyTorch's kernels would multiply by the reciprocal of a number.
-    scales_TG1 = largest_TG1 / torch.full_like(largest_TG1, 448)
-    scales_TG1 = torch.where(largest_TG1 > 0, scales_TG1, 1.0)
-    rounded_TGE = (x_TGE / scales_TG1).to(torch.float8_e4m3fn).float()
+    largest_TG1 = x_TGE.abs().amax(dim=2, keepdim=True).clamp(min=1e-30)
+    e4m3_TG1 = torch.full_like(largest_TG1, 448)
+    scales_TG1 = largest_TG1 / e4m3_TG1  # PyTorch would multiply by the reciprocal of a number
+    rounded_TGE = (x_TGE * (e4m3_TG1 / largest_TG1)).to(torch.float8_e4m3fn).float()
     return (rounded_TGE * scales_TG1).flatten(1).to(x_TH.dtype)
 
 

@@ -4,9 +4,9 @@
         --write moe_engine/ops/tuned/h200.json
     torchrun --nproc-per-node 2 -m benchmarks.tune_exchange --hidden 2048,4096 --write FILE
 
-For each number of ranks and each kind of row, more and more tokens are exchanged by both, in graphs
-and with bits compared first, as `benchmarks.bench_exchange` does, until rows are faster. The entries
-of these shapes are renewed in a file, whose others stay as they are.
+For each number of ranks and each kind of row, more and more tokens are exchanged by both, in
+graphs and with bits compared first, as `benchmarks.bench_exchange` does, until rows are faster. The
+entries of these shapes are renewed in a file, whose others stay as they are.
 """
 
 from __future__ import annotations

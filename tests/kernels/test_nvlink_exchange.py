@@ -126,7 +126,7 @@ def test_the_next_step_waits_for_results_that_a_rank_sends_to_itself() -> None:
         ranks = tokens_of_ranks(shape, "one rank", [step_tokens, 1])
         steps.append((ranks, step_tokens, *world.capture(ranks, step_tokens, experts)))
     for _ in range(5):
-        for _, _, graphs, outputs in steps:
+        for _, _, _, outputs in steps:
             for out_TH in outputs:
                 out_TH.zero_()
         torch.cuda.synchronize()

@@ -1,9 +1,9 @@
-// A sum of few rows over the ranks of a group, by packets (exchange_packets.cuh), in one launch.
+// A sum of few rows over the ranks of a group, by packets (group_packets.cuh), in one launch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "element.cuh"
-#include "exchange_packets.cuh"
+#include "group_packets.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
 
@@ -24,36 +24,13 @@ struct Piece {
   }
 };
 
-// Where `from_rank` puts it at `at_rank`.
-__device__ __forceinline__ Packet* inbox(const ExchangeState& state, int at_rank,
-                                         std::uint32_t epoch, int from_rank, const Piece& piece) {
-  const ExchangeLayout& layout = state.layout;
-  char* const buffer = state.peers.buffers[at_rank] + layout.reduce_inbox_at() +
-                       (epoch & 1) * layout.reduce_inbox_bytes();
-  const std::int64_t row = std::int64_t{from_rank} * layout.reduced_rows + piece.row;
-  return reinterpret_cast<Packet*>(buffer) + row * layout.combine_packets() + piece.packet;
-}
-
-__device__ __forceinline__ void load_own(const AllReduceArgs& args, int num_words,
-                                         const Piece& piece, std::uint32_t* words) {
-  const auto* const x = static_cast<const std::uint32_t*>(args.x);
-#pragma unroll
-  for (int w = 0; w < Packet::kWords; ++w) {
-    const int word = piece.packet * Packet::kWords + w;
-    words[w] = word < num_words ? x[std::int64_t{piece.row} * num_words + word] : 0;
-  }
-}
-
 // Sends this rank's rows to all others of the group and adds up what all have sent.
-//
-// A place is written again two sums later: after the sum in between, for which everybody has sent
-// something behind the first one.
 //
 // Shapes: x, out [num_rows, H]. Sums are in float32, in the order of the ranks, and rounded once,
 // so all ranks get the same bits.
 //
-// Example, ranks 2 and 3 of 4 with first_rank 2 and group_size 2, one row each, [1, 2] and [10,
-// 20]: both get [11, 22], and ranks 0 and 1 have no part in it.
+// Example, a group of ranks 2 and 3 of 4, one row each, [1, 2] and [10, 20]: both get [11, 22], and
+// ranks 0 and 1 have no part in it.
 template <typename T>
 __global__ void __launch_bounds__(kPacketThreads, 2)
     all_reduce_packets_kernel(const __grid_constant__ ExchangeState state,
@@ -61,24 +38,25 @@ __global__ void __launch_bounds__(kPacketThreads, 2)
   constexpr int kPerWord = 4 / sizeof(T);
   wait_for_previous_kernels();
   if (state.next_may_start) let_next_kernel_start();
-  std::uint32_t* const counters = state.counters + 2;
-  const std::uint32_t epoch = counters[0];
+  const std::uint32_t epoch = group_counters(state)[0];
   const ExchangeLayout& layout = state.layout;
   const int num_words = layout.combine_words();
   const int num_packets = layout.combine_packets();
   const int num_items = args.num_rows * ((num_packets + 31) / 32);
-  const int end_rank = args.first_rank + args.group_size;
+  const int end_rank = args.group.first + args.group.size;
+  const auto place_of = [&](const Piece& piece) {
+    return std::int64_t{piece.row} * num_packets + piece.packet;
+  };
+  const auto load_own = [&](const Piece& piece, std::uint32_t* words) {
+    const auto* const x = static_cast<const std::uint32_t*>(args.x);
+    load_words(x + std::int64_t{piece.row} * num_words, num_words, piece.packet, words);
+  };
   for (int item = warp_of_grid(); item < num_items; item += warps_of_grid()) {
     const Piece piece(item, num_packets);
+    if (piece.packet >= num_packets) continue;
     Packet packet{{}, epoch};
-    load_own(args, num_words, piece, packet.words);
-    for (int i = 0; i < layout.num_ranks; ++i) {
-      const int to = state.order[i];
-      if (to < args.first_rank || to >= end_rank || to == state.rank) continue;
-      if (piece.packet < num_packets) {
-        store_packet(inbox(state, to, epoch, state.rank, piece), packet);
-      }
-    }
+    load_own(piece, packet.words);
+    send_to_group(state, args.group, epoch, place_of(piece), packet);
   }
   Patience patience(state, epoch, AbortRecord::kAllReduce);
   bool is_given_up = false;
@@ -86,7 +64,7 @@ __global__ void __launch_bounds__(kPacketThreads, 2)
     const Piece piece(item, num_packets);
     if (piece.packet >= num_packets) continue;  // no lane waits for another one
     float sums[Packet::kWords * kPerWord] = {};
-    for (int first = args.first_rank; first < end_rank; first += kAtOnce) {
+    for (int first = args.group.first; first < end_rank; first += kAtOnce) {
       Packet parts[kAtOnce];
       bool all_here = false;
       while (!all_here && !is_given_up) {
@@ -96,9 +74,9 @@ __global__ void __launch_bounds__(kPacketThreads, 2)
           const int from = first + n;
           if (from >= end_rank) continue;
           if (from == state.rank) {
-            load_own(args, num_words, piece, parts[n].words);
+            load_own(piece, parts[n].words);
           } else {
-            parts[n] = load_packet(inbox(state, state.rank, epoch, from, piece));
+            parts[n] = load_packet(group_inbox(state, state.rank, epoch, from) + place_of(piece));
             if (parts[n].epoch != epoch) missing = from;
           }
         }
@@ -113,16 +91,13 @@ __global__ void __launch_bounds__(kPacketThreads, 2)
       }
     }
     if (is_given_up) break;
+    std::uint32_t words[Packet::kWords];
 #pragma unroll
-    for (int w = 0; w < Packet::kWords; ++w) {
-      const int word = piece.packet * Packet::kWords + w;
-      if (word < num_words) {
-        static_cast<std::uint32_t*>(args.out)[std::int64_t{piece.row} * num_words + word] =
-            pack<T>(&sums[w * kPerWord]);
-      }
-    }
+    for (int w = 0; w < Packet::kWords; ++w) words[w] = pack<T>(&sums[w * kPerWord]);
+    auto* const out = static_cast<std::uint32_t*>(args.out);
+    store_words(out + std::int64_t{piece.row} * num_words, num_words, piece.packet, words);
   }
-  end_exchange(state, counters);
+  end_exchange(state, group_counters(state));
 }
 
 template <typename T>

@@ -31,7 +31,7 @@ struct ExchangeState {
   // All ranks in the order in which this one writes to them; it comes last itself.
   std::uint8_t order[kMaxExchangeRanks];
   // Of this rank alone: [0] the number of the present exchange, from 1 on, [1] blocks that have
-  // ended it; [2] and [3] the same of all-reduces.
+  // ended it; [2] and [3] the same of collectives of a group.
   std::uint32_t* counters;
   AbortRecord* abort_report;  // of this rank, in memory that the host can read
   std::int64_t timeout_ns;    // after which a wait is given up
@@ -86,14 +86,27 @@ struct CombineArgs {
   int step_tokens;
 };
 
-// A sum over the ranks of a group, such as those that share the heads of attention. All sums of a
-// rank are over the same group.
+// Ranks with consecutive numbers, such as those that share the heads of attention. All collectives
+// of a rank are over the same group.
+struct RankGroup {
+  int first;
+  int size;
+};
+
+// A sum over the ranks of a group.
 struct AllReduceArgs {
   const void* x;  // [num_rows, H], what this rank adds; the same shape on all
   void* out;      // [num_rows, H], may be x
   int num_rows;
-  int first_rank;  // of the group, ranks with consecutive numbers
-  int group_size;
+  RankGroup group;
+};
+
+// What each rank of a group brings, one behind the other at all of them.
+struct AllGatherArgs {
+  const void* x;  // this rank's words of 4 bytes
+  void* out;      // all words; may be x where no other rank brings any, or this one does not
+  RankGroup group;
+  std::int32_t num_words[kMaxExchangeRanks];  // of each rank of the group
 };
 
 // Each enqueues on `stream` and returns, can be captured in a CUDA graph, and leaves no count to
@@ -106,8 +119,10 @@ void combine_packets(const ExchangeState& state, const CombineArgs& args, cudaSt
 void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);
 void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream);
 
-// By packets, in one launch, of up to the layout's reduced_rows. Its numbers are its own, so it may
-// come between any two of the above; all ranks of the group enqueue the same ones in their order.
+// By packets, in one launch, of up to the layout's reduced_rows, or as many words of each rank.
+// Their numbers are their own, so they may come between any two of the above; all ranks of the
+// group enqueue the same ones in their order.
 void all_reduce_packets(const ExchangeState& state, const AllReduceArgs& args, cudaStream_t stream);
+void all_gather_packets(const ExchangeState& state, const AllGatherArgs& args, cudaStream_t stream);
 
 }  // namespace moe_engine

@@ -136,8 +136,26 @@ void all_reduce(const ExchangeState& state, std::uintptr_t x, std::uintptr_t out
                                 std::to_string(state.layout.reduced_rows));
   }
   const AllReduceArgs args{reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out), num_rows,
-                           first_rank, group_size};
+                           RankGroup{first_rank, group_size}};
   all_reduce_packets(state, args, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void all_gather(const ExchangeState& state, std::uintptr_t x, std::uintptr_t out,
+                const std::vector<std::int64_t>& num_bytes, int first_rank, std::uintptr_t stream) {
+  const std::int64_t most = std::int64_t{state.layout.reduced_rows} * state.layout.row_bytes;
+  AllGatherArgs args{reinterpret_cast<const void*>(x),
+                     reinterpret_cast<void*>(out),
+                     RankGroup{first_rank, static_cast<int>(num_bytes.size())},
+                     {}};
+  check_at_most("the number of ranks", args.group.size, state.layout.num_ranks - first_rank);
+  for (int i = 0; i < args.group.size; ++i) {
+    if (num_bytes[i] < 0 || num_bytes[i] > most || num_bytes[i] % 4 != 0) {
+      throw std::invalid_argument("num_bytes is " + std::to_string(num_bytes[i]) +
+                                  "; it is a multiple of 4 up to " + std::to_string(most));
+    }
+    args.num_words[i] = static_cast<std::int32_t>(num_bytes[i] / 4);
+  }
+  all_gather_packets(state, args, reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -180,6 +198,8 @@ void bind_exchange(py::module_& module) {
              "sent_ids"_a = 0, "load"_a = 0, "num_counted"_a = 0, "stream"_a);
   module.def("exchange_all_reduce", &all_reduce, "state"_a, py::kw_only(), "x"_a, "out"_a,
              "num_rows"_a, "first_rank"_a, "group_size"_a, "stream"_a);
+  module.def("exchange_all_gather", &all_gather, "state"_a, py::kw_only(), "x"_a, "out"_a,
+             "num_bytes"_a, "first_rank"_a, "stream"_a);
   module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "y"_a,
              "is_summed"_a, "slots"_a, "weights"_a, "ids"_a, "out"_a, "num_tokens"_a,
              "step_tokens"_a, "stream"_a);

@@ -40,7 +40,13 @@ struct alignas(16) Packet {
 // Why an exchange was given up; all zeros while it was not. Eight bytes, so that it is read and
 // written at once.
 struct alignas(8) AbortRecord {
-  enum Phase : std::uint8_t { kNone = 0, kDispatch = 1, kCombine = 2, kAllReduce = 3 };
+  enum Phase : std::uint8_t {
+    kNone = 0,
+    kDispatch = 1,
+    kCombine = 2,
+    kAllReduce = 3,
+    kAllGather = 4
+  };
   std::uint32_t epoch;   // of the exchange that did not end
   std::uint8_t phase;    // its half
   std::uint8_t waiter;   // rank that gave up
@@ -53,7 +59,7 @@ struct ExchangeLayout {
   int num_ranks;
   int max_tokens;     // M
   int packet_tokens;  // tokens a rank may bring in packets, at most; <= M
-  int reduced_rows;   // rows of an all-reduce, at most
+  int reduced_rows;   // rows that a collective of a group takes of a rank, at most
   int row_bytes;      // of one token, a multiple of 16
   int wire_bytes;     // of one token on its way to the experts: row_bytes, or what FP8 takes
   int top_k;
@@ -103,8 +109,8 @@ struct ExchangeLayout {
     return aligned(std::int64_t{16} * num_ranks * packet_tokens * combine_packets());
   }
 
-  // Packet [2, N, reduced_rows, combine_packets], by the parity of the all-reduce: what each rank
-  // adds.
+  // Packet [2, N, reduced_rows, combine_packets], by the parity of the group's collective: what
+  // each rank brings.
   constexpr EXCHANGE_BOTH std::int64_t reduce_inbox_at() const {
     return combine_inbox_at() + combine_inbox_bytes();
   }

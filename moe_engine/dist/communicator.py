@@ -49,11 +49,15 @@ class Communicator:
                 dist.barrier(group=self._group)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place; returns ``x``."""
+        """The sum over the ranks; it may be ``x``, which is overwritten then."""
         if self.size > 1:
             with _peers_needed():
                 dist.all_reduce(x, group=self._group)
         return x
+
+    def all_reduce_rows(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The same, in float32 and rounded to the type of ``x_TH`` once."""
+        return self.all_reduce(x_TH.to(torch.float32)).to(x_TH.dtype)
 
     def all_gather_rows(self, x_TH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Concatenate every rank's rows, [sum(counts), H]; rank r brings ``counts[r]`` rows."""

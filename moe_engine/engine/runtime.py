@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from moe_engine.config import EngineConfig, ModelConfig
 from moe_engine.config.hf import load_model_config
 from moe_engine.dist.exchange import ExchangeSelector, tokens_of_a_rank
 from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain, join_domain
+from moe_engine.dist.exchange.group import PacketCommunicator, rows_by_packets
 from moe_engine.dist.groups import ParallelGroups, create_groups
 from moe_engine.dist.layout import RankLayout, check_layout
 from moe_engine.dist.topology import from_file
@@ -192,22 +193,28 @@ class RankRuntime:
         """The backends that steps may use, and the memory that they share (a collective)."""
         domain = None
         if self.config.exchange.exchange == "nvlink":
-            domain = self._join_domain(
-                ExchangeShape(
-                    num_ranks=self.layout.world_size,
-                    num_experts=self.model_config.num_experts,
-                    top_k=self.model_config.num_experts_per_tok,
-                    hidden=self.model_config.hidden_size,
-                    dtype=self.dtype,
-                    max_tokens=tokens_of_a_rank(
-                        most_rows(self.config.scheduler.max_num_batched_tokens),
-                        self.layout.attention_tp,
-                    ),
-                ).with_measured_limits(self.device)
-            )
+            domain = self._join_domain(self._exchange_shape())
+            if self.layout.attention_tp > 1:
+                ranks = self.layout.group_ranks(self.layout.dp_rank)
+                tp = PacketCommunicator(self.groups.tp, domain, ranks)
+                self.groups = replace(self.groups, tp=tp)
         return ExchangeSelector(
             self.config.exchange, self.groups, self.model_config.num_experts, domain
         )
+
+    def _exchange_shape(self) -> ExchangeShape:
+        model, tp = self.model_config, self.layout.attention_tp
+        most_tokens = most_rows(self.config.scheduler.max_num_batched_tokens)
+        row_bytes = model.hidden_size * self.dtype.itemsize
+        return ExchangeShape(
+            num_ranks=self.layout.world_size,
+            num_experts=model.num_experts,
+            top_k=model.num_experts_per_tok,
+            hidden=model.hidden_size,
+            dtype=self.dtype,
+            max_tokens=tokens_of_a_rank(most_tokens, tp),
+            reduced_rows=min(most_tokens, rows_by_packets(tp, row_bytes)),
+        ).with_measured_limits(self.device)
 
     def _join_domain(self, shape: ExchangeShape) -> NvlinkDomain:
         path, timeout = self.config.cluster.topology, self.config.exchange.exchange_timeout

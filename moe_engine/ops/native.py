@@ -63,3 +63,13 @@ def has_triton() -> bool:
         )
         return False
     return True
+
+
+def compiles_only() -> bool:
+    """Whether Triton's kernels are only compiled now, and those of the extension left out."""
+    if not has_triton():
+        return False
+    from moe_engine.kernels import launch
+
+    only: bool = launch.compiles_only()
+    return only

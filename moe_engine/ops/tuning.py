@@ -188,27 +188,39 @@ class ExchangeChoices(Choices):
     """Of `dist.exchange.nvlink` between ranks of one domain.
 
     Attributes:
-        kinds: by the tokens that a rank may bring in a step: ``packets`` for few, or ``rows``. Once
-            it is rows it stays so.
+        kinds: by the tokens that a rank may bring in a step: ``packets`` for few, or ``rows``.
+        tensor_parallel: by the tokens of a step, where all ranks share each sequence's attention:
+            ``replicated`` for few, each rank with its experts on all tokens, or ``sharded``, each
+            with a share of the tokens in the exchange.
     """
 
     SHAPE = ("num_ranks", "ranks_per_gpu", "row_bytes", "wire_bytes")
 
-    VALUES: ClassVar = {"kinds": ("packets", "rows")}
+    VALUES: ClassVar = {
+        "kinds": ("packets", "rows"),
+        "tensor_parallel": ("replicated", "sharded"),
+    }
 
     kinds: Steps[str] = ((64, "packets"), (INF, "rows"))
+    tensor_parallel: Steps[str] = ((64, "replicated"), (INF, "sharded"))
 
     def __post_init__(self) -> None:
         """`ValueError` naming the field that cannot be."""
         super().__post_init__()
-        names = [kind for _, kind in self.kinds]
-        if names not in (["packets", "rows"], ["rows"]):
-            raise ValueError(f"kinds must be packets up to a limit and rows beyond, not {names}")
+        for name, (few, many) in self.VALUES.items():
+            found = [value for _, value in getattr(self, name)]
+            if found not in ([few, many], [many]):
+                raise ValueError(f"{name} must be {few} up to a limit and {many} beyond: {found}")
 
     @property
     def packet_tokens(self) -> int:
-        """The limit of packets; 0: there are none."""
-        return int(self.kinds[0][0]) if len(self.kinds) > 1 else 0
+        """Up to how many there are packets; 0: there are none."""
+        return _first_limit(self.kinds)
+
+    @property
+    def replicated_tokens(self) -> int:
+        """Up to how many each rank has all tokens; 0: it never has."""
+        return _first_limit(self.tensor_parallel)
 
 
 SECTIONS: dict[str, type[Choices]] = {
@@ -224,6 +236,11 @@ Table = dict[tuple[type[Choices], tuple[int, ...]], Choices]
 """Choices by kind and shape."""
 
 C = TypeVar("C", bound=Choices)
+
+
+def _first_limit(steps: Steps[str]) -> int:
+    """Of steps with one or two values."""
+    return int(steps[0][0]) if len(steps) > 1 else 0
 
 
 def choices(kind: type[C], device: torch.device, *shape: int) -> C:

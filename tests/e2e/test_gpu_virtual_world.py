@@ -31,9 +31,13 @@ def own_streams() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_tokens_in_float32_are_those_of_one_rank(tmp_path: Path, cuda_graphs: bool) -> None:
+@pytest.mark.parametrize(("num_ranks", "tp"), [(8, 1), (8, 4), (4, 4), (2, 2)])
+def test_tokens_in_float32_are_those_of_one_rank(
+    tmp_path: Path, num_ranks: int, tp: int, cuda_graphs: bool
+) -> None:
+    """Also of the flagship's layout, TP 4 x DP 2, and of TP alone, where few tokens stay."""
     options = {"dtype": "float32", "cuda_graphs": cuda_graphs}
-    world = VirtualWorld(tmp_path, NUM_RANKS, MODEL, **ON_GPU | options)
+    world = VirtualWorld(tmp_path, num_ranks, MODEL, tp=tp, **ON_GPU | options)
     requests = requests_of(3, 30)
     found = [token_ids for token_ids, _, _ in world.run(requests)]
     (alone := tmp_path / "alone").mkdir()
@@ -41,7 +45,8 @@ def test_tokens_in_float32_are_those_of_one_rank(tmp_path: Path, cuda_graphs: bo
     assert found == [token_ids for token_ids, _, _ in one.run(requests)]
 
 
-def test_logits_in_bfloat16_are_as_good_as_those_of_one_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tp", [1, 4])
+def test_logits_in_bfloat16_are_as_good_as_those_of_one_rank(tmp_path: Path, tp: int) -> None:
     """Of Qwen3-30B-A3B's dimensions, with few layers and a small vocabulary."""
     model = json.loads(DIMENSIONS.read_text()) | {"num_hidden_layers": 3, "vocab_size": 2048}
     model |= {"bos_token_id": None, "eos_token_id": None}
@@ -63,7 +68,7 @@ def test_logits_in_bfloat16_are_as_good_as_those_of_one_rank(tmp_path: Path) -> 
 
     expected, rounded = alone("float32"), alone("bfloat16")
     options = ON_GPU | limits | {"dtype": "bfloat16"}
-    found = scores(VirtualWorld(tmp_path, NUM_RANKS, model, **options).run(requests))
+    found = scores(VirtualWorld(tmp_path, NUM_RANKS, model, tp=tp, **options).run(requests))
     assert len(found) == len(expected) > 2000
     error, usual = ((values - expected).square().mean().sqrt() for values in (found, rounded))
     print(f"root mean square of the error: {error:.4f} on {NUM_RANKS} ranks, {usual:.4f} on one")

@@ -25,12 +25,12 @@ def requests_of(seed: int, number: int) -> list[tuple[list[int], SamplingParams]
 
 
 @pytest.mark.parametrize("with_decode_steps", [False, True])
-@pytest.mark.parametrize("num_ranks", [2, 8])
+@pytest.mark.parametrize(("num_ranks", "tp"), [(2, 1), (8, 1), (2, 2), (4, 2)])
 def test_threads_with_a_share_of_the_experts_agree_with_one_rank(
-    tmp_path: Path, num_ranks: int, with_decode_steps: bool
+    tmp_path: Path, num_ranks: int, tp: int, with_decode_steps: bool
 ) -> None:
     options = LIMITS | {"device": "cpu", "dtype": "float32"}
-    world = VirtualWorld(tmp_path, num_ranks, MODEL, **options)
+    world = VirtualWorld(tmp_path, num_ranks, MODEL, tp=tp, **options)
     if with_decode_steps:
         for rank in world.ranks:
             decode_in_static_memory(rank.runner)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,11 +72,35 @@ class ThreadCommunicator(Communicator):
         parts = self._meeting.values(self.rank, x_TH.split(send_counts))
         return torch.cat([of_rank[self.rank] for of_rank in parts])
 
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Communicator.all_reduce`."""
+        return torch.stack(self._meeting.values(self.rank, x.clone())).sum(dim=0)
+
+    def all_gather_rows(self, x_TH: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """See `Communicator.all_gather_rows`."""
+        return torch.cat(self._meeting.values(self.rank, x_TH))
+
+    def gather_columns(self, x_TH: torch.Tensor) -> torch.Tensor | None:
+        """See `Communicator.gather_columns`."""
+        parts = self._meeting.values(self.rank, x_TH)
+        return torch.cat(parts, dim=-1) if self.rank == 0 else None
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Communicator.broadcast`."""
+        return x.copy_(self._meeting.values(self.rank, x.clone())[0])
+
+
+class NoCommunicator(Communicator):
+    """Of ranks that share a GPU, among which torch has no collectives; anything raises."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self.size, self.rank = size, rank
+
 
 class VirtualRank(RankRuntime):
     """A rank whose place among the others somebody else has prepared.
 
-    It starts alone, while no exchange is complete.
+    It starts alone, while no exchange is complete. All collectives of its TP group go by packets.
     """
 
     domains: Callable[[ExchangeShape], list[NvlinkDomain]]
@@ -84,6 +109,10 @@ class VirtualRank(RankRuntime):
         torch.cuda.current_stream().synchronize()
 
     def _join_domain(self, shape: ExchangeShape) -> NvlinkDomain:
+        if shape.reduced_rows:
+            most = shape.max_tokens * shape.num_ranks
+            logits = 4 * self.config.scheduler.max_num_seqs * self.model_config.vocab_size
+            shape = replace(shape, reduced_rows=max(most, -(-logits // shape.row_bytes)))
         return self.domains(shape)[self.layout.rank]
 
 
@@ -93,17 +122,26 @@ class VirtualWorld:
     Args:
         directory: where to put the model's config; the weights are random.
         model: the config.
+        tp: ranks that share each sequence's attention.
         options: of the engine.
     """
 
     def __init__(
-        self, directory: Path, num_ranks: int, model: dict[str, Any], **options: Any
+        self,
+        directory: Path,
+        num_ranks: int,
+        model: dict[str, Any],
+        *,
+        tp: int = 1,
+        **options: Any,
     ) -> None:
         (directory / "config.json").write_text(json.dumps(model))
-        values = {"model": str(directory), "load_format": "dummy", "attention_dp": num_ranks}
+        parallel = {"attention_tp": tp, "attention_dp": num_ranks // tp}
+        values = {"model": str(directory), "load_format": "dummy"} | parallel
         config, _ = build_config(values | options)
         self._timeout = config.exchange.exchange_timeout
         self._meeting = Meeting(num_ranks)
+        self._group_meetings = [Meeting(tp) for _ in range(num_ranks // tp)]
         self._lock = threading.Lock()
         self._domains: list[NvlinkDomain] = []
         self._pools = [ThreadPoolExecutor(1) for _ in range(num_ranks)]
@@ -142,10 +180,10 @@ class VirtualWorld:
         return self._on_all(lambda rank: pending[rank].result())
 
     def _make_rank(self, rank: int, config: Any) -> VirtualRank:
-        layout = RankLayout(rank, 1, config.parallel.attention_dp)
+        layout = RankLayout(rank, config.parallel.attention_tp, config.parallel.attention_dp)
         runtime = VirtualRank(config, layout, LocalPlace(0, 1))
         ep = ThreadCommunicator(layout.world_size, rank, self._meeting)
-        runtime.groups = ParallelGroups(layout, Communicator(1, 0), ep)
+        runtime.groups = ParallelGroups(layout, self._tp_communicator(runtime), ep)
         runtime.domains = lambda shape: self._make_domains(shape, runtime.device)
         if runtime.device.type == "cuda":
             with self._lock:
@@ -153,6 +191,14 @@ class VirtualWorld:
                     _streams.append(torch.cuda.Stream(runtime.device))
             torch.cuda.set_stream(_streams[rank])
         return runtime
+
+    def _tp_communicator(self, runtime: VirtualRank) -> Communicator:
+        size, rank = runtime.layout.attention_tp, runtime.layout.tp_rank
+        if size == 1:
+            return Communicator(1, 0)
+        if runtime.device.type == "cuda":
+            return NoCommunicator(size, rank)
+        return ThreadCommunicator(size, rank, self._group_meetings[runtime.layout.dp_rank])
 
     def _make_domains(self, shape: ExchangeShape, device: torch.device) -> list[NvlinkDomain]:
         """All ranks' places, made by the first that asks."""

@@ -21,24 +21,31 @@ def shape_of(**sizes: Any) -> ExchangeShape:
     return ExchangeShape(2, dtype=torch.bfloat16, **values | sizes)
 
 
-def steps_of(*times: tuple[int, float, float]) -> list[dict[str, float]]:
-    return [{"tokens": tokens, "packets": p, "rows": r} for tokens, p, r in times]
+def steps_of(few: str, many: str, *times: tuple[int, float, float]) -> list[dict[str, float]]:
+    return [{"tokens": tokens, few: few_us, many: many_us} for tokens, few_us, many_us in times]
 
 
 @pytest.mark.parametrize(
-    ("steps", "packet_tokens"),
+    ("times", "limit"),
     [
-        (steps_of((16, 9, 22), (32, 12, 22), (48, 23, 22)), 32),
-        (steps_of((16, 9, 22), (32, 22, 22)), 32),
-        (steps_of((16, 23, 22)), 0),
+        ([(16, 9, 22), (32, 12, 22), (48, 23, 22)], 32),
+        ([(16, 9, 22), (32, 22, 22)], 32),
+        ([(16, 23, 22)], 0),
     ],
 )
-def test_packets_go_up_to_the_most_tokens_with_which_they_were_faster(
-    steps: list[dict[str, float]], packet_tokens: int
+def test_a_kind_goes_up_to_the_most_tokens_with_which_it_was_not_slower(
+    times: list[tuple[int, float, float]], limit: int
 ) -> None:
-    derived = derive(steps)
-    assert derived.packet_tokens == packet_tokens
-    assert derived.kinds[-1] == (INF, "rows")
+    others = [(16, 1.0, 2.0)]
+    by_packets = derive(
+        steps_of("packets", "rows", *times), steps_of("replicated", "sharded", *others)
+    )
+    assert (by_packets.packet_tokens, by_packets.replicated_tokens) == (limit, 16)
+    replicated = derive(
+        steps_of("packets", "rows", *others), steps_of("replicated", "sharded", *times)
+    )
+    assert (replicated.packet_tokens, replicated.replicated_tokens) == (16, limit)
+    assert replicated.kinds[-1] == (INF, "rows")
 
 
 def test_an_entry_is_found_by_the_shape_that_it_was_measured_for(
@@ -46,8 +53,10 @@ def test_an_entry_is_found_by_the_shape_that_it_was_measured_for(
 ) -> None:
     document: dict[str, Any] = {"device": "Some GPU", "runs": {"exchange of virtual ranks": {}}}
     for packet_tokens in (16, 48):  # the second one in the place of the first
-        steps = steps_of((packet_tokens, 1, 2), (packet_tokens + 1, 2, 1))
-        renew(document, shape_of(fp8=True), 2, steps, derive(steps))
+        packets = steps_of("packets", "rows", (packet_tokens, 1, 2), (packet_tokens + 1, 2, 1))
+        renew(
+            document, shape_of(fp8=True), 2, packets, steps_of("replicated", "sharded", (9, 1, 1))
+        )
     assert len(document["exchange"]) == 1
     assert document["exchange"][0]["shape"] == {
         "num_ranks": 2,
@@ -60,31 +69,20 @@ def test_an_entry_is_found_by_the_shape_that_it_was_measured_for(
     found = tuning.table_for("Some GPU", tmp_path)
     monkeypatch.setattr(tuning, "table", lambda device: found)
     device = torch.device("cpu")
-    assert shape_of(fp8=True).with_measured_limits(device, 2).packet_tokens == 48
+    measured = shape_of(fp8=True).with_measured_limits(device, 2)
+    assert (measured.packet_tokens, measured.replicated_tokens) == (48, 9)
     others = (shape_of().with_measured_limits(device, 2), shape_of(fp8=True))
     assert others[0].packet_tokens == ExchangeChoices().packet_tokens == 64
     assert others[1].with_measured_limits(device).packet_tokens == 64
 
 
-def test_more_is_tried_until_rows_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    class World:
-        def make(self, shape: ExchangeShape, routing: str) -> list[ExchangeShape]:
-            return [shape]
+def test_more_is_tried_until_what_is_for_many_is_faster() -> None:
+    def times_of(world: Any, shape: ExchangeShape, tokens: int) -> tuple[float, float]:
+        return tokens / 3, 20.0
 
-    class Graph:
-        def replay(self) -> None:
-            """Nothing is timed here."""
-
-    monkeypatch.setattr(tune_exchange, "check", lambda *arguments: None)
-    monkeypatch.setattr(tune_exchange, "capture", lambda *arguments: Graph())
-    monkeypatch.setattr(
-        tune_exchange,
-        "median_us",
-        lambda world, ranks, runs: 20.0 if not ranks[0].packet_tokens else ranks[0].max_tokens / 3,
-    )
-    steps = tune_exchange.measure(World(), shape_of())  # type: ignore[arg-type]
+    steps = tune_exchange.compare(None, shape_of(), "packets", "rows", times_of)  # type: ignore[arg-type]
     assert [step["tokens"] for step in steps] == [16, 32, 48, 64]
-    assert derive(steps).packet_tokens == 48
+    assert tune_exchange.best_up_to(steps, "packets", "rows") == 48
 
 
 @pytest.mark.parametrize(
@@ -93,3 +91,5 @@ def test_more_is_tried_until_rows_are_faster(monkeypatch: pytest.MonkeyPatch) ->
 def test_packets_are_for_few_tokens(kinds: Any) -> None:
     with pytest.raises(ValueError, match="kinds must be packets up to a limit and rows beyond"):
         ExchangeChoices(kinds)
+    with pytest.raises(ValueError, match="tensor_parallel must be replicated up to a limit"):
+        ExchangeChoices(tensor_parallel=((INF, "replicated"),))

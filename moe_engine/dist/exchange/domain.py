@@ -5,6 +5,7 @@ Shape legend: T tokens, K experts per token, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -23,9 +24,9 @@ FP8_GROUP, FP8_GROUP_BYTES = 128, 132
 """Elements that share a scale on the wire, and what they take with it (`csrc/exchange_fp8.cuh`)."""
 FP8_HIDDEN = 4 * FP8_GROUP
 """Rows in FP8 are multiples of so many elements, which take a multiple of 16 bytes."""
-_PHASES = {1: "dispatch", 2: "combine", 3: "all-reduce"}
+_PHASES = {1: "dispatch", 2: "combine", 3: "all-reduce", 4: "all-gather"}
 _FIRST_COUNTERS = (1, 0, 1, 0)
-"""The number of the first exchange, blocks that have ended it, and the same of all-reduces."""
+"""The number of the first exchange, blocks that have ended it, and the same of collectives."""
 _ELEMENT_TYPES = {
     torch.bfloat16: "BFLOAT16",
     torch.float16: "FLOAT16",
@@ -39,8 +40,9 @@ class ExchangeShape:
 
     Attributes:
         max_tokens: that a rank may bring in a step.
-        packet_tokens: up to which steps go by packets; 0: none.
-        reduced_rows: that `NvlinkDomain.all_reduce` may sum at once.
+        packet_tokens: of a rank, up to which steps go by packets; 0: none.
+        replicated_tokens: of a step, up to which no token travels where all ranks have all of them.
+        reduced_rows: that a collective of a group may take of a rank (`NvlinkDomain.all_reduce`).
         fp8: whether rows go to the experts in 8 bits, by groups of 128 elements with a scale.
     """
 
@@ -51,6 +53,7 @@ class ExchangeShape:
     dtype: torch.dtype
     max_tokens: int
     packet_tokens: int = 0
+    replicated_tokens: int = 0
     reduced_rows: int = 0
     fp8: bool = False
 
@@ -87,10 +90,14 @@ class ExchangeShape:
         return self.num_ranks, ranks_per_gpu, self.row_bytes, self.wire_bytes
 
     def with_measured_limits(self, device: torch.device, ranks_per_gpu: int = 1) -> ExchangeShape:
-        """The same with as many tokens in packets as are faster so, by the GPU's table."""
+        """The same with the limits of tokens that are best by the GPU's table."""
         sizes = self.tuning_sizes(ranks_per_gpu)
         chosen = tuning.choices(tuning.ExchangeChoices, device, *sizes)
-        return replace(self, packet_tokens=chosen.packet_tokens)
+        return replace(
+            self,
+            packet_tokens=chosen.packet_tokens,
+            replicated_tokens=chosen.replicated_tokens,
+        )
 
     def layout(self, library: ModuleType) -> Any:
         """The `ExchangeLayout` of ``moe_engine._C``."""
@@ -195,6 +202,8 @@ class NvlinkDomain:
         assert x_TH.dtype == shape.dtype, x_TH.dtype
         assert x_TH.is_contiguous(), x_TH.stride()
         out_TH = torch.empty_like(x_TH)
+        if native.compiles_only():
+            return out_TH
         with torch.cuda.device(x_TH.device):
             self.library.exchange_all_reduce(
                 self.state,
@@ -206,6 +215,37 @@ class NvlinkDomain:
                 stream=torch.cuda.current_stream().cuda_stream,
             )
         return out_TH
+
+    def all_gather(
+        self, x: torch.Tensor, out: torch.Tensor, num_bytes: Sequence[int], ranks: range
+    ) -> torch.Tensor:
+        """What these ranks, of which this is one, bring, side by side; returns ``out``.
+
+        Always over the same ranks as `all_reduce`.
+
+        Args:
+            x: as many bytes as this rank brings.
+            out: as many as all bring; may be ``x`` where one rank alone brings any.
+            num_bytes: of each of them, multiples of 4, each up to ``reduced_rows`` rows.
+        """
+        own = num_bytes[self.shard.rank - ranks.start]
+        assert len(num_bytes) == len(ranks), (num_bytes, ranks)
+        assert x.is_contiguous(), x.stride()
+        assert out.is_contiguous(), out.stride()
+        assert own in (0, x.nbytes), (own, x.nbytes)
+        assert out.nbytes == sum(num_bytes), (out.nbytes, num_bytes)
+        if native.compiles_only():
+            return out
+        with torch.cuda.device(x.device):
+            self.library.exchange_all_gather(
+                self.state,
+                x=x.data_ptr(),
+                out=out.data_ptr(),
+                num_bytes=num_bytes,
+                first_rank=ranks.start,
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+        return out
 
     def section(self, offset: int, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
         """A view of this rank's buffer, from a byte on."""

@@ -51,7 +51,7 @@ class NvlinkExchange:
         assert x_TH.data_ptr() % 16 == 0, x_TH.data_ptr()
         extras, sent_ids_TK = _for_balancing(balancing, ids_TK)
         received = self._received(x_TH, sent_ids_TK)
-        if _compiles_only():
+        if native.compiles_only():
             return received
         with torch.cuda.device(x_TH.device):
             domain.library.exchange_dispatch(
@@ -82,7 +82,7 @@ class NvlinkExchange:
         assert y_rows.is_contiguous(), y_rows.stride()
         assert y_rows.data_ptr() % 16 == 0, y_rows.data_ptr()
         out_TH = y_rows.new_empty(len(ids_TK), shape.hidden)
-        if _compiles_only():
+        if native.compiles_only():
             return out_TH
         with torch.cuda.device(y_rows.device):
             domain.library.exchange_combine(
@@ -153,13 +153,3 @@ def _for_balancing(
         "sent_ids": sent_ids_TK.data_ptr(),
     }
     return extras, sent_ids_TK
-
-
-def _compiles_only() -> bool:
-    """Whether kernels are only compiled now, which these are already."""
-    if not native.has_triton():
-        return False
-    from moe_engine.kernels.launch import compiles_only
-
-    only: bool = compiles_only()
-    return only

@@ -18,9 +18,9 @@ class ReplicatedExchange:
     shards_tokens = False
     is_capturable = True
 
-    def __init__(self, shard: ExpertShard, ep: Communicator) -> None:
+    def __init__(self, shard: ExpertShard, group: Communicator) -> None:
         self._shard = shard
-        self._ep = ep
+        self._group = group
 
     def dispatch(
         self,
@@ -38,5 +38,4 @@ class ReplicatedExchange:
 
     def combine(self, y: torch.Tensor | ExpertOutputs, received: Received) -> torch.Tensor:
         """See `Exchange.combine`."""
-        y_RH = summed(y)
-        return self._ep.all_reduce(y_RH.to(torch.float32)).to(y_RH.dtype)
+        return self._group.all_reduce_rows(summed(y))

@@ -36,14 +36,17 @@ class ExchangeSelector:
         self._backends: dict[str, Exchange] = {"collective": CollectiveExchange(shard, groups.ep)}
         if world == 1:
             self._backends["local"] = LocalExchange()
-        if groups.layout.attention_dp == 1:
-            self._backends["replicated"] = ReplicatedExchange(shard, groups.ep)
+        if groups.layout.attention_dp == 1:  # then the TP group has all ranks
+            self._backends["replicated"] = ReplicatedExchange(shard, groups.tp)
         assert (config.exchange == "nvlink") == (domain is not None), (config.exchange, domain)
         assert config.exchange in ("auto", "nvlink", *self._backends), config.exchange
 
     def select(self, num_tokens: int) -> Exchange:
         """The backend for a step in which a DP group computes at most ``num_tokens`` tokens."""
         if self._domain is not None:
+            replicated = self._backends.get("replicated")
+            if replicated and num_tokens <= self._domain.shape.replicated_tokens:
+                return replicated
             step_tokens = tokens_of_a_rank(max(1, num_tokens), self._attention_tp)
             return NvlinkExchange(self._domain, step_tokens)
         if self._config.exchange != "auto":

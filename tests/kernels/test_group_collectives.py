@@ -1,4 +1,4 @@
-"""The all-reduce by packets among virtual ranks on one GPU: bits, groups, graphs, who stalls."""
+"""Collectives of groups by packets, of virtual ranks on one GPU: bits, graphs, who stalls."""
 
 from __future__ import annotations
 
@@ -58,6 +58,60 @@ def test_every_rank_gets_the_same_sum(
             assert torch.equal(out_TH, sums(parts[first : first + size]))
 
 
+@pytest.mark.parametrize(("num_ranks", "size"), [(1, 1), (2, 2), (5, 5), (8, 8), (8, 4)])
+def test_every_rank_gets_what_all_bring(num_ranks: int, size: int) -> None:
+    shape = shape_of(num_ranks, hidden=256, max_tokens=1, reduced_rows=MAX_ROWS)
+    world = VirtualRanks(shape)
+    most = MAX_ROWS * shape.row_bytes // 4
+    for most_words in (1, 7, 96, 97, 1000, most):
+        counts = torch.randint(0, most_words + 1, (num_ranks,)).tolist()
+        counts[-1] = most_words
+        counts[0] = 0 if num_ranks > 1 else most_words
+        parts = [torch.randint(-(2**31), 2**31, (n,), device="cuda").int() for n in counts]
+        torch.cuda.synchronize()
+        outputs = []
+        for rank, (domain, stream) in enumerate(zip(world.domains, world.streams, strict=True)):
+            group = range(rank // size * size, rank // size * size + size)
+            with torch.cuda.stream(stream):
+                out = torch.empty(sum(counts[i] for i in group), dtype=torch.int32, device="cuda")
+                num_bytes = [4 * counts[i] for i in group]
+                outputs.append(domain.all_gather(parts[rank], out, num_bytes, group))
+        world.finish()
+        for rank, out in enumerate(outputs):
+            first = rank // size * size
+            assert torch.equal(out, torch.cat(parts[first : first + size]))
+
+
+def test_what_one_rank_brings_may_take_the_place_of_what_others_have() -> None:
+    shape = shape_of(3, max_tokens=1, reduced_rows=4)
+    world = VirtualRanks(shape)
+    for number in range(20):  # the ranks that only receive must not fall behind
+        parts = [torch.full((301,), 3 * number + rank, device="cuda") for rank in range(3)]
+        torch.cuda.synchronize()
+        for domain, stream, x in zip(world.domains, world.streams, parts, strict=True):
+            with torch.cuda.stream(stream):
+                for _ in range(5):
+                    assert domain.all_gather(x, x, [x.nbytes, 0, 0], range(3)) is x
+        world.finish()
+        for x in parts:
+            assert x.eq(3 * number).all()
+
+
+@pytest.mark.parametrize("num_bytes", [[8 << 20, 4], [4, 6], [-4, 4]])
+def test_what_cannot_be_gathered_is_refused(num_bytes: list[int]) -> None:
+    world = VirtualRanks(shape_of(2, max_tokens=1, reduced_rows=4))
+    domain, x = world.domains[0], torch.zeros(8, device="cuda")
+    with pytest.raises(ValueError, match=r"num_bytes is .*; it is a multiple of 4 up to 2048"):
+        domain.library.exchange_all_gather(
+            domain.state,
+            x=x.data_ptr(),
+            out=x.data_ptr(),
+            num_bytes=num_bytes,
+            first_rank=0,
+            stream=world.streams[0].cuda_stream,
+        )
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_many_in_a_row_and_exchanges_between_them(num_ranks: int) -> None:
     """Nothing is waited for by the host; what is written too early would be summed."""
@@ -76,9 +130,14 @@ def test_many_in_a_row_and_exchanges_between_them(num_ranks: int) -> None:
     for domain, stream, x_TH in zip(world.domains, world.streams, parts, strict=True):
         graph = torch.cuda.CUDAGraph()
         total_TH = torch.zeros_like(x_TH)
+        num_wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             total_TH += domain.all_reduce(domain.all_reduce(x_TH, group), group)
-        kept.append(total_TH)
+            own = total_TH[:1].contiguous()
+            all_NH = own.new_empty(num_ranks, shape.hidden)
+            domain.all_gather(own, all_NH, [own.nbytes] * num_ranks, group)
+            num_wrong += (all_NH != own).sum()  # all have the same
+        kept.append((total_TH, num_wrong))
         reducing.append(graph)
     torch.cuda.synchronize()
     for number in range(rounds):
@@ -87,8 +146,9 @@ def test_many_in_a_row_and_exchanges_between_them(num_ranks: int) -> None:
             world.replay(graphs)
     world.finish()
     expected = sums(parts) * num_ranks * rounds
-    for total_TH in kept:
+    for total_TH, num_wrong in kept:
         assert torch.equal(total_TH, expected)
+        assert int(num_wrong) == 0
     _, right = expected_outputs(shape, ranks, 8, experts)
     for out_TH, right_TH in zip(outputs, right, strict=True):
         assert torch.equal(out_TH, right_TH)

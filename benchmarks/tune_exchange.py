@@ -40,7 +40,7 @@ from moe_engine.ops.reference.exchange import Tokens
 from moe_engine.ops.tuning import INF, ExchangeChoices
 
 Times = Callable[[Ranks, ExchangeShape, int], tuple[float, float]]
-TOKENS = [16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+TOKENS = [4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 NUM_EXPERTS, TOP_K = 128, 8
 
 

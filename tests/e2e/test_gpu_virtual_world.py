@@ -39,6 +39,7 @@ def test_tokens_in_float32_are_those_of_one_rank(
     options = {"dtype": "float32", "cuda_graphs": cuda_graphs}
     world = VirtualWorld(tmp_path, num_ranks, MODEL, tp=tp, **ON_GPU | options)
     requests = requests_of(3, 30)
+    world.rehearse(requests)
     found = [token_ids for token_ids, _, _ in world.run(requests)]
     (alone := tmp_path / "alone").mkdir()
     one = RunnerWorld(alone, device="cuda", **options)
@@ -68,7 +69,9 @@ def test_logits_in_bfloat16_are_as_good_as_those_of_one_rank(tmp_path: Path, tp:
 
     expected, rounded = alone("float32"), alone("bfloat16")
     options = ON_GPU | limits | {"dtype": "bfloat16"}
-    found = scores(VirtualWorld(tmp_path, NUM_RANKS, model, tp=tp, **options).run(requests))
+    world = VirtualWorld(tmp_path, NUM_RANKS, model, tp=tp, **options)
+    world.rehearse(requests)
+    found = scores(world.run(requests))
     assert len(found) == len(expected) > 2000
     error, usual = ((values - expected).square().mean().sqrt() for values in (found, rounded))
     print(f"root mean square of the error: {error:.4f} on {NUM_RANKS} ranks, {usual:.4f} on one")

@@ -111,7 +111,7 @@ class VirtualRank(RankRuntime):
     def _join_domain(self, shape: ExchangeShape) -> NvlinkDomain:
         if shape.reduced_rows:
             most = shape.max_tokens * shape.num_ranks
-            logits = 4 * self.config.scheduler.max_num_seqs * self.model_config.vocab_size
+            logits = 4 * most * self.model_config.vocab_size
             shape = replace(shape, reduced_rows=max(most, -(-logits // shape.row_bytes)))
         return self.domains(shape)[self.layout.rank]
 
@@ -150,9 +150,22 @@ class VirtualWorld:
         on_ranks = self._one_by_one if self.ranks[0].device.type == "cuda" else self._on_all
         num_blocks = min(on_ranks(lambda rank: self.ranks[rank].load(lambda *_: None)))
         on_ranks(lambda rank: self.ranks[rank].start(num_blocks))
-        for domain in self._domains:
-            domain.reset()
+        self._complete_exchanges()
         self.scheduler = _make_scheduler(self.ranks[0], num_blocks)
+
+    def rehearse(self, requests: list[tuple[list[int], SamplingParams]]) -> None:
+        """Run others of the same sizes while no exchange is complete.
+
+        What a step loads and allocates would else wait for kernels that wait for that step.
+        """
+        self._break_exchanges()
+        for rank in self.ranks:
+            rank.exchange.check = lambda: None  # type: ignore[method-assign]
+        vocab_size = self.ranks[0].model_config.vocab_size
+        self.run([([(i + 1) % vocab_size for i in prompt], params) for prompt, params in requests])
+        for rank in self.ranks:
+            del rank.exchange.check
+        self._complete_exchanges()
 
     def run(self, requests: list[tuple[list[int], SamplingParams]]) -> list[Output]:
         """Of each (prompt, parameters) token ids, their log-probabilities, and the prompt's."""
@@ -208,10 +221,19 @@ class VirtualWorld:
                 multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
                 blocks = max(1, multiprocessors // (2 * shape.num_ranks))
                 self._domains = virtual_domains(shape, device, self._timeout, num_blocks=blocks)
-                for domain in self._domains:
-                    domain.section(domain.layout.abort_at, torch.int64, 1).fill_(ABORTED)
-                torch.cuda.synchronize(device)
+                self._break_exchanges()
             return self._domains
+
+    def _break_exchanges(self) -> None:
+        """Each ends at once from now on."""
+        for domain in self._domains:
+            domain.section(domain.layout.abort_at, torch.int64, 1).fill_(ABORTED)
+        torch.cuda.current_stream().synchronize()
+
+    def _complete_exchanges(self) -> None:
+        """Each is as it should be from now on."""
+        for domain in self._domains:
+            domain.reset()
 
     def _on_all(self, work: Callable[[int], T]) -> list[T]:
         """What each rank's thread makes of its number, all at the same time."""

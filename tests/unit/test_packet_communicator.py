@@ -130,6 +130,8 @@ def test_rows_are_gathered_by_packets_if_each_rank_has_few(
     expected = torch.cat([x_TH[:count] for count in counts])
     assert torch.equal(group.all_gather_rows(x_TH, counts), expected)
     assert others.calls == calls
+    assert group.all_gather_rows(x_TH[:0], [0, 0]).shape == (0, HIDDEN)
+    assert others.calls == calls
 
 
 def test_columns_are_gathered_on_the_first_rank() -> None:

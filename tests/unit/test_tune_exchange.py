@@ -81,7 +81,7 @@ def test_more_is_tried_until_what_is_for_many_is_faster() -> None:
         return tokens / 3, 20.0
 
     steps = tune_exchange.compare(None, shape_of(), "packets", "rows", times_of)  # type: ignore[arg-type]
-    assert [step["tokens"] for step in steps] == [16, 32, 48, 64]
+    assert [step["tokens"] for step in steps] == [4, 8, 16, 32, 48, 64]
     assert tune_exchange.best_up_to(steps, "packets", "rows") == 48
 
 

@@ -73,7 +73,7 @@ class PacketCommunicator(Communicator):
         row_bytes = x_TH.shape[1:].numel() * x_TH.itemsize
         num_bytes = [count * row_bytes for count in counts]
         if not self._takes(num_bytes):
-            return self._others.all_gather_rows(x_TH, counts)
+            return self._others.all_gather_rows(x_TH, counts) if any(counts) else x_TH
         out_TH = x_TH.new_empty(sum(counts), *x_TH.shape[1:])
         return self._domain.all_gather(x_TH.contiguous(), out_TH, num_bytes, self._ranks)
 

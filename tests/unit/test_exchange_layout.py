@@ -122,3 +122,36 @@ def test_rows_that_cannot_be_moved_are_refused(changes: dict, message: str) -> N
     ExchangeShape(**sizes)
     with pytest.raises(ValueError, match=message):
         ExchangeShape(**sizes | changes)
+
+
+@pytest.mark.parametrize(
+    ("multicast", "num_rows", "group_size", "message"),
+    [
+        (1, 17, 2, "num_rows is 17; it is from 1 to 16"),
+        (1, 16, 1, "a sum by multicast is over all ranks"),
+        (0, 16, 2, "of a domain that has it"),
+    ],
+)
+def test_sums_by_multicast_that_cannot_be_are_refused(
+    multicast: int, num_rows: int, group_size: int, message: str
+) -> None:
+    sizes = {"num_ranks": 2, "max_tokens": 8, "packet_tokens": 8, "top_k": 2}
+    sizes |= {"row_bytes": 32, "wire_bytes": 32, "reduced_rows": 0, "multicast_rows": 16}
+    state = _C.ExchangeState(
+        layout=_C.ExchangeLayout(**sizes),
+        type=_C.ElementType.BFLOAT16,
+        is_fp8=False,
+        rank=0,
+        num_local=1,
+        buffers=[0, 0],
+        multicast=multicast,
+        order=[1, 0],
+        counters=0,
+        abort_report=0,
+        timeout_ns=1,
+        num_blocks=1,
+        next_may_start=True,
+    )
+    rows = {"x": 0, "out": 0, "num_rows": num_rows, "first_rank": 0, "group_size": group_size}
+    with pytest.raises(ValueError, match=message):
+        _C.exchange_all_reduce(state, by_packets=False, **rows, stream=0)

@@ -28,6 +28,8 @@ struct ExchangeState {
   int rank;
   int num_local;  // experts of each rank; those of all ranks are numbered one after the other
   ExchangePeers peers;
+  // The multicast address of all buffers: what is stored there goes to all; null without one.
+  char* multicast;
   // All ranks in the order in which this one writes to them; it comes last itself.
   std::uint8_t order[kMaxExchangeRanks];
   // Of this rank alone: [0] the number of the present exchange, from 1 on, [1] blocks that have
@@ -124,5 +126,9 @@ void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStrea
 // group enqueue the same ones in their order.
 void all_reduce_packets(const ExchangeState& state, const AllReduceArgs& args, cudaStream_t stream);
 void all_gather_packets(const ExchangeState& state, const AllGatherArgs& args, cudaStream_t stream);
+// The same of up to the layout's multicast_rows over all ranks, by the switches between the GPUs;
+// x and out at multiples of 16 bytes. Its numbers are those of all_reduce_packets.
+void all_reduce_multicast(const ExchangeState& state, const AllReduceArgs& args,
+                          cudaStream_t stream);
 
 }  // namespace moe_engine

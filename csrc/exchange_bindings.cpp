@@ -17,26 +17,22 @@ using namespace pybind11::literals;
 namespace moe_engine {
 namespace {
 
-void check_at_most(const char* name, std::int64_t value, std::int64_t limit) {
-  if (value < 1 || value > limit) {
+void check_in(const char* name, int value, int first, int last) {
+  if (value < first || value > last) {
     throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) +
-                                "; it is from 1 to " + std::to_string(limit));
+                                "; it is from " + std::to_string(first) + " to " +
+                                std::to_string(last));
   }
 }
 
 ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int reduced_rows,
-                           int row_bytes, int wire_bytes, int top_k) {
-  check_at_most("num_ranks", num_ranks, kMaxExchangeRanks);
-  check_at_most("top_k", top_k, kMaxExchangeTopK);
-  check_at_most("max_tokens", max_tokens, 1 << 20);
-  if (reduced_rows < 0 || reduced_rows > 1 << 20) {
-    throw std::invalid_argument("reduced_rows is " + std::to_string(reduced_rows) +
-                                "; it is from 0 to " + std::to_string(1 << 20));
-  }
-  if (packet_tokens < 0 || packet_tokens > max_tokens) {
-    throw std::invalid_argument("packet_tokens is " + std::to_string(packet_tokens) +
-                                "; it is from 0 to " + std::to_string(max_tokens));
-  }
+                           int multicast_rows, int row_bytes, int wire_bytes, int top_k) {
+  check_in("num_ranks", num_ranks, 1, kMaxExchangeRanks);
+  check_in("top_k", top_k, 1, kMaxExchangeTopK);
+  check_in("max_tokens", max_tokens, 1, 1 << 20);
+  check_in("packet_tokens", packet_tokens, 0, max_tokens);
+  check_in("reduced_rows", reduced_rows, 0, 1 << 20);
+  check_in("multicast_rows", multicast_rows, 0, 1 << 20);
   for (const auto& [name, bytes] :
        {std::pair{"row_bytes", row_bytes}, {"wire_bytes", wire_bytes}}) {
     if (bytes < 16 || bytes % 16 != 0) {
@@ -44,15 +40,15 @@ ExchangeLayout make_layout(int num_ranks, int max_tokens, int packet_tokens, int
                                   "; it is a multiple of 16");
     }
   }
-  return ExchangeLayout{num_ranks, max_tokens, packet_tokens, reduced_rows,
-                        row_bytes, wire_bytes, top_k};
+  return ExchangeLayout{num_ranks,      max_tokens, packet_tokens, reduced_rows,
+                        multicast_rows, row_bytes,  wire_bytes,    top_k};
 }
 
 ExchangeState make_state(const ExchangeLayout& layout, ElementType type, bool is_fp8, int rank,
                          int num_local, const std::vector<std::uintptr_t>& buffers,
-                         const std::vector<int>& order, std::uintptr_t counters,
-                         std::uintptr_t abort_report, std::int64_t timeout_ns, int num_blocks,
-                         bool next_may_start) {
+                         std::uintptr_t multicast, const std::vector<int>& order,
+                         std::uintptr_t counters, std::uintptr_t abort_report,
+                         std::int64_t timeout_ns, int num_blocks, bool next_may_start) {
   if (buffers.size() != static_cast<std::size_t>(layout.num_ranks)) {
     throw std::invalid_argument(std::to_string(buffers.size()) + " buffers for " +
                                 std::to_string(layout.num_ranks) + " ranks");
@@ -79,6 +75,7 @@ ExchangeState make_state(const ExchangeLayout& layout, ElementType type, bool is
     state.peers.buffers[i] = reinterpret_cast<char*>(buffers[i]);
     state.order[i] = static_cast<std::uint8_t>(order[i]);
   }
+  state.multicast = reinterpret_cast<char*>(multicast);
   state.counters = reinterpret_cast<std::uint32_t*>(counters);
   state.abort_report = reinterpret_cast<AbortRecord*>(abort_report);
   state.timeout_ns = timeout_ns;
@@ -129,15 +126,17 @@ void combine(const ExchangeState& state, bool by_packets, std::uintptr_t y, bool
                                                 reinterpret_cast<cudaStream_t>(stream));
 }
 
-void all_reduce(const ExchangeState& state, std::uintptr_t x, std::uintptr_t out, int num_rows,
-                int first_rank, int group_size, std::uintptr_t stream) {
-  if (num_rows < 1 || num_rows > state.layout.reduced_rows) {
-    throw std::invalid_argument("num_rows is " + std::to_string(num_rows) + "; it is from 1 to " +
-                                std::to_string(state.layout.reduced_rows));
+void all_reduce(const ExchangeState& state, bool by_packets, std::uintptr_t x, std::uintptr_t out,
+                int num_rows, int first_rank, int group_size, std::uintptr_t stream) {
+  const ExchangeLayout& layout = state.layout;
+  check_in("num_rows", num_rows, 1, by_packets ? layout.reduced_rows : layout.multicast_rows);
+  if (!by_packets && (state.multicast == nullptr || group_size != layout.num_ranks)) {
+    throw std::invalid_argument("a sum by multicast is over all ranks of a domain that has it");
   }
   const AllReduceArgs args{reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out), num_rows,
                            RankGroup{first_rank, group_size}};
-  all_reduce_packets(state, args, reinterpret_cast<cudaStream_t>(stream));
+  (by_packets ? all_reduce_packets : all_reduce_multicast)(state, args,
+                                                           reinterpret_cast<cudaStream_t>(stream));
 }
 
 void all_gather(const ExchangeState& state, std::uintptr_t x, std::uintptr_t out,
@@ -147,7 +146,7 @@ void all_gather(const ExchangeState& state, std::uintptr_t x, std::uintptr_t out
                      reinterpret_cast<void*>(out),
                      RankGroup{first_rank, static_cast<int>(num_bytes.size())},
                      {}};
-  check_at_most("the number of ranks", args.group.size, state.layout.num_ranks - first_rank);
+  check_in("the number of ranks", args.group.size, 1, state.layout.num_ranks - first_rank);
   for (int i = 0; i < args.group.size; ++i) {
     if (num_bytes[i] < 0 || num_bytes[i] > most || num_bytes[i] % 4 != 0) {
       throw std::invalid_argument("num_bytes is " + std::to_string(num_bytes[i]) +
@@ -169,7 +168,7 @@ void bind_exchange(py::module_& module) {
 
   py::class_<ExchangeLayout>(module, "ExchangeLayout", py::module_local())
       .def(py::init(&make_layout), py::kw_only(), "num_ranks"_a, "max_tokens"_a, "packet_tokens"_a,
-           "reduced_rows"_a, "row_bytes"_a, "wire_bytes"_a, "top_k"_a)
+           "reduced_rows"_a, "multicast_rows"_a = 0, "row_bytes"_a, "wire_bytes"_a, "top_k"_a)
       .def_property_readonly("num_chunks", &ExchangeLayout::num_chunks)
       .def_property_readonly("header_packets", &ExchangeLayout::header_packets)
       .def_property_readonly("dispatch_packets", &ExchangeLayout::dispatch_packets)
@@ -180,6 +179,9 @@ void bind_exchange(py::module_& module) {
       .def_property_readonly("dispatch_inbox_at", &ExchangeLayout::dispatch_inbox_at)
       .def_property_readonly("combine_inbox_at", &ExchangeLayout::combine_inbox_at)
       .def_property_readonly("reduce_inbox_at", &ExchangeLayout::reduce_inbox_at)
+      .def_property_readonly("written_flags_at", &ExchangeLayout::written_flags_at)
+      .def_property_readonly("summed_flags_at", &ExchangeLayout::summed_flags_at)
+      .def_property_readonly("multicast_rows_at", &ExchangeLayout::multicast_rows_at)
       .def_property_readonly("rows_at", &ExchangeLayout::rows_at)
       .def_property_readonly("slots_at", &ExchangeLayout::slots_at)
       .def_property_readonly("weights_at", &ExchangeLayout::weights_at)
@@ -188,16 +190,16 @@ void bind_exchange(py::module_& module) {
 
   py::class_<ExchangeState>(module, "ExchangeState", py::module_local())
       .def(py::init(&make_state), py::kw_only(), "layout"_a, "type"_a, "is_fp8"_a, "rank"_a,
-           "num_local"_a, "buffers"_a, "order"_a, "counters"_a, "abort_report"_a, "timeout_ns"_a,
-           "num_blocks"_a, "next_may_start"_a);
+           "num_local"_a, "buffers"_a, "multicast"_a = 0, "order"_a, "counters"_a, "abort_report"_a,
+           "timeout_ns"_a, "num_blocks"_a, "next_may_start"_a);
 
   module.def("exchange_dispatch", &dispatch, "state"_a, py::kw_only(), "by_packets"_a, "x"_a,
              "ids"_a, "weights"_a, "num_tokens"_a, "step_tokens"_a, "received_x"_a,
              "received_slots"_a, "received_weights"_a, "replica_slots"_a = 0,
              "replica_bounds"_a = 0, "num_experts"_a = 0, "num_replicas"_a = 0, "tags"_a = 0,
              "sent_ids"_a = 0, "load"_a = 0, "num_counted"_a = 0, "stream"_a);
-  module.def("exchange_all_reduce", &all_reduce, "state"_a, py::kw_only(), "x"_a, "out"_a,
-             "num_rows"_a, "first_rank"_a, "group_size"_a, "stream"_a);
+  module.def("exchange_all_reduce", &all_reduce, "state"_a, py::kw_only(), "by_packets"_a = true,
+             "x"_a, "out"_a, "num_rows"_a, "first_rank"_a, "group_size"_a, "stream"_a);
   module.def("exchange_all_gather", &all_gather, "state"_a, py::kw_only(), "x"_a, "out"_a,
              "num_bytes"_a, "first_rank"_a, "stream"_a);
   module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "y"_a,

@@ -57,11 +57,12 @@ static_assert(sizeof(AbortRecord) == 8);
 
 struct ExchangeLayout {
   int num_ranks;
-  int max_tokens;     // M
-  int packet_tokens;  // tokens a rank may bring in packets, at most; <= M
-  int reduced_rows;   // rows that a collective of a group takes of a rank, at most
-  int row_bytes;      // of one token, a multiple of 16
-  int wire_bytes;     // of one token on its way to the experts: row_bytes, or what FP8 takes
+  int max_tokens;      // M
+  int packet_tokens;   // tokens a rank may bring in packets, at most; <= M
+  int reduced_rows;    // rows that a collective by packets takes of a rank, at most
+  int multicast_rows;  // rows of an all-reduce by multicast, at most; 0 where there is none
+  int row_bytes;       // of one token, a multiple of 16
+  int wire_bytes;      // of one token on its way to the experts: row_bytes, or what FP8 takes
   int top_k;
 
   static constexpr EXCHANGE_BOTH std::int64_t aligned(std::int64_t bytes) {
@@ -118,10 +119,23 @@ struct ExchangeLayout {
     return aligned(std::int64_t{16} * num_ranks * reduced_rows * combine_packets());
   }
 
+  // Of an all-reduce by multicast, flags uint32 [N, multicast_rows], the last one for which source
+  // s has written a row, and [multicast_rows], the last one of which a row's sum is here; and rows
+  // [multicast_rows, row_bytes], what this rank adds and then the sum.
+  constexpr EXCHANGE_BOTH std::int64_t written_flags_at() const {
+    return reduce_inbox_at() + 2 * reduce_inbox_bytes();
+  }
+  constexpr EXCHANGE_BOTH std::int64_t summed_flags_at() const {
+    return written_flags_at() + aligned(std::int64_t{4} * num_ranks * multicast_rows);
+  }
+  constexpr EXCHANGE_BOTH std::int64_t multicast_rows_at() const {
+    return summed_flags_at() + aligned(std::int64_t{4} * multicast_rows);
+  }
+
   // Of more tokens: rows [N * m, wire_bytes], their local expert slots int32 [N * m, K], or -1, and
   // weights float32 [N * m, K].
   constexpr EXCHANGE_BOTH std::int64_t rows_at() const {
-    return reduce_inbox_at() + 2 * reduce_inbox_bytes();
+    return multicast_rows_at() + aligned(std::int64_t{1} * multicast_rows * row_bytes);
   }
   constexpr EXCHANGE_BOTH std::int64_t slots_at() const {
     return rows_at() + aligned(std::int64_t{1} * num_ranks * max_tokens * wire_bytes);

@@ -169,6 +169,17 @@ class Patience {
   std::int64_t deadline_ = kNotYet;
 };
 
+// False if the exchange was given up. A flag may be of the next exchange already where dispatches
+// follow each other without a combine, as in a benchmark; of no later one.
+__device__ __forceinline__ bool wait_for_flag(const std::uint32_t* from, std::uint32_t epoch,
+                                              Patience& patience, int source) {
+  while (true) {
+    const std::uint32_t seen = load_flag(from);
+    if (seen == epoch || seen == next_epoch(epoch)) return true;
+    if (patience.gives_up(source)) return false;
+  }
+}
+
 // --- the ranks of a token ------------------------------------------------------------------------
 
 // The rank of this lane's choice, or -1; the lanes from top_k on have none.

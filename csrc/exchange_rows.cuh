@@ -40,15 +40,4 @@ __device__ __forceinline__ std::uint32_t* flag(const ExchangeState& state, std::
   return flags + source * (state.layout.num_chunks() + 1) + chunk;
 }
 
-// False if the exchange was given up. A flag may be of the next exchange already where dispatches
-// follow each other without a combine, as in a benchmark; of no later one.
-__device__ __forceinline__ bool wait_for_flag(const std::uint32_t* from, std::uint32_t epoch,
-                                              Patience& patience, int source) {
-  while (true) {
-    const std::uint32_t seen = load_flag(from);
-    if (seen == epoch || seen == next_epoch(epoch)) return true;
-    if (patience.gives_up(source)) return false;
-  }
-}
-
 }  // namespace moe_engine

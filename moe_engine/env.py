@@ -79,7 +79,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
 def share_without_multicast() -> None:
     """Before PyTorch shares memory among GPUs: no multicast object with it, unless somebody says.
 
-    Our kernels have no use for one, and not every system that offers them can make them.
+    Our kernels use one for in-network reduction alone, and not every system that offers them can
+    make them.
     """
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 

@@ -146,10 +146,17 @@ class ExchangeConfig:
     exchange_timeout: float = option(
         10.0, "nvlink: seconds after which a rank that sends nothing ends the engine"
     )
+    in_network_reduction: bool = option(
+        False, "nvlink: let the switches add up what all ranks bring; compiled, never run"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
         check_at_least(self, 0, "replicated_max_tokens")
+        if self.in_network_reduction and self.exchange != "nvlink":
+            raise ConfigError(
+                f"in_network_reduction is for exchange 'nvlink', and that is {self.exchange!r}"
+            )
         if not self.exchange_timeout > 0:
             raise ConfigError(f"exchange_timeout is {self.exchange_timeout}; it must be positive")
 
@@ -224,6 +231,10 @@ class EngineConfig:
             raise ConfigError("exchange is 'nvlink', which needs device cuda, not cpu")
         if exchange == "local" and parallel.world_size > 1:
             raise ConfigError(f"exchange is 'local', which needs one rank, not {layout}")
+        if self.exchange.in_network_reduction and parallel.attention_dp > 1:
+            raise ConfigError(
+                f"in_network_reduction is for sums over all ranks (attention_dp 1), not {layout}"
+            )
         if exchange == "replicated" and parallel.attention_dp > 1:
             raise ConfigError(
                 f"exchange is 'replicated', which needs all ranks to hold the same tokens "

@@ -219,6 +219,9 @@ class RankRuntime:
     def _join_domain(self, shape: ExchangeShape) -> NvlinkDomain:
         path, timeout = self.config.cluster.topology, self.config.exchange.exchange_timeout
         topology = None if path is None else from_file(Path(path), shape.num_ranks)
+        if self.config.exchange.in_network_reduction:
+            most = most_rows(self.config.scheduler.max_num_batched_tokens)
+            shape = replace(shape, multicast_rows=most)
         return join_domain(shape, self.groups.ep, self.device, timeout, topology)
 
     def _meet(self) -> None:

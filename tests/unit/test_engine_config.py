@@ -122,6 +122,22 @@ def test_exchange_that_the_layout_allows_is_taken(exchange: str, tp: int, dp: in
     EngineConfig(exchange=ExchangeConfig(exchange=exchange), parallel=ParallelConfig(tp, dp))
 
 
+@pytest.mark.parametrize("exchange", ["auto", "replicated", "collective"])
+def test_in_network_reduction_is_for_nvlink(exchange: str) -> None:
+    assert not ExchangeConfig().in_network_reduction
+    with pytest.raises(ConfigError, match=f"in_network_reduction is .* is '{exchange}'"):
+        ExchangeConfig(exchange=exchange, in_network_reduction=True)
+
+
+def test_in_network_reduction_is_for_sums_over_all_ranks() -> None:
+    exchange = ExchangeConfig(exchange="nvlink", in_network_reduction=True)
+    EngineConfig(exchange=exchange, parallel=ParallelConfig(4, 1))
+    with pytest.raises(
+        ConfigError, match=r"in_network_reduction .* attention_tp 2 x attention_dp 2"
+    ):
+        EngineConfig(exchange=exchange, parallel=ParallelConfig(2, 2))
+
+
 @pytest.mark.parametrize("skew", [-0.1, 4.1, math.nan])
 def test_expert_skew_is_bounded_and_for_dummy_weights_only(skew):
     assert "[0, 4]" in refusal(EngineConfig, load_format="dummy", dummy_expert_skew=skew)

@@ -24,6 +24,7 @@ CHUNK_TOKENS = 4
     max_tokens=st.integers(1, 8192),
     packet_tokens=st.integers(0, 8192),
     reduced_rows=st.integers(0, 8192),
+    multicast_rows=st.integers(0, 8192),
     row_bytes=st.integers(1, 1024).map(lambda n: 16 * n),
     wire_bytes=st.integers(1, 1024).map(lambda n: 16 * n),
     top_k=st.integers(1, 32),
@@ -33,6 +34,7 @@ def test_sections_do_not_overlap(
     max_tokens: int,
     packet_tokens: int,
     reduced_rows: int,
+    multicast_rows: int,
     row_bytes: int,
     wire_bytes: int,
     top_k: int,
@@ -43,6 +45,7 @@ def test_sections_do_not_overlap(
         max_tokens=max_tokens,
         packet_tokens=packet_tokens,
         reduced_rows=reduced_rows,
+        multicast_rows=multicast_rows,
         row_bytes=row_bytes,
         wire_bytes=wire_bytes,
         top_k=top_k,
@@ -61,6 +64,9 @@ def test_sections_do_not_overlap(
         (layout.dispatch_inbox_at, 2 * 16 * num_ranks * packet_tokens * layout.dispatch_packets),
         (layout.combine_inbox_at, 16 * num_ranks * packet_tokens * layout.combine_packets),
         (layout.reduce_inbox_at, 2 * 16 * num_ranks * reduced_rows * layout.combine_packets),
+        (layout.written_flags_at, 4 * num_ranks * multicast_rows),
+        (layout.summed_flags_at, 4 * multicast_rows),
+        (layout.multicast_rows_at, multicast_rows * row_bytes),
         (layout.rows_at, num_ranks * max_tokens * wire_bytes),
         (layout.slots_at, 4 * num_ranks * max_tokens * top_k),
         (layout.weights_at, 4 * num_ranks * max_tokens * top_k),
@@ -83,6 +89,7 @@ def test_sections_do_not_overlap(
         ({"wire_bytes": 8}, "wire_bytes is 8; it is a multiple of 16"),
         ({"packet_tokens": 9}, "packet_tokens is 9; it is from 0 to 8"),
         ({"reduced_rows": -1}, "reduced_rows is -1; it is from 0 to 1048576"),
+        ({"multicast_rows": -1}, "multicast_rows is -1; it is from 0 to 1048576"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: str) -> None:
@@ -115,3 +122,36 @@ def test_rows_that_cannot_be_moved_are_refused(changes: dict, message: str) -> N
     ExchangeShape(**sizes)
     with pytest.raises(ValueError, match=message):
         ExchangeShape(**sizes | changes)
+
+
+@pytest.mark.parametrize(
+    ("multicast", "num_rows", "group_size", "message"),
+    [
+        (1, 17, 2, "num_rows is 17; it is from 1 to 16"),
+        (1, 16, 1, "a sum by multicast is over all ranks"),
+        (0, 16, 2, "of a domain that has it"),
+    ],
+)
+def test_sums_by_multicast_that_cannot_be_are_refused(
+    multicast: int, num_rows: int, group_size: int, message: str
+) -> None:
+    sizes = {"num_ranks": 2, "max_tokens": 8, "packet_tokens": 8, "top_k": 2}
+    sizes |= {"row_bytes": 32, "wire_bytes": 32, "reduced_rows": 0, "multicast_rows": 16}
+    state = _C.ExchangeState(
+        layout=_C.ExchangeLayout(**sizes),
+        type=_C.ElementType.BFLOAT16,
+        is_fp8=False,
+        rank=0,
+        num_local=1,
+        buffers=[0, 0],
+        multicast=multicast,
+        order=[1, 0],
+        counters=0,
+        abort_report=0,
+        timeout_ns=1,
+        num_blocks=1,
+        next_may_start=True,
+    )
+    rows = {"x": 0, "out": 0, "num_rows": num_rows, "first_rank": 0, "group_size": group_size}
+    with pytest.raises(ValueError, match=message):
+        _C.exchange_all_reduce(state, by_packets=False, **rows, stream=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_engine.ops import hopper
-from tests.hopper_device import need_hopper, need_hoppers
+from tests.hopper_device import MULTICAST_VARIABLE, need_hopper, need_hoppers, need_multicast
 
 Machine = Callable[[tuple[int, int] | None, ModuleType | None], None]
 
@@ -64,3 +64,36 @@ def test_tests_of_several_gpus_run_where_there_are_enough(
     machine((9, 0), ModuleType("build"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     need_hoppers(2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reported", "reason"),
+    [(None, True, "MOE_ENGINE_TEST_MULTICAST=1 allows"), ("1", False, "2 GPUs that report")],
+)
+def test_tests_of_multicast_skip_unless_it_is_reported_and_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Machine,
+    asked: str | None,
+    reported: bool,
+    reason: str,
+) -> None:
+    build = ModuleType("build")
+    build.device_properties = lambda device: {"multicast": reported}
+    machine((9, 0), build)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv(MULTICAST_VARIABLE, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(MULTICAST_VARIABLE, asked)
+    with pytest.raises(pytest.skip.Exception, match=reason):
+        need_multicast(2)
+
+
+def test_tests_of_multicast_run_where_it_is_reported_and_asked_for(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    build = ModuleType("build")
+    build.device_properties = lambda device: {"multicast": True}
+    machine((9, 0), build)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv(MULTICAST_VARIABLE, "1")
+    need_multicast(2)

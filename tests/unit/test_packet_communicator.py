@@ -39,6 +39,9 @@ class Domain:
     shape = SHAPE
     shard = SimpleNamespace(rank=3)
 
+    def most_reduced_rows(self, ranks: range) -> int:
+        return MAX_ROWS
+
     def all_reduce(self, x_TH: torch.Tensor, ranks: range) -> torch.Tensor:
         assert ranks == range(2, 4)
         assert 1 <= len(x_TH) <= MAX_ROWS
@@ -135,11 +138,9 @@ def test_rows_are_gathered_by_packets_if_each_rank_has_few(
 
 
 def test_columns_are_gathered_on_the_first_rank() -> None:
-    first = PacketCommunicator(
-        Others(rank=0),
-        SimpleNamespace(shape=SHAPE, shard=SimpleNamespace(rank=2), all_gather=Domain().all_gather),  # type: ignore[arg-type]
-        range(2, 4),
-    )
+    domain = Domain()
+    domain.shard = SimpleNamespace(rank=2)
+    first = PacketCommunicator(Others(rank=0), domain, range(2, 4))  # type: ignore[arg-type]
     x_TH = rows(2, torch.float32, 32)
     gathered = first.gather_columns(x_TH)
     assert gathered is not None

@@ -75,7 +75,7 @@ def test_every_flag_in_the_readme_exists() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", README)))
     benchmarks = {
         *("--write", "--json", "--batches", "--streams", "--input", "--output", "--temperature"),
-        *("--repetitions", "--date"),
+        *("--repetitions", "--date", "--virtual", "--ranks", "--tokens", "--hidden"),
     }
     switches = {"--no-prefix-cache", "--no-cuda-graphs"}
     sanitizer = {"--tool", "--error-exitcode"}

@@ -42,7 +42,9 @@ class ExchangeShape:
         max_tokens: that a rank may bring in a step.
         packet_tokens: of a rank, up to which steps go by packets; 0: none.
         replicated_tokens: of a step, up to which no token travels where all ranks have all of them.
-        reduced_rows: that a collective of a group may take of a rank (`NvlinkDomain.all_reduce`).
+        reduced_rows: that a collective of a group may take of a rank by packets.
+        multicast_rows: that `NvlinkDomain.all_reduce` may sum over all ranks by the switches
+            between them, which have to offer that; 0: none.
         fp8: whether rows go to the experts in 8 bits, by groups of 128 elements with a scale.
     """
 
@@ -55,6 +57,7 @@ class ExchangeShape:
     packet_tokens: int = 0
     replicated_tokens: int = 0
     reduced_rows: int = 0
+    multicast_rows: int = 0
     fp8: bool = False
 
     def __post_init__(self) -> None:
@@ -106,6 +109,7 @@ class ExchangeShape:
             max_tokens=self.max_tokens,
             packet_tokens=min(self.packet_tokens, self.max_tokens),
             reduced_rows=self.reduced_rows,
+            multicast_rows=self.multicast_rows,
             row_bytes=self.row_bytes,
             wire_bytes=self.wire_bytes,
             top_k=self.top_k,
@@ -153,6 +157,7 @@ class NvlinkDomain:
             rank=shard.rank,
             num_local=shard.num_local,
             buffers=list(buffer.addresses),
+            multicast=buffer.multicast_address,
             order=topology.visiting_order(shard.rank),
             counters=self._counters.data_ptr(),
             abort_report=self._report.data_ptr(),
@@ -188,25 +193,38 @@ class NvlinkDomain:
         torch.cuda.synchronize(self._buffer.own.device)
         self._report.zero_()
 
+    def most_reduced_rows(self, ranks: range) -> int:
+        """How many `all_reduce` takes at once over these ranks."""
+        shape = self.shape
+        in_network = self._buffer.multicast_address and len(ranks) == shape.num_ranks
+        return max(shape.reduced_rows, shape.multicast_rows if in_network else 0)
+
     def all_reduce(self, x_TH: torch.Tensor, ranks: range) -> torch.Tensor:
         """The sum of what these ranks, of which this is one, bring; [T, H], the same bits on all.
 
-        In float32, in the order of the ranks, rounded once. Always over the same ranks.
+        In float32, rounded once; in the order of the ranks, up to `ExchangeShape.reduced_rows`.
+        Always over the same ranks.
+
+        More rows go by multicast, in the order that the switches choose: it sends fewer bytes, but
+        a sum takes several ways behind each other, and packets one.
 
         Args:
-            x_TH: up to `ExchangeShape.reduced_rows`, as many on each of them.
+            x_TH: up to `most_reduced_rows`, as many on each of them.
         """
         shape = self.shape
+        in_network = shape.reduced_rows < min(len(x_TH), self.most_reduced_rows(ranks))
         assert self.shard.rank in ranks, (self.shard.rank, ranks)
         assert x_TH.shape[1:] == (shape.hidden,), x_TH.shape
         assert x_TH.dtype == shape.dtype, x_TH.dtype
         assert x_TH.is_contiguous(), x_TH.stride()
+        assert not in_network or x_TH.data_ptr() % 16 == 0, x_TH.data_ptr()
         out_TH = torch.empty_like(x_TH)
         if native.compiles_only():
             return out_TH
         with torch.cuda.device(x_TH.device):
             self.library.exchange_all_reduce(
                 self.state,
+                by_packets=not in_network,
                 x=x_TH.data_ptr(),
                 out=out_TH.data_ptr(),
                 num_rows=len(x_TH),
@@ -268,7 +286,8 @@ def join_domain(
         topology: None: as the machines say.
 
     Raises:
-        ConfigError: the CUDA extension is missing, or the GPUs do not reach each other.
+        ConfigError: the CUDA extension is missing, the GPUs do not reach each other, or there is no
+            multicast among them where the shape asks for it.
     """
     library = native.cuda_extension(device) if device.type == "cuda" else None
     if library is None:
@@ -284,11 +303,18 @@ def join_domain(
     if len(domains := topology.domains()) > 1:
         raise ConfigError(f"exchange is 'nvlink', and ranks are in NVLink domains {domains}")
     try:
-        buffer = symmetric_buffer(shape.layout(library).total_bytes, ep.group, device)
+        num_bytes = shape.layout(library).total_bytes
+        buffer = symmetric_buffer(num_bytes, ep.group, device, shape.multicast_rows > 0)
     except RuntimeError as error:
         raise ConfigError(
             f"exchange is 'nvlink', and the GPUs cannot share memory: {error}"
         ) from error
+    if shape.multicast_rows and not buffer.multicast_address:
+        raise ConfigError(
+            f"in_network_reduction is on, and PyTorch has no multicast address for what the GPUs "
+            f"share: {device} or the switches do not offer it, or TORCH_SYMM_MEM_DISABLE_MULTICAST "
+            f"is set"
+        )
     shard = ExpertShard(shape.num_experts, ep.size, ep.rank)
     num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
     return NvlinkDomain(shape, shard, buffer, topology, timeout, num_blocks)

@@ -43,6 +43,7 @@ class PacketCommunicator(Communicator):
         self._others = others
         self._domain = domain
         self._ranks = ranks
+        self._most_reduced_rows = domain.most_reduced_rows(ranks)
         self._most_bytes = domain.shape.reduced_rows * domain.shape.row_bytes
 
     @property
@@ -56,17 +57,13 @@ class PacketCommunicator(Communicator):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See `Communicator.all_reduce`; sums are taken in float32 and rounded once."""
-        shape = self._domain.shape
-        are_rows = x.shape[1:] == (shape.hidden,) and x.dtype == shape.dtype
-        if are_rows and x.is_contiguous() and len(x) <= shape.reduced_rows:
-            return self._domain.all_reduce(x, self._ranks) if len(x) else x
-        return self._others.all_reduce(x)
+        if not self._sums(x):
+            return self._others.all_reduce(x)
+        return self._domain.all_reduce(x, self._ranks) if len(x) else x
 
     def all_reduce_rows(self, x_TH: torch.Tensor) -> torch.Tensor:
         """See `Communicator.all_reduce_rows`."""
-        if len(x_TH) <= self._domain.shape.reduced_rows:
-            return self.all_reduce(x_TH)
-        return self._others.all_reduce_rows(x_TH)
+        return self.all_reduce(x_TH) if self._sums(x_TH) else self._others.all_reduce_rows(x_TH)
 
     def all_gather_rows(self, x_TH: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """See `Communicator.all_gather_rows`."""
@@ -98,6 +95,12 @@ class PacketCommunicator(Communicator):
     ) -> torch.Tensor:
         """See `Communicator.all_to_all_rows`."""
         return self._others.all_to_all_rows(x_TH, send_counts, recv_counts)
+
+    def _sums(self, x: torch.Tensor) -> bool:
+        """Whether the domain adds these up."""
+        shape = self._domain.shape
+        are_rows = x.shape[1:] == (shape.hidden,) and x.dtype == shape.dtype
+        return are_rows and x.is_contiguous() and len(x) <= self._most_reduced_rows
 
     def _takes(self, num_bytes: list[int]) -> bool:
         """Whether the ranks' data, of which there is some, can go by packets."""

@@ -6,6 +6,7 @@
 #include "combine_packets.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "warp_sum.cuh"
 
 namespace moe_engine {
 namespace {
@@ -36,14 +37,6 @@ __device__ __forceinline__ void load_residual(const ExchangeState& state, const 
            &shared.loaded);
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
-  }
-  return value;
-}
-
 // Sums what comes back of this rank's tokens, a block for each token, adds that to the residual
 // stream and normalises it. All threads of a block end early if one of them gives up; nothing that
 // was copied to shared memory is on its way then.
@@ -52,7 +45,7 @@ __device__ __forceinline__ void receive_normed(const ExchangeState& state, const
                                                const NextNorm& norm, std::uint32_t epoch,
                                                Shared<kPackets>& shared) {
   constexpr int kPerWord = 4 / sizeof(T);
-  constexpr int kAtOnce = 4 / kPackets;
+  constexpr int kAtOnce = 4 / kPackets;  // a thread's registers hold four packets
   const auto word_of = [](int i, int w) {
     return (static_cast<int>(threadIdx.x) + i * kPacketThreads) * Packet::kWords + w;
   };

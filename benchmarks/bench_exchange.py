@@ -7,7 +7,8 @@
 Virtual ranks are side by side on one GPU, each in a stream and a graph of its own; under torchrun
 each rank is a process with a GPU. Before a case is timed its bits are compared with the
 reference's. A time is the slowest rank's, of one exchange of a graph of several; dispatch by
-itself, and combine as what a whole exchange takes more. `eager` is the same launched one by one.
+itself, and combine as what a whole exchange takes more; of packets also with the norm that follows,
+in one launch with combine and in one of its own. `eager` is the same launched one by one.
 The tokens of neighbouring exchanges are different ones, the experts' outputs the same; the L2 cache
 is flushed before each trial.
 
@@ -25,7 +26,7 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,14 +34,18 @@ from benchmarks import ceilings
 from benchmarks.exchange_cases import DTYPES, ROUTINGS, busiest_bytes, count_bytes, count_copies
 from benchmarks.exchange_ceilings import NCCL_NOTE, link_bytes_per_s, nccl_us
 from benchmarks.exchange_ranks import (
+    EPS,
     Rank,
     Ranks,
     RealRanks,
     VirtualRanks,
+    add_norm,
     capture,
     count_only,
     dispatch_only,
     exchange,
+    exchange_norm,
+    exchange_then_norm,
     outputs_of,
 )
 from benchmarks.exchange_timing import eager_us, median_us, times_us
@@ -49,8 +54,12 @@ from benchmarks.options import int_list
 from benchmarks.report import save_result
 from moe_engine.dist.exchange.domain import ExchangeShape
 from moe_engine.dist.exchange.nvlink import NvlinkExchange
+from moe_engine.ops.moe import MoEOutput, summed
+from moe_engine.ops.norm import add_rms_norm
 from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Tokens
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -186,13 +195,20 @@ def measure(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> dict[str, 
     counting = median_us(world, ranks, nothing)
     dispatch_us = [us - counting for us in times_us(world, ranks, first)]
     combine_us = statistics.median(round_us) - statistics.median(dispatch_us)
+    with_norm_us = {}
+    if goes_by_packets(shape):
+        for name, run in (("norm", exchange_norm), ("then_norm", exchange_then_norm)):
+            normed = [capture(rank, shape.max_tokens, run).replay for rank in ranks]
+            normed_us = median_us(world, ranks, normed) - statistics.median(dispatch_us)
+            with_norm_us[f"combine_{name}_us"] = normed_us
     copies = world.all_values([count_copies(shape, rank.inputs[0].ids_TK) for rank in ranks])
     return {
         "tokens": shape.max_tokens,
-        "kind": "packets" if shape.max_tokens <= shape.packet_tokens else "rows",
+        "kind": "packets" if goes_by_packets(shape) else "rows",
         "dispatch_us": statistics.median(dispatch_us),
         "dispatch_p99_us": statistics.quantiles(dispatch_us, n=100)[98],
         "combine_us": combine_us,
+        **with_norm_us,
         "round_us": statistics.median(round_us),
         "round_p99_us": statistics.quantiles(round_us, n=100)[98],
         "eager_round_us": statistics.median(eager_us(world, ranks, shape)),
@@ -200,8 +216,15 @@ def measure(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> dict[str, 
     }
 
 
-def check(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> None:
-    """Raises `SystemExit` unless the first exchange gives the reference's bits (a collective)."""
+def goes_by_packets(shape: ExchangeShape) -> bool:
+    """Rather than by rows."""
+    return shape.max_tokens <= shape.packet_tokens
+
+
+def exchange_once(
+    ranks: list[Rank], shape: ExchangeShape, finish: Callable[[Rank, MoEOutput], T]
+) -> list[T]:
+    """What each rank takes from its combine of the first tokens (a collective)."""
     received, outputs = [], []
     steps = [NvlinkExchange(rank.domain, shape.max_tokens) for rank in ranks]
     for rank, step in zip(ranks, steps, strict=True):
@@ -210,10 +233,19 @@ def check(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> None:
             received.append(step.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK))
     for rank, step, arrived in zip(ranks, steps, received, strict=True):
         with torch.cuda.stream(rank.stream):
-            outputs.append(step.combine(outputs_of(rank, arrived), arrived))
+            outputs.append(finish(rank, step.combine(outputs_of(rank, arrived), arrived)))
     torch.cuda.synchronize()
     for rank in ranks:
         rank.domain.check()
+    return outputs
+
+
+def check(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> None:
+    """Raises `SystemExit` unless the first exchange gives the reference's bits (a collective).
+
+    With a norm, the bits of the residual stream, and all but those of the norm.
+    """
+    outputs = exchange_once(ranks, shape, lambda _, combined: summed(combined))
     own = [rank.inputs[0] for rank in ranks]
     tokens_of = [
         Tokens(*parts)
@@ -230,6 +262,16 @@ def check(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> None:
     for rank, out_TH in zip(ranks, outputs, strict=True):
         if not torch.equal(out_TH, expected[rank.number]):
             raise SystemExit(f"rank {rank.number} has other bits than the reference: {shape}")
+    if not goes_by_packets(shape):
+        return
+    for rank, out_TH, (normed_TH, stream_TH) in zip(
+        ranks, outputs, exchange_once(ranks, shape, add_norm), strict=True
+    ):
+        right_TH, right_stream_TH = add_rms_norm(out_TH, rank.residual_TH, rank.norm_weight_H, EPS)
+        rtol = max(2 * torch.finfo(shape.dtype).eps, 1e-6)
+        is_close = torch.allclose(normed_TH, right_TH, rtol=rtol, atol=2**-23)
+        if not torch.equal(stream_TH, right_stream_TH) or not is_close:
+            raise SystemExit(f"rank {rank.number} has another norm than the reference: {shape}")
 
 
 def report(result: dict[str, Any], least_us: dict[str, float], others: str) -> None:
@@ -243,6 +285,10 @@ def report(result: dict[str, Any], least_us: dict[str, float], others: str) -> N
     shares = " ".join(
         f"{half} {us:7.2f} us ({least_us[half] / us:.0%})" for half, us in times.items()
     )
+    if "combine_norm_us" in result:
+        shares += " with norm {combine_norm_us:.2f} us (apart {combine_then_norm_us:.2f})".format(
+            **result
+        )
     print(
         f"{result['dtype']} {result['routing']:7s} {result['tokens']:5d} tokens, {result['kind']}: "
         f"{shares}, round {result['round_us']:.2f} (p99 {result['round_p99_us']:.2f}), "

@@ -30,7 +30,8 @@ from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.dist.groups import create_groups
 from moe_engine.dist.layout import RankLayout
 from moe_engine.dist.rendezvous import open_store
-from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.moe import ExpertOutputs, MoEOutput, summed
+from moe_engine.ops.norm import PendingRows, add_rms_norm
 from moe_engine.ops.reference.exchange import Tokens
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ REAL_GATE_CYCLES = 2_000_000
 EXCHANGE_TIMEOUT = 10.0  # seconds
 COLLECTIVE_TIMEOUT = 120.0
 ALONE_KEY = "bench_exchange/alone"
+EPS = 1e-6  # of norms
 FLUSH_BYTES = 256 << 20  # several times an L2 cache
 
 
@@ -52,12 +54,15 @@ class Rank:
     Attributes:
         inputs: tokens for one exchange after the other.
         y_PH: what its experts have made of whatever they received.
+        residual_TH, norm_weight_H: of the norm that follows.
     """
 
     domain: NvlinkDomain
     stream: torch.cuda.Stream
     inputs: list[Tokens]
     y_PH: torch.Tensor
+    residual_TH: torch.Tensor
+    norm_weight_H: torch.Tensor
 
     @property
     def number(self) -> int:
@@ -222,13 +227,37 @@ def _random_rank(domain: NvlinkDomain, routing: str, device: torch.device) -> Ra
     inputs = random_inputs(shape, routing, device)
     num_rows = shape.num_ranks * shape.max_tokens * shape.top_k
     y_PH = torch.empty(num_rows, shape.hidden, dtype=shape.dtype, device=device).normal_()
-    return Rank(domain, torch.cuda.Stream(device), inputs, y_PH)
+    residual_TH = torch.randn_like(inputs[0].x_TH)
+    norm_weight_H = torch.rand_like(residual_TH[0])
+    return Rank(domain, torch.cuda.Stream(device), inputs, y_PH, residual_TH, norm_weight_H)
 
 
 def exchange(rank: Rank, step: NvlinkExchange, tokens: Tokens) -> torch.Tensor:
     """Dispatch and combine."""
     received = step.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK)
-    return step.combine(outputs_of(rank, received), received)
+    return summed(step.combine(outputs_of(rank, received), received))
+
+
+def exchange_norm(
+    rank: Rank, step: NvlinkExchange, tokens: Tokens
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dispatch, combine, and the norm that follows, by packets in one launch with combine."""
+    received = step.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK)
+    return add_norm(rank, step.combine(outputs_of(rank, received), received))
+
+
+def exchange_then_norm(
+    rank: Rank, step: NvlinkExchange, tokens: Tokens
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, the norm in a launch of its own."""
+    return add_norm(rank, exchange(rank, step, tokens))
+
+
+def add_norm(rank: Rank, combined: MoEOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm that follows a combine, and the residual stream."""
+    if isinstance(combined, PendingRows):
+        return combined.add_rms_norm(rank.residual_TH, rank.norm_weight_H, EPS)
+    return add_rms_norm(summed(combined), rank.residual_TH, rank.norm_weight_H, EPS)
 
 
 def dispatch_only(rank: Rank, step: NvlinkExchange, tokens: Tokens) -> None:

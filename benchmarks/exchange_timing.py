@@ -11,6 +11,7 @@ from benchmarks.exchange_cases import EXCHANGES
 from benchmarks.exchange_ranks import Rank, Ranks, outputs_of
 from moe_engine.dist.exchange.domain import ExchangeShape
 from moe_engine.dist.exchange.nvlink import NvlinkExchange
+from moe_engine.ops.moe import summed
 
 TRIALS = 200
 WARM_UP_TRIALS = 5
@@ -65,7 +66,7 @@ def eager_us(world: Ranks, ranks: list[Rank], shape: ExchangeShape) -> list[floa
                 received.append(step.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK))
         for rank, step, arrived in zip(ranks, steps, received, strict=True):
             with torch.cuda.stream(rank.stream):
-                step.combine(outputs_of(rank, arrived), arrived)
+                summed(step.combine(outputs_of(rank, arrived), arrived))
         for rank, interval in zip(ranks, intervals, strict=True):
             with torch.cuda.stream(rank.stream):
                 interval.end.record()

@@ -88,6 +88,15 @@ struct CombineArgs {
   int step_tokens;
 };
 
+// The residual addition and RMSNorm behind a combine.
+struct NextNorm {
+  const void* residual;  // [num_tokens, H], rows side by side
+  const void* weight;    // [H], which no kernel of the step writes
+  float eps;             // added to the mean of the squares
+  void* normed;          // [num_tokens, H]
+  void* new_residual;    // [num_tokens, H]
+};
+
 // Ranks with consecutive numbers, such as those that share the heads of attention. All collectives
 // of a rank are over the same group.
 struct RankGroup {
@@ -117,6 +126,10 @@ struct AllGatherArgs {
 // With packets: one launch each way, for step_tokens up to the layout's packet_tokens.
 void dispatch_packets(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);
 void combine_packets(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream);
+// The same and the norm in one launch, without `out`, for rows of a layout that fits.
+bool combine_norm_fits(const ExchangeLayout& layout);
+void combine_norm_packets(const ExchangeState& state, const CombineArgs& args, const NextNorm& norm,
+                          cudaStream_t stream);
 // With rows: two launches each way, of which the first sends and never waits.
 void dispatch_rows(const ExchangeState& state, const DispatchArgs& args, cudaStream_t stream);
 void combine_rows(const ExchangeState& state, const CombineArgs& args, cudaStream_t stream);

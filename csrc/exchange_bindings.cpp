@@ -110,9 +110,9 @@ void dispatch(const ExchangeState& state, bool by_packets, std::uintptr_t x, std
                                                   reinterpret_cast<cudaStream_t>(stream));
 }
 
-void combine(const ExchangeState& state, bool by_packets, std::uintptr_t y, bool is_summed,
-             std::uintptr_t slots, std::uintptr_t weights, std::uintptr_t ids, std::uintptr_t out,
-             int num_tokens, int step_tokens, std::uintptr_t stream) {
+CombineArgs combine_args(std::uintptr_t y, bool is_summed, std::uintptr_t slots,
+                         std::uintptr_t weights, std::uintptr_t ids, std::uintptr_t out,
+                         int num_tokens, int step_tokens) {
   CombineArgs args{};
   args.y = reinterpret_cast<const void*>(y);
   args.is_summed = is_summed;
@@ -122,8 +122,28 @@ void combine(const ExchangeState& state, bool by_packets, std::uintptr_t y, bool
   args.out = reinterpret_cast<void*>(out);
   args.num_tokens = num_tokens;
   args.step_tokens = step_tokens;
+  return args;
+}
+
+void combine(const ExchangeState& state, std::uintptr_t y, bool is_summed, std::uintptr_t slots,
+             std::uintptr_t weights, std::uintptr_t ids, int num_tokens, int step_tokens,
+             bool by_packets, std::uintptr_t out, std::uintptr_t stream) {
+  const CombineArgs args =
+      combine_args(y, is_summed, slots, weights, ids, out, num_tokens, step_tokens);
   (by_packets ? combine_packets : combine_rows)(state, args,
                                                 reinterpret_cast<cudaStream_t>(stream));
+}
+
+void combine_norm(const ExchangeState& state, std::uintptr_t y, bool is_summed,
+                  std::uintptr_t slots, std::uintptr_t weights, std::uintptr_t ids, int num_tokens,
+                  int step_tokens, std::uintptr_t residual, std::uintptr_t norm_weight, float eps,
+                  std::uintptr_t normed, std::uintptr_t new_residual, std::uintptr_t stream) {
+  const CombineArgs args =
+      combine_args(y, is_summed, slots, weights, ids, 0, num_tokens, step_tokens);
+  const NextNorm norm{reinterpret_cast<const void*>(residual),
+                      reinterpret_cast<const void*>(norm_weight), eps,
+                      reinterpret_cast<void*>(normed), reinterpret_cast<void*>(new_residual)};
+  combine_norm_packets(state, args, norm, reinterpret_cast<cudaStream_t>(stream));
 }
 
 void all_reduce(const ExchangeState& state, bool by_packets, std::uintptr_t x, std::uintptr_t out,
@@ -202,9 +222,13 @@ void bind_exchange(py::module_& module) {
              "x"_a, "out"_a, "num_rows"_a, "first_rank"_a, "group_size"_a, "stream"_a);
   module.def("exchange_all_gather", &all_gather, "state"_a, py::kw_only(), "x"_a, "out"_a,
              "num_bytes"_a, "first_rank"_a, "stream"_a);
-  module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "by_packets"_a, "y"_a,
-             "is_summed"_a, "slots"_a, "weights"_a, "ids"_a, "out"_a, "num_tokens"_a,
-             "step_tokens"_a, "stream"_a);
+  module.def("exchange_combine", &combine, "state"_a, py::kw_only(), "y"_a, "is_summed"_a,
+             "slots"_a, "weights"_a, "ids"_a, "num_tokens"_a, "step_tokens"_a, "by_packets"_a,
+             "out"_a, "stream"_a);
+  module.def("exchange_combine_norm_fits", &combine_norm_fits, "layout"_a);
+  module.def("exchange_combine_norm", &combine_norm, "state"_a, py::kw_only(), "y"_a, "is_summed"_a,
+             "slots"_a, "weights"_a, "ids"_a, "num_tokens"_a, "step_tokens"_a, "residual"_a,
+             "norm_weight"_a, "eps"_a, "normed"_a, "new_residual"_a, "stream"_a);
 }
 
 }  // namespace moe_engine

@@ -17,6 +17,7 @@
 #include "hopper.cuh"
 #include "launch.cuh"
 #include "streaming_experts.h"
+#include "warp_sum.cuh"
 
 namespace moe_engine {
 namespace {
@@ -42,14 +43,6 @@ __device__ __forceinline__ float dot(float sum, uint4 a, uint4 b) {
     sum = fmaf(pair_of(a, i).y, pair_of(b, i).y, sum);
   }
   return sum;
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
-  }
-  return value;
 }
 
 // A token's choices that have an expert here.

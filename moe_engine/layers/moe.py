@@ -16,7 +16,7 @@ from moe_engine.dist.layout import split_evenly
 from moe_engine.layers.context import ForwardContext, LayerContext
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.ops.linear import AddedOutput, SplitSums
-from moe_engine.ops.moe import ExpertOutputs, expert_ffn, norm_and_route, route, summed
+from moe_engine.ops.moe import MoEOutput, expert_ffn, norm_and_route, route, summed
 
 
 class SparseMoE(nn.Module):
@@ -40,7 +40,7 @@ class SparseMoE(nn.Module):
         residual_TH: torch.Tensor,
         norm: RMSNorm,
         step: ForwardContext,
-    ) -> tuple[torch.Tensor | ExpertOutputs, torch.Tensor]:
+    ) -> tuple[MoEOutput, torch.Tensor]:
         """Add to the residual, normalise, run the experts (a collective over EP).
 
         Args:
@@ -77,7 +77,7 @@ class SparseMoE(nn.Module):
         ids_TK: torch.Tensor,
         weights_TK: torch.Tensor,
         step: ForwardContext,
-    ) -> torch.Tensor | ExpertOutputs:
+    ) -> MoEOutput:
         """The experts' output for the tokens that this rank brings to the exchange."""
         received = step.exchange.dispatch(x_TH, ids_TK, weights_TK)
         outputs = expert_ffn(

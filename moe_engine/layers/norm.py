@@ -10,8 +10,8 @@ from torch import nn
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.layers.context import LayerContext
 from moe_engine.ops.linear import AddedOutput, SplitSums
-from moe_engine.ops.moe import ExpertOutputs, sum_add_rms_norm
-from moe_engine.ops.norm import add_rms_norm, rms_norm, split_add_rms_norm
+from moe_engine.ops.moe import ExpertOutputs, MoEOutput, sum_add_rms_norm
+from moe_engine.ops.norm import PendingRows, add_rms_norm, rms_norm, split_add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def after_adding(
-        self, x: torch.Tensor | ExpertOutputs | SplitSums | AddedOutput, residual: torch.Tensor
+        self, x: MoEOutput | SplitSums | AddedOutput, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(normalised residual + x, residual + x)``, each [..., width].
 
@@ -42,6 +42,8 @@ class RMSNorm(nn.Module):
         """
         if isinstance(x, AddedOutput):
             return self(x.stream_TO), x.stream_TO
+        if isinstance(x, PendingRows):
+            return x.add_rms_norm(residual, self.weight, self.eps)
         if isinstance(x, ExpertOutputs):
             return sum_add_rms_norm(x, residual, self.weight, self.eps)
         if isinstance(x, SplitSums):

@@ -20,11 +20,11 @@ from moe_engine.layers.moe import SparseMoE
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.layers.rotary import make_rope_table
 from moe_engine.ops.linear import SplitSums
-from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.moe import MoEOutput
 from moe_engine.ops.paged_batch import NeededRows
 from moe_engine.ops.rope import RopeTable
 
-LayerOutput = torch.Tensor | ExpertOutputs | SplitSums
+LayerOutput = MoEOutput | SplitSums
 """[T, H], or what is still to be summed to that."""
 
 

@@ -52,10 +52,16 @@ class ExpertOutputs:
     weights_RK: torch.Tensor
 
 
-def summed(rows: torch.Tensor | ExpertOutputs) -> torch.Tensor:
+MoEOutput = torch.Tensor | ExpertOutputs | norm.PendingRows
+"""[T, H], or what is still to be summed to that."""
+
+
+def summed(rows: MoEOutput) -> torch.Tensor:
     """The rows [R, H], after the sum if it has not been taken yet."""
     if isinstance(rows, torch.Tensor):
         return rows
+    if isinstance(rows, norm.PendingRows):
+        return rows.rows()
     return sum_choices(rows.y_PH, rows.slot_ids_RK, rows.weights_RK)
 
 

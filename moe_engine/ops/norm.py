@@ -6,6 +6,8 @@ serve hidden states [T, H] and attention heads [T, heads, head_dim].
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 
 from moe_engine.ops import native
@@ -13,6 +15,20 @@ from moe_engine.ops.linear import SplitSums
 from moe_engine.ops.reference import norm as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PendingRows(ABC):
+    """Rows [T, H] that are made by the one operator that takes them: it must call one of these."""
+
+    @abstractmethod
+    def rows(self) -> torch.Tensor:
+        """The rows by themselves."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self, residual_TH: torch.Tensor, norm_weight_H: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`add_rms_norm` of the rows, in one launch."""
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain, join_do
 from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.dist.groups import ParallelGroups
 from moe_engine.errors import ExchangeTimeout
-from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.moe import ExpertOutputs, summed
 from moe_engine.ops.reference.exchange import Tokens
 from tests.dist.ranks import run_on_ranks
 from tests.e2e.test_virtual_world import requests_of
@@ -68,7 +68,7 @@ def exchange(
     step = NvlinkExchange(domain, step_tokens)
     arrived = step.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK)
     made = ExpertOutputs(work(arrived), arrived.slot_ids_RK, arrived.weights_RK)
-    return arrived, step.combine(made, arrived)
+    return arrived, summed(step.combine(made, arrived))
 
 
 def random_experts(shape: ExchangeShape) -> list[Experts]:

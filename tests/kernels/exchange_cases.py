@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tests.kernels.combine_norm_work import check_normed
 from tests.kernels.exchange_work import shape_of
 from tests.kernels.virtual_ranks import VirtualRanks, check, random_ranks
 
@@ -13,10 +14,13 @@ EXCHANGE_CASES = [(8, False), (16, False), (2880, False), (4096, False), (512, T
 
 
 def run_exchange(step_tokens: int, hidden: int, fp8: bool) -> None:
-    """Dispatch, combine, and a sum of as many rows."""
+    """Dispatch, combine, of few tokens also with a norm, and a sum of as many rows."""
     sizes = {"hidden": hidden, "max_tokens": MAX_TOKENS, "reduced_rows": MAX_REDUCED_ROWS}
     world = VirtualRanks(shape_of(1, fp8=fp8, **sizes))
-    check(world, random_ranks(world.shape, "uniform", step_tokens), step_tokens)
+    ranks = random_ranks(world.shape, "uniform", step_tokens)
+    check(world, ranks, step_tokens)
+    if step_tokens <= world.shape.packet_tokens:
+        check_normed(world, ranks, step_tokens)
     if step_tokens <= MAX_REDUCED_ROWS:
         x_TH = torch.randn(step_tokens, hidden, device="cuda").to(world.shape.dtype)
         assert torch.equal(world.domains[0].all_reduce(x_TH, range(1)), x_TH)

@@ -11,7 +11,7 @@ import torch
 from moe_engine.dist.exchange.base import Received
 from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain
 from moe_engine.dist.exchange.nvlink import NvlinkExchange
-from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.moe import ExpertOutputs, summed
 from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Arrivals, Tokens
 
@@ -135,7 +135,7 @@ class Soaking:
             x_TH = torch.randint(-8, 9, (step_tokens, shape.hidden), device="cuda").float()
             arrived = exchange.dispatch(x_TH, ids_TK, weights_TK)
             made = ExpertOutputs(experts(arrived), arrived.slot_ids_RK, arrived.weights_RK)
-            out_TH = exchange.combine(made, arrived)
+            out_TH = summed(exchange.combine(made, arrived))
             factors_TK = torch.where(ids_TK >= 0, self.factors_E[ids_TK.clamp(min=0)], 0)
             right_TH = x_TH * (weights_TK * factors_TK).sum(dim=1, keepdim=True)
             self.num_wrong.add_((out_TH != right_TH).sum())

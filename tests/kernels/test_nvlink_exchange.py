@@ -9,7 +9,7 @@ import torch
 
 from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.errors import ExchangeTimeout
-from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.moe import ExpertOutputs, summed
 from moe_engine.ops.reference import exchange as reference
 from tests.kernels.exchange_work import (
     ROUTINGS,
@@ -65,7 +65,7 @@ def test_rows_that_are_summed_already_go_home_as_they_are(step_tokens: int) -> N
             received.append(exchange.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK))
     for exchange, stream, arrived in zip(exchanges, world.streams, received, strict=True):
         with torch.cuda.stream(stream):
-            outputs.append(exchange.combine(arrived.x_RH, arrived))
+            outputs.append(summed(exchange.combine(arrived.x_RH, arrived)))
     world.finish()
     arrivals = reference.dispatch(ranks, world.shape.num_experts, step_tokens)
     sums = [arrived.x_RH for arrived in arrivals]
@@ -199,7 +199,7 @@ def test_a_rank_that_stalls_is_named_and_all_go_on_after_a_reset(
             # Slots are right or -1, whatever has not come: these would read beside their factors.
             y_PH = scaling_experts(world.shape, rank, factors_E)(arrived)
             made = ExpertOutputs(y_PH, arrived.slot_ids_RK, arrived.weights_RK)
-            exchanges[rank].combine(made, arrived)
+            summed(exchanges[rank].combine(made, arrived))
     torch.cuda.synchronize()
     assert TIMEOUT <= time.monotonic() - start < 10 * TIMEOUT
     num_local = world.shape.num_experts // num_ranks

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from moe_engine.dist.exchange.base import Received
 from moe_engine.dist.exchange.domain import ExchangeShape, NvlinkDomain, virtual_domains
 from moe_engine.dist.exchange.nvlink import NvlinkExchange
 from moe_engine.dist.exchange.replicas import Balancing
-from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.moe import ExpertOutputs, MoEOutput, summed
 from moe_engine.ops.reference.exchange import Tokens
 from tests.kernels.exchange_work import (
     Experts,
@@ -20,13 +21,21 @@ from tests.kernels.exchange_work import (
     tokens_of_ranks,
 )
 
+Finish = Callable[[int, MoEOutput], Any]
+"""What a rank takes from its combine."""
+
+
+def rows_alone(rank: int, combined: MoEOutput) -> torch.Tensor:
+    """A `Finish` without a norm behind it."""
+    return summed(combined)
+
 
 def make_room(shape: ExchangeShape, streams: Sequence[torch.cuda.Stream]) -> None:
     """Memory for each stream before any kernel waits: taking more may wait for that kernel."""
     most = shape.num_ranks * shape.max_tokens * shape.top_k * shape.row_bytes
     for stream in streams:
         with torch.cuda.stream(stream):
-            sizes = (most, most, most, most // 8, 1 << 19, 1 << 19)
+            sizes = (most, most, most, most // 8, *[1 << 20] * 6)
             kept = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
             del kept
     torch.cuda.synchronize()
@@ -48,7 +57,8 @@ class VirtualRanks:
         step_tokens: int,
         experts: Sequence[Experts],
         balancing: Sequence[Balancing] | None = None,
-    ) -> tuple[list[Received], list[torch.Tensor]]:
+        finish: Finish = rows_alone,
+    ) -> tuple[list[Received], list[Any]]:
         """Dispatch, experts, combine; what each rank received and got back, not waited for.
 
         Enqueued one kind after the other, so that no rank's kernel is behind one that waits for it.
@@ -65,16 +75,20 @@ class VirtualRanks:
         for stream, arrived, work in zip(self.streams, received, experts, strict=True):
             with torch.cuda.stream(stream):
                 made.append(ExpertOutputs(work(arrived), arrived.slot_ids_RK, arrived.weights_RK))
-        for exchange, stream, y, arrived in zip(
-            exchanges, self.streams, made, received, strict=True
+        for rank, (exchange, stream, y, arrived) in enumerate(
+            zip(exchanges, self.streams, made, received, strict=True)
         ):
             with torch.cuda.stream(stream):
-                outputs.append(exchange.combine(y, arrived))
+                outputs.append(finish(rank, exchange.combine(y, arrived)))
         return received, outputs
 
     def capture(
-        self, ranks: Sequence[Tokens], step_tokens: int, experts: Sequence[Experts]
-    ) -> tuple[list[torch.cuda.CUDAGraph], list[torch.Tensor]]:
+        self,
+        ranks: Sequence[Tokens],
+        step_tokens: int,
+        experts: Sequence[Experts],
+        finish: Finish = rows_alone,
+    ) -> tuple[list[torch.cuda.CUDAGraph], list[Any]]:
         """A graph for each rank of its part of `exchange`, and the outputs that it writes."""
         graphs, outputs = [], []
         for rank, domain in enumerate(self.domains):
@@ -83,7 +97,7 @@ class VirtualRanks:
             with torch.cuda.graph(graph, stream=self.streams[rank]):
                 arrived = exchange.dispatch(tokens.x_TH, tokens.ids_TK, tokens.weights_TK)
                 y = ExpertOutputs(experts[rank](arrived), arrived.slot_ids_RK, arrived.weights_RK)
-                outputs.append(exchange.combine(y, arrived))
+                outputs.append(finish(rank, exchange.combine(y, arrived)))
             graphs.append(graph)
         return graphs, outputs
 

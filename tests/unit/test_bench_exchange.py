@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import bench_exchange, exchange_cases, exchange_timing
+from benchmarks import bench_exchange, exchange_cases, exchange_ranks, exchange_timing
 from benchmarks.exchange_cases import (
     busiest_bytes,
     choose,
@@ -25,7 +25,7 @@ from benchmarks.exchange_timing import slowest, trials_us
 from moe_engine.dist.exchange.base import ExpertShard, Received
 from moe_engine.dist.exchange.domain import ExchangeShape
 from moe_engine.dist.groups import ParallelGroups
-from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.moe import ExpertOutputs, MoEOutput
 from moe_engine.ops.reference import exchange as reference
 from moe_engine.ops.reference.exchange import Tokens
 from tests.dist.ranks import run_on_ranks
@@ -185,12 +185,14 @@ def make_rank(groups: ParallelGroups) -> tuple[RealRanks, Rank]:
     number = groups.ep.rank
     world = RealRanks(cast(dist.Store, None), groups.ep, CPU)
     torch.manual_seed(number)
-    shape = shape_of()
+    shape = shape_of(packet_tokens=6)
     shard = ExpertShard(shape.num_experts, shape.num_ranks, number)
     domain = SimpleNamespace(shape=shape, shard=shard, check=lambda: None)
     y_PH = torch.randn(2 * 6 * 2, shape.hidden).to(shape.dtype)
     inputs = random_inputs(shape, "uniform", CPU)
-    return world, Rank(cast(Any, domain), cast(Any, None), inputs, y_PH)
+    residual_TH, norm_weight_H = torch.randn_like(inputs[0].x_TH), torch.ones_like(y_PH[0])
+    stream = cast(Any, None)
+    return world, Rank(cast(Any, domain), stream, inputs, y_PH, residual_TH, norm_weight_H)
 
 
 def check_on_ranks(groups: ParallelGroups) -> None:
@@ -204,6 +206,16 @@ def check_on_ranks(groups: ParallelGroups) -> None:
         wrong = mock.patch.object(ReferenceExchange, "error", 1.0)
         with wrong, pytest.raises(SystemExit, match=f"rank {rank.number} has other bits"):
             bench_exchange.check(world, [rank], rank.domain.shape)
+        for number in range(2):
+
+            def add_norm(rank: Rank, combined: MoEOutput, number: int = number) -> Any:
+                found = list(exchange_ranks.add_norm(rank, combined))
+                found[number] = found[number] + 1
+                return found
+
+            wrong = mock.patch.object(bench_exchange, "add_norm", add_norm)
+            with wrong, pytest.raises(SystemExit, match=f"rank {rank.number} has another norm"):
+                bench_exchange.check(world, [rank], rank.domain.shape)
 
 
 def move_rows(groups: ParallelGroups) -> None:

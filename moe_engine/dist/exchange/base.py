@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from moe_engine.dist.exchange.replicas import Balancing
-from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.moe import ExpertOutputs, MoEOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,7 @@ class Exchange(Protocol):
         """
         ...
 
-    def combine(
-        self, y: torch.Tensor | ExpertOutputs, received: Received
-    ) -> torch.Tensor | ExpertOutputs:
+    def combine(self, y: torch.Tensor | ExpertOutputs, received: Received) -> MoEOutput:
         """Bring back the rows that the experts made and sum them per token.
 
         Args:
@@ -94,6 +92,7 @@ class Exchange(Protocol):
             received: what `dispatch` of the same layer returned.
 
         Returns:
-            [T, H] in ``y``'s dtype, summed over the ranks in float32.
+            [T, H] in ``y``'s dtype, summed over the ranks in float32. If it is `PendingRows`, they
+            must be made before this rank's next exchange.
         """
         ...

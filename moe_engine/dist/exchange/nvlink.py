@@ -7,6 +7,8 @@ token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moe_engine.dist.exchange.base import Received
@@ -14,6 +16,7 @@ from moe_engine.dist.exchange.domain import NvlinkDomain
 from moe_engine.dist.exchange.replicas import Balancing
 from moe_engine.ops import native
 from moe_engine.ops.moe import ExpertOutputs
+from moe_engine.ops.norm import PendingRows
 
 
 class NvlinkExchange:
@@ -70,35 +73,15 @@ class NvlinkExchange:
             )
         return received
 
-    def combine(self, y: torch.Tensor | ExpertOutputs, received: Received) -> torch.Tensor:
-        """See `Exchange.combine`."""
-        domain, shape = self._domain, self._domain.shape
-        ids_TK: torch.Tensor = received.route
-        y_rows = y.y_PH if isinstance(y, ExpertOutputs) else y
-        assert y_rows.dtype == shape.dtype, y_rows.dtype
-        num_slots = len(received.slot_ids_RK)
-        num_rows = num_slots if isinstance(y, torch.Tensor) else num_slots * shape.top_k
-        assert y_rows.shape == (num_rows, shape.hidden), (y_rows.shape, num_rows, shape.hidden)
-        assert y_rows.is_contiguous(), y_rows.stride()
-        assert y_rows.data_ptr() % 16 == 0, y_rows.data_ptr()
-        out_TH = y_rows.new_empty(len(ids_TK), shape.hidden)
-        if native.compiles_only():
-            return out_TH
-        with torch.cuda.device(y_rows.device):
-            domain.library.exchange_combine(
-                domain.state,
-                by_packets=self._by_packets,
-                y=y_rows.data_ptr(),
-                is_summed=isinstance(y, torch.Tensor),
-                slots=received.slot_ids_RK.data_ptr(),
-                weights=received.weights_RK.data_ptr(),
-                ids=ids_TK.data_ptr(),
-                out=out_TH.data_ptr(),
-                num_tokens=len(ids_TK),
-                step_tokens=self._step_tokens,
-                stream=torch.cuda.current_stream().cuda_stream,
-            )
-        return out_TH
+    def combine(
+        self, y: torch.Tensor | ExpertOutputs, received: Received
+    ) -> torch.Tensor | PendingRows:
+        """See `Exchange.combine`; packets leave their sum to the norm that follows."""
+        domain = self._domain
+        pending = PendingCombine(domain, self._step_tokens, y, received)
+        if self._by_packets and domain.library.exchange_combine_norm_fits(domain.layout):
+            return pending
+        return pending.rows()
 
     def _received(self, x_TH: torch.Tensor, ids_TK: torch.Tensor) -> Received:
         """Tensors for what arrives: new ones, or those in the buffer where the rows land."""
@@ -124,6 +107,85 @@ class NvlinkExchange:
             num_pairs,
             ids_TK,
         )
+
+
+class PendingCombine(PendingRows):
+    """A combine that is launched by itself, or by packets together with the norm that follows."""
+
+    def __init__(
+        self,
+        domain: NvlinkDomain,
+        step_tokens: int,
+        y: torch.Tensor | ExpertOutputs,
+        received: Received,
+    ) -> None:
+        shape = domain.shape
+        y_rows = y.y_PH if isinstance(y, ExpertOutputs) else y
+        assert y_rows.dtype == shape.dtype, y_rows.dtype
+        num_slots = len(received.slot_ids_RK)
+        num_rows = num_slots if isinstance(y, torch.Tensor) else num_slots * shape.top_k
+        assert y_rows.shape == (num_rows, shape.hidden), (y_rows.shape, num_rows, shape.hidden)
+        assert y_rows.is_contiguous(), y_rows.stride()
+        assert y_rows.data_ptr() % 16 == 0, y_rows.data_ptr()
+        self._domain = domain
+        self._step_tokens = step_tokens
+        self._y_rows = y_rows
+        self._is_summed = isinstance(y, torch.Tensor)
+        self._received = received
+        self._is_launched = False
+
+    def rows(self) -> torch.Tensor:
+        """See `PendingRows.rows`."""
+        out_TH = self._new_rows()
+        by_packets = self._step_tokens <= self._domain.shape.packet_tokens
+        combine = self._domain.library.exchange_combine
+        self._launch(combine, by_packets=by_packets, out=out_TH.data_ptr())
+        return out_TH
+
+    def add_rms_norm(
+        self, residual_TH: torch.Tensor, norm_weight_H: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PendingRows.add_rms_norm`."""
+        normed_TH, new_residual_TH = self._new_rows(), self._new_rows()
+        assert residual_TH.shape == normed_TH.shape, (residual_TH.shape, normed_TH.shape)
+        assert norm_weight_H.shape == normed_TH.shape[1:], norm_weight_H.shape
+        residual_TH, norm_weight_H = residual_TH.contiguous(), norm_weight_H.contiguous()
+        for given in (residual_TH, norm_weight_H):
+            assert given.dtype == normed_TH.dtype, given.dtype
+            assert given.data_ptr() % 16 == 0, given.data_ptr()
+        self._launch(
+            self._domain.library.exchange_combine_norm,
+            residual=residual_TH.data_ptr(),
+            norm_weight=norm_weight_H.data_ptr(),
+            eps=eps,
+            normed=normed_TH.data_ptr(),
+            new_residual=new_residual_TH.data_ptr(),
+        )
+        return normed_TH, new_residual_TH
+
+    def _new_rows(self) -> torch.Tensor:
+        return self._y_rows.new_empty(len(self._received.route), self._domain.shape.hidden)
+
+    def _launch(self, combine: Callable[..., None], **arguments: float) -> None:
+        """One of the kernels, with arguments of its own."""
+        assert not self._is_launched, "combined twice"
+        self._is_launched = True
+        if native.compiles_only():
+            return
+        received = self._received
+        with torch.cuda.device(self._y_rows.device):
+            combine(
+                self._domain.state,
+                y=self._y_rows.data_ptr(),
+                is_summed=self._is_summed,
+                slots=received.slot_ids_RK.data_ptr(),
+                weights=received.weights_RK.data_ptr(),
+                ids=received.route.data_ptr(),
+                num_tokens=len(received.route),
+                step_tokens=self._step_tokens,
+                **arguments,
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
 
 
 def _for_balancing(

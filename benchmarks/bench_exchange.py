@@ -25,6 +25,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -173,8 +174,8 @@ def cases(
             fp8=dtype == "fp8",
         )
         if arguments.packet_tokens is None:
-            return shape.with_measured_limits(device, ranks_per_gpu)
-        return shape
+            shape = shape.with_measured_limits(device, ranks_per_gpu)
+        return replace(shape, apart_tokens=0)  # both are timed
 
     return [
         ({"dtype": dtype, "routing": routing}, shape_of(dtype, num_tokens))

@@ -8,8 +8,9 @@ For each number of ranks and each kind of row, more and more tokens are exchange
 rows, in graphs and with bits compared first, as `benchmarks.bench_exchange` does, until rows are
 faster. Then, for ranks that share each sequence's attention, a step's tokens are summed by
 all-reduce, which is all that travels where each rank has all tokens, or shared out, exchanged and
-gathered, until the latter is faster. The entries of these shapes are renewed in a file, whose
-others stay as they are.
+gathered, until the latter is faster; and combine by packets is followed by a norm in a launch of
+its own, or in the same. The entries of these shapes are renewed in a file, whose others stay as
+they are.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ import torch
 
 from benchmarks.bench_exchange import check
 from benchmarks.exchange_cases import DTYPES
-from benchmarks.exchange_ranks import Rank, Ranks, RealRanks, VirtualRanks, capture, exchange
+from benchmarks.exchange_ranks import (
+    Rank,
+    Ranks,
+    RealRanks,
+    VirtualRanks,
+    capture,
+    exchange,
+    exchange_norm,
+    exchange_then_norm,
+)
 from benchmarks.exchange_timing import median_us
 from benchmarks.gpu_state import gpu_state, require_gpu
 from benchmarks.options import int_list
@@ -72,7 +82,8 @@ def main() -> None:
                 packets = compare(world, shape, "packets", "rows", kinds_us)
                 shape = replace(shape, packet_tokens=best_up_to(packets, "packets", "rows"))
                 shared = compare(world, shape, "replicated", "sharded", tensor_parallel_us)
-                renew(document, shape, ranks_per_gpu, packets, shared)
+                norms = compare(world, shape, "apart", "fused", norms_us)
+                renew(document, shape, ranks_per_gpu, packets, shared, norms)
                 print(f"{shape}: {document['exchange'][-1]['choices']}", flush=True)
     last = worlds[-1]
     if arguments.write and (isinstance(last, VirtualRanks) or last.number == 0):
@@ -141,6 +152,16 @@ def tensor_parallel_us(world: Ranks, shape: ExchangeShape, tokens: int) -> tuple
     return both[0], both[1]
 
 
+def norms_us(world: Ranks, shape: ExchangeShape, tokens: int) -> tuple[float, float]:
+    """An exchange by packets and the norm that follows, in a launch of its own and in the same."""
+    ranks = world.make(replace(shape, max_tokens=tokens, packet_tokens=tokens), "uniform")
+    both = [
+        median_us(world, ranks, [capture(rank, tokens, run).replay for rank in ranks])
+        for run in (exchange_then_norm, exchange_norm)
+    ]
+    return both[0], both[1]
+
+
 def best_up_to(steps: list[dict[str, float]], few: str, many: str) -> int:
     """The most tokens with which ``few`` was not slower; 0: it always was.
 
@@ -150,7 +171,11 @@ def best_up_to(steps: list[dict[str, float]], few: str, many: str) -> int:
     return max((int(step["tokens"]) for step in steps if step[few] <= step[many]), default=0)
 
 
-def derive(packets: list[dict[str, float]], shared: list[dict[str, float]]) -> ExchangeChoices:
+def derive(
+    packets: list[dict[str, float]],
+    shared: list[dict[str, float]],
+    norms: list[dict[str, float]],
+) -> ExchangeChoices:
     """The choices that follow from what `compare` has found."""
 
     def limits(steps: list[dict[str, float]], few: str, many: str) -> tuning.Steps[str]:
@@ -158,7 +183,9 @@ def derive(packets: list[dict[str, float]], shared: list[dict[str, float]]) -> E
         return (*([(limit, few)] if limit else []), (INF, many))
 
     return ExchangeChoices(
-        limits(packets, "packets", "rows"), limits(shared, "replicated", "sharded")
+        limits(packets, "packets", "rows"),
+        limits(shared, "replicated", "sharded"),
+        limits(norms, "apart", "fused"),
     )
 
 
@@ -168,15 +195,17 @@ def renew(
     ranks_per_gpu: int,
     packets: list[dict[str, float]],
     shared: list[dict[str, float]],
+    norms: list[dict[str, float]],
 ) -> None:
     """Put an entry into a file's document."""
     entry = {
         "shape": dict(zip(ExchangeChoices.SHAPE, shape.tuning_sizes(ranks_per_gpu), strict=True)),
-        "choices": tuning.to_json(derive(packets, shared)),
+        "choices": tuning.to_json(derive(packets, shared, norms)),
         "measured": {
             "run": run_name(ranks_per_gpu > 1),
             "kinds": packets,
             "tensor_parallel": shared,
+            "norms": norms,
         },
     }
     others = [e for e in document.get("exchange", []) if e["shape"] != entry["shape"]]

@@ -192,6 +192,8 @@ class ExchangeChoices(Choices):
         tensor_parallel: by the tokens of a step, where all ranks share each sequence's attention:
             ``replicated`` for few, each rank with its experts on all tokens, or ``sharded``, each
             with a share of the tokens in the exchange.
+        norms: by the tokens of a rank: the norm behind a combine by packets in a launch of its own,
+            ``apart`` for few, or ``fused`` with it.
     """
 
     SHAPE = ("num_ranks", "ranks_per_gpu", "row_bytes", "wire_bytes")
@@ -199,10 +201,12 @@ class ExchangeChoices(Choices):
     VALUES: ClassVar = {
         "kinds": ("packets", "rows"),
         "tensor_parallel": ("replicated", "sharded"),
+        "norms": ("apart", "fused"),
     }
 
     kinds: Steps[str] = ((64, "packets"), (INF, "rows"))
     tensor_parallel: Steps[str] = ((64, "replicated"), (INF, "sharded"))
+    norms: Steps[str] = ((16, "apart"), (INF, "fused"))
 
     def __post_init__(self) -> None:
         """`ValueError` naming the field that cannot be."""
@@ -221,6 +225,11 @@ class ExchangeChoices(Choices):
     def replicated_tokens(self) -> int:
         """Up to how many each rank has all tokens; 0: it never has."""
         return _first_limit(self.tensor_parallel)
+
+    @property
+    def apart_tokens(self) -> int:
+        """Up to how many the norm is a launch of its own; 0: it never is."""
+        return _first_limit(self.norms)
 
 
 SECTIONS: dict[str, type[Choices]] = {

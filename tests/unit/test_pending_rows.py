@@ -91,9 +91,10 @@ def launched(monkeypatch):
     return []
 
 
-def combine(launched, step_tokens=PACKET_TOKENS, fits=True):
+def combine(launched, step_tokens=PACKET_TOKENS, fits=True, apart_tokens=PACKET_TOKENS - 1):
     """What a rank of 2 gets back for 3 tokens."""
-    shape = ExchangeShape(2, 4, TOP_K, HIDDEN, torch.bfloat16, 8, PACKET_TOKENS)
+    limits = {"packet_tokens": PACKET_TOKENS, "apart_tokens": apart_tokens}
+    shape = ExchangeShape(2, 4, TOP_K, HIDDEN, torch.bfloat16, 8, **limits)
 
     def kernel(name):
         return lambda state, **arguments: launched.append((name, arguments))
@@ -140,9 +141,14 @@ def test_packets_are_combined_once_by_whoever_takes_them(launched, monkeypatch, 
         pending.rows()
 
 
-@pytest.mark.parametrize(("step_tokens", "fits"), [(PACKET_TOKENS, False), (8, True)])
-def test_long_rows_and_many_are_combined_at_once(launched, step_tokens, fits):
-    assert isinstance(combine(launched, step_tokens, fits), torch.Tensor)
+@pytest.mark.parametrize(
+    ("step_tokens", "fits", "apart_tokens"),
+    [(PACKET_TOKENS, False, 0), (8, True, 0), (PACKET_TOKENS, True, PACKET_TOKENS)],
+)
+def test_long_rows_and_many_and_very_few_are_combined_at_once(
+    launched, step_tokens, fits, apart_tokens
+):
+    assert isinstance(combine(launched, step_tokens, fits, apart_tokens), torch.Tensor)
     [(name, arguments)] = launched
     assert name == "combine"
     assert arguments["by_packets"] == (step_tokens <= PACKET_TOKENS)

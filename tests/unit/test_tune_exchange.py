@@ -36,16 +36,14 @@ def steps_of(few: str, many: str, *times: tuple[int, float, float]) -> list[dict
 def test_a_kind_goes_up_to_the_most_tokens_with_which_it_was_not_slower(
     times: list[tuple[int, float, float]], limit: int
 ) -> None:
-    others = [(16, 1.0, 2.0)]
-    by_packets = derive(
-        steps_of("packets", "rows", *times), steps_of("replicated", "sharded", *others)
-    )
-    assert (by_packets.packet_tokens, by_packets.replicated_tokens) == (limit, 16)
-    replicated = derive(
-        steps_of("packets", "rows", *others), steps_of("replicated", "sharded", *times)
-    )
-    assert (replicated.packet_tokens, replicated.replicated_tokens) == (16, limit)
-    assert replicated.kinds[-1] == (INF, "rows")
+    names = [("packets", "rows"), ("replicated", "sharded"), ("apart", "fused")]
+    for number in range(3):
+        measured = [steps_of(*of_kind, (16, 1.0, 2.0)) for of_kind in names]
+        measured[number] = steps_of(*names[number], *times)
+        derived = derive(*measured)
+        found = [derived.packet_tokens, derived.replicated_tokens, derived.apart_tokens]
+        assert found == [limit if other == number else 16 for other in range(3)]
+        assert derived.kinds[-1] == (INF, "rows")
 
 
 def test_an_entry_is_found_by_the_shape_that_it_was_measured_for(
@@ -54,9 +52,9 @@ def test_an_entry_is_found_by_the_shape_that_it_was_measured_for(
     document: dict[str, Any] = {"device": "Some GPU", "runs": {"exchange of virtual ranks": {}}}
     for packet_tokens in (16, 48):  # the second one in the place of the first
         packets = steps_of("packets", "rows", (packet_tokens, 1, 2), (packet_tokens + 1, 2, 1))
-        renew(
-            document, shape_of(fp8=True), 2, packets, steps_of("replicated", "sharded", (9, 1, 1))
-        )
+        shared = steps_of("replicated", "sharded", (9, 1, 1))
+        norms = steps_of("apart", "fused", (3, 1, 1))
+        renew(document, shape_of(fp8=True), 2, packets, shared, norms)
     assert len(document["exchange"]) == 1
     assert document["exchange"][0]["shape"] == {
         "num_ranks": 2,
@@ -70,7 +68,8 @@ def test_an_entry_is_found_by_the_shape_that_it_was_measured_for(
     monkeypatch.setattr(tuning, "table", lambda device: found)
     device = torch.device("cpu")
     measured = shape_of(fp8=True).with_measured_limits(device, 2)
-    assert (measured.packet_tokens, measured.replicated_tokens) == (48, 9)
+    found_limits = (measured.packet_tokens, measured.replicated_tokens, measured.apart_tokens)
+    assert found_limits == (48, 9, 3)
     others = (shape_of().with_measured_limits(device, 2), shape_of(fp8=True))
     assert others[0].packet_tokens == ExchangeChoices().packet_tokens == 64
     assert others[1].with_measured_limits(device).packet_tokens == 64
@@ -91,5 +90,7 @@ def test_more_is_tried_until_what_is_for_many_is_faster() -> None:
 def test_packets_are_for_few_tokens(kinds: Any) -> None:
     with pytest.raises(ValueError, match="kinds must be packets up to a limit and rows beyond"):
         ExchangeChoices(kinds)
+    with pytest.raises(ValueError, match="norms must be apart up to a limit"):
+        ExchangeChoices(norms=((INF, "apart"),))
     with pytest.raises(ValueError, match="tensor_parallel must be replicated up to a limit"):
         ExchangeChoices(tensor_parallel=((INF, "replicated"),))

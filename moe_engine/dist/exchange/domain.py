@@ -42,6 +42,7 @@ class ExchangeShape:
         max_tokens: that a rank may bring in a step.
         packet_tokens: of a rank, up to which steps go by packets; 0: none.
         replicated_tokens: of a step, up to which no token travels where all ranks have all of them.
+        apart_tokens: of a rank, up to which combine leaves the norm behind it to itself.
         reduced_rows: that a collective of a group may take of a rank by packets.
         multicast_rows: that `NvlinkDomain.all_reduce` may sum over all ranks by the switches
             between them, which have to offer that; 0: none.
@@ -56,6 +57,7 @@ class ExchangeShape:
     max_tokens: int
     packet_tokens: int = 0
     replicated_tokens: int = 0
+    apart_tokens: int = 0
     reduced_rows: int = 0
     multicast_rows: int = 0
     fp8: bool = False
@@ -100,6 +102,7 @@ class ExchangeShape:
             self,
             packet_tokens=chosen.packet_tokens,
             replicated_tokens=chosen.replicated_tokens,
+            apart_tokens=chosen.apart_tokens,
         )
 
     def layout(self, library: ModuleType) -> Any:

@@ -76,10 +76,11 @@ class NvlinkExchange:
     def combine(
         self, y: torch.Tensor | ExpertOutputs, received: Received
     ) -> torch.Tensor | PendingRows:
-        """See `Exchange.combine`; packets leave their sum to the norm that follows."""
-        domain = self._domain
-        pending = PendingCombine(domain, self._step_tokens, y, received)
-        if self._by_packets and domain.library.exchange_combine_norm_fits(domain.layout):
+        """See `Exchange.combine`; packets of some tokens leave their sum to the norm behind."""
+        domain, step_tokens = self._domain, self._step_tokens
+        pending = PendingCombine(domain, step_tokens, y, received)
+        leaves = self._by_packets and step_tokens > domain.shape.apart_tokens
+        if leaves and domain.library.exchange_combine_norm_fits(domain.layout):
             return pending
         return pending.rows()
 

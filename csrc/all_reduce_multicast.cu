@@ -146,9 +146,8 @@ __device__ __forceinline__ void move_rows(const Rows& rows, int row_bytes, const
 // Nothing is overwritten that is still read. Of a row in sum e:
 // - the owner stores its sum when all ranks have written it, so when they have ended sum e - 1,
 //   which they copied out; it loads each piece before it stores it, and nobody else loads it there;
-// - a rank writes it for sum e + 1 when its sum e has ended, for which it has waited until the
-// owner
-//   had loaded it and stored its sum;
+// - a rank writes it for sum e + 1 when its sum e has ended, for which the owner had loaded it
+//   and stored its sum;
 // - a flag goes on to e + 1 after that, so whoever waits for e sees it.
 // Whoever ends a sum knows that all ranks have begun it, as its rows were added up, so all have
 // ended the one before: what collectives by packets need of whatever is between two of them.

@@ -55,8 +55,9 @@ class ExchangeTimeout(MoEEngineError, RuntimeError):
     Args:
         missing: the rank that is to blame.
         waiter: the first rank that gave it up.
-        phase: ``dispatch`` or ``combine``.
-        number: of the exchange, counted from 1 since the start or the last reset.
+        phase: ``dispatch``, ``combine``, ``all-reduce`` or ``all-gather``.
+        number: of the exchange, or of the collective, counted from 1 since the start or the last
+            reset.
     """
 
     def __init__(self, missing: int, waiter: int, phase: str, number: int) -> None:

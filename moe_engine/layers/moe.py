@@ -12,8 +12,7 @@ from torch import nn
 
 from moe_engine.checkpoint.spec import WeightSpec
 from moe_engine.dist.exchange import ExpertShard
-from moe_engine.dist.layout import split_evenly
-from moe_engine.layers.context import ForwardContext, LayerContext
+from moe_engine.layers.context import ForwardContext, LayerContext, share_of_rows
 from moe_engine.layers.norm import RMSNorm
 from moe_engine.ops.linear import AddedOutput, SplitSums
 from moe_engine.ops.moe import MoEOutput, expert_ffn, norm_and_route, route, summed
@@ -64,10 +63,10 @@ class SparseMoE(nn.Module):
             )
             return self._run_experts(normed_TH, ids_TK, weights_TK, step), residual_TH
         normed_TH, residual_TH = norm.after_adding(x, residual_TH)
-        counts = split_evenly(normed_TH.shape[0], self._tp.size)
-        first = sum(counts[: self._tp.rank])
+        first, counts = share_of_rows(len(normed_TH), self._tp)
         share_TH = normed_TH[first : first + counts[self._tp.rank]]
-        ids_TK, weights_TK = route(share_TH, self.router, self._top_k, self._normalize)
+        router = (self.router, self._top_k, self._normalize)
+        ids_TK, weights_TK = route(share_TH, *router, step.share_tokens_1)
         out_TH = summed(self._run_experts(share_TH, ids_TK, weights_TK, step))
         return self._tp.all_gather_rows(out_TH, counts), residual_TH
 

@@ -108,6 +108,7 @@ class Qwen3MoeForCausalLM(nn.Module):
             needed: the rows that are needed, in the order wanted; None: all T of them.
         """
         assert needed is None or step.num_tokens_1 is None, "padding has no place among some rows"
+        step = step.with_share(len(token_ids_T), self.embed_tokens.tp)
         x, residual = self.embed_tokens(token_ids_T), None
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):

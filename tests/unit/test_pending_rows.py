@@ -104,7 +104,9 @@ def combine(launched, step_tokens=PACKET_TOKENS, fits=True, apart_tokens=PACKET_
         exchange_combine_norm=kernel("combine_norm"),
         exchange_combine_norm_fits=lambda layout: fits,
     )
-    domain = SimpleNamespace(shape=shape, library=library, layout=None, state=None)
+    domain = SimpleNamespace(
+        shape=shape, library=library, layout=None, state=None, pending_combine=None
+    )
     num_slots = 2 * step_tokens
     received = Received(
         torch.zeros(num_slots, HIDDEN, dtype=torch.bfloat16),
@@ -152,3 +154,15 @@ def test_long_rows_and_many_and_very_few_are_combined_at_once(
     [(name, arguments)] = launched
     assert name == "combine"
     assert arguments["by_packets"] == (step_tokens <= PACKET_TOKENS)
+
+
+def test_a_combine_that_nobody_takes_is_noticed(launched):
+    pending = combine(launched)
+    exchange = NvlinkExchange(pending._domain, PACKET_TOKENS)
+    nothing = torch.zeros(0, HIDDEN)
+    with pytest.raises(AssertionError, match="nobody has taken the combine before"):
+        exchange.dispatch(nothing, nothing, nothing)
+    pending.rows()
+    with pytest.raises(AssertionError) as raised:  # by what comes next
+        exchange.dispatch(nothing, nothing, nothing)
+    assert "nobody has taken" not in str(raised.value)

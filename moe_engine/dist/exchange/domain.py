@@ -122,6 +122,9 @@ class ExchangeShape:
 class NvlinkDomain:
     """A rank among those whose memory it can write to, and what they share.
 
+    Attributes:
+        pending_combine: the last one that was left to the norm behind it; private to the exchange.
+
     Args:
         buffer: of `ExchangeShape.layout(...).total_bytes`.
         topology: of the ranks.
@@ -149,6 +152,7 @@ class NvlinkDomain:
         self.library = library
         self.layout = shape.layout(library)
         assert buffer.own.numel() >= self.layout.total_bytes, buffer.own.shape
+        self.pending_combine: Any = None
         self._buffer = buffer
         self._counters = torch.tensor(_FIRST_COUNTERS, dtype=torch.int32, device=device)
         # The GPU writes it while the host reads.

@@ -43,6 +43,8 @@ class NvlinkExchange:
     ) -> Received:
         """See `Exchange.dispatch`."""
         domain, shape = self._domain, self._domain.shape
+        pending = domain.pending_combine
+        assert pending is None or pending.is_launched, "nobody has taken the combine before"
         num_tokens = len(x_TH)
         assert num_tokens <= self._step_tokens, (num_tokens, self._step_tokens)
         assert x_TH.shape[1:] == (shape.hidden,), x_TH.shape
@@ -81,6 +83,7 @@ class NvlinkExchange:
         pending = PendingCombine(domain, step_tokens, y, received)
         leaves = self._by_packets and step_tokens > domain.shape.apart_tokens
         if leaves and domain.library.exchange_combine_norm_fits(domain.layout):
+            domain.pending_combine = pending
             return pending
         return pending.rows()
 
@@ -111,7 +114,11 @@ class NvlinkExchange:
 
 
 class PendingCombine(PendingRows):
-    """A combine that is launched by itself, or by packets together with the norm that follows."""
+    """A combine that is launched by itself, or by packets together with the norm that follows.
+
+    Attributes:
+        is_launched: whether somebody has taken it, as has to be before the rank's next exchange.
+    """
 
     def __init__(
         self,
@@ -133,7 +140,7 @@ class PendingCombine(PendingRows):
         self._y_rows = y_rows
         self._is_summed = isinstance(y, torch.Tensor)
         self._received = received
-        self._is_launched = False
+        self.is_launched = False
 
     def rows(self) -> torch.Tensor:
         """See `PendingRows.rows`."""
@@ -169,8 +176,8 @@ class PendingCombine(PendingRows):
 
     def _launch(self, combine: Callable[..., None], **arguments: float) -> None:
         """One of the kernels, with arguments of its own."""
-        assert not self._is_launched, "combined twice"
-        self._is_launched = True
+        assert not self.is_launched, "combined twice"
+        self.is_launched = True
         if native.compiles_only():
             return
         received = self._received

@@ -1,8 +1,8 @@
 // What both halves of the exchange by rows share (dispatch_rows.cu, combine_rows.cu).
 //
 // Whole rows go straight to their slots in the buffers of other ranks, and a flag says when a chunk
-// of a source's tokens is complete. Two launches each way: the first sends and never waits, the
-// second waits and takes little of the GPU.
+// of a source's tokens is complete. Two launches each way: the first sends and never waits; the
+// second waits, of dispatch in one block, of combine in those that also sum.
 //
 // A rank's combine ends when all ranks have said that they have sent all results: then nobody reads
 // anything that it has sent to them, and it may send the next.
